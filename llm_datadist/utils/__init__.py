@@ -1,0 +1,1 @@
+"""Argument checkers (`utils.utils`) and the logger (`utils.log`) of the facade."""
