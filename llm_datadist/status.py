@@ -230,7 +230,8 @@ class LLMDeviceError(LLMException):
 
 def _restore(cls: Type[LLMException], args: Tuple[object, ...]) -> LLMException:
     """Rebuild a pickled exception; its fields follow as state."""
-    exception = cls.__new__(cls, *args)
+    # The builtin that lays out the object must create it: OSError and its kind have fields of their own.
+    exception = OSError.__new__(cls) if issubclass(cls, OSError) else RuntimeError.__new__(cls)
     exception.args = args
     return exception
 
