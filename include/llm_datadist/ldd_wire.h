@@ -1,0 +1,127 @@
+/*
+ * Control protocol between two engines: fixed-layout little-endian frames over a stream socket.
+ *
+ * A link owns two connections, both opened by the side that asked for it. On each, one side asks and
+ * the other side's service thread answers in order, so neither ever waits behind the other's requests.
+ * Addresses in a DESCRIPTOR or RANGES frame are the owner's and only ever select among the regions that
+ * the owner announced to the data path; the data path checks region, generation, offset and length again.
+ */
+#ifndef LLM_DATADIST_LDD_WIRE_H
+#define LLM_DATADIST_LDD_WIRE_H
+
+#include <assert.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define LDD_WIRE_MAGIC 0x3144444cu /* "LDD1" */
+#define LDD_WIRE_VERSION 1u
+#define LDD_WIRE_MAX_PAYLOAD (4u << 20) /* bytes; about 500 000 tensor addresses */
+#define LDD_WIRE_MAX_RANGES 65536u
+
+enum {
+    LDD_FRAME_HELLO = 1,      /* asker -> answerer, first frame of a connection  */
+    LDD_FRAME_WELCOME = 2,    /* its answer                                      */
+    LDD_FRAME_RESOLVE = 3,    /* key -> DESCRIPTOR; pins the cache under a lease */
+    LDD_FRAME_DESCRIPTOR = 4,
+    LDD_FRAME_RELEASE = 5,    /* ends a lease, may take the key -> ACK           */
+    LDD_FRAME_ACK = 6,
+    LDD_FRAME_RANGES = 7,     /* given addresses -> LEASE; pins their caches     */
+    LDD_FRAME_LEASE = 8,
+    LDD_FRAME_UNLINK = 9,     /* -> ACK; both sides drop the link                */
+    LDD_FRAME_PING = 10       /* -> ACK                                          */
+};
+
+typedef struct {
+    uint32_t magic;
+    uint16_t version, type;
+    uint32_t length; /* payload bytes that follow */
+    uint32_t request_id;
+} ldd_frame_header;
+
+enum { LDD_HELLO_FORWARD = 0, LDD_HELLO_REVERSE = 1 };
+enum { LDD_MODE_REMOTE_ACCESSIBLE = 1u << 0 };
+
+typedef struct {
+    uint16_t direction; /* FORWARD: the sender asks on this connection; REVERSE: it answers */
+    uint16_t reserved;
+    uint32_t mode;
+    uint64_t cluster_id, expected_cluster_id;
+    uint8_t instance[16]; /* fresh random number per engine */
+    uint8_t token[16];    /* names the link on both connections and on the data path */
+    uint8_t comm[32];     /* digest of a communicator, all zero for link_clusters */
+    uint32_t data_port, check_expected;
+    char data_ip[64];
+} ldd_hello;
+
+typedef struct {
+    int32_t status;
+    uint32_t mode;
+    uint64_t cluster_id;
+    uint8_t instance[16];
+    uint32_t data_port, reserved;
+    char data_ip[64];
+    char text[152];
+} ldd_welcome;
+
+enum { LDD_ACCESS_READ = 0, LDD_ACCESS_WRITE = 1 };
+
+typedef struct {
+    uint8_t kind, access;
+    uint16_t reserved;
+    uint32_t batch_index;
+    uint64_t id, model_id;
+} ldd_resolve;
+
+enum {
+    LDD_DESC_BLOCKS = 1u << 0,
+    LDD_DESC_HOST = 1u << 1,
+    LDD_DESC_OWNED = 1u << 2,
+    LDD_DESC_REMOTE_ACCESSIBLE = 1u << 3,
+    LDD_DESC_EVEN = 1u << 4 /* addresses are base + i * step: two words follow instead of num_tensors */
+};
+
+typedef struct {
+    int32_t status;
+    uint32_t lease;
+    int64_t cache_id;
+    uint32_t num_tensors, flags;
+    uint64_t num_slots, tensor_bytes, stride_bytes;
+    uint64_t region_epoch; /* changes whenever the owner's regions do */
+    uint32_t batch_index, text_bytes; /* on failure: text follows instead of addresses */
+} ldd_descriptor;
+
+enum { LDD_RELEASE_TAKE = 1u << 0 };
+
+typedef struct {
+    uint32_t lease, flags;
+    uint32_t first_tensor, num_tensors;
+} ldd_release;
+
+typedef struct {
+    uint64_t addr, bytes;
+} ldd_range;
+
+typedef struct {
+    int32_t status;
+    uint32_t lease;
+    uint64_t region_epoch;
+    char text[240];
+} ldd_lease_reply;
+
+typedef struct {
+    int32_t status;
+    uint32_t reserved;
+} ldd_ack;
+
+static_assert(sizeof(ldd_frame_header) == 16, "frame header");
+static_assert(sizeof(ldd_hello) == 160 && offsetof(ldd_hello, data_port) == 88, "hello");
+static_assert(sizeof(ldd_welcome) == 256 && offsetof(ldd_welcome, data_ip) == 40, "welcome");
+static_assert(sizeof(ldd_resolve) == 24, "resolve");
+static_assert(sizeof(ldd_descriptor) == 64, "descriptor");
+static_assert(sizeof(ldd_release) == 16, "release");
+static_assert(sizeof(ldd_range) == 16, "range");
+static_assert(sizeof(ldd_lease_reply) == 256, "lease reply");
+static_assert(sizeof(ldd_ack) == 8, "ack");
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "frames are written as they lie in memory");
+
+#endif

@@ -1,0 +1,16 @@
+"""Stream sockets with absolute deadlines, for threads that hold no GIL."""
+from libc.stdint cimport int64_t
+from .status cimport ldd_status, ldd_detail
+
+# An address is a numeric IPv4/IPv6 text, or "@name" for a socket in the abstract Unix name space.
+cdef ldd_status net_connect(const char* ip, int port, int64_t deadline_ns, int* fd, ldd_detail* detail) noexcept nogil
+cdef ldd_status net_listen(const char* ip, int port, int backlog, int* fd, int* bound_port,
+                           ldd_detail* detail) noexcept nogil
+cdef ldd_status net_send(int fd, const void* data, size_t nbytes, int64_t deadline_ns,
+                         ldd_detail* detail) noexcept nogil
+cdef ldd_status net_recv(int fd, void* data, size_t nbytes, int64_t deadline_ns, ldd_detail* detail) noexcept nogil
+cdef void net_tune(int fd) noexcept nogil
+cdef void net_local_ip(int fd, char* text, size_t size) noexcept nogil
+cdef void net_peer_ip(int fd, char* text, size_t size) noexcept nogil
+cdef void net_shutdown(int fd) noexcept nogil
+cdef int net_free_port(const char* ip) noexcept nogil
