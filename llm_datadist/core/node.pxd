@@ -1,0 +1,103 @@
+"""Who we are and whom we are linked to: state that the service thread and user threads share."""
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+
+from .block_plan cimport ldd_desc_list
+from .cache_table cimport ldd_cache_pin, ldd_key_ref, ldd_table
+from .cann cimport HixlClientHandle, aclrtContext, ldd_provider
+from .region cimport ldd_regions
+from .status cimport ldd_detail, ldd_status
+from .sync cimport pthread_cond_t, pthread_mutex_t
+
+cdef enum:
+    MAX_LINKS = 4096
+
+cdef enum ldd_link_origin:
+    ORIGIN_LOCAL                                # link_clusters called here
+    ORIGIN_PEER                                 # link_clusters called there
+    ORIGIN_COMM                                 # both called link
+
+cdef enum ldd_link_state:
+    LINK_OPENING
+    LINK_ACTIVE
+    LINK_BROKEN                                 # the peer died or a transfer timed out; kept until unlinked
+    LINK_CLOSED                                 # unlinked; lives on until its last user is done
+
+# What a peer holds: it reads or writes these caches until it releases the lease or is gone.
+ctypedef struct ldd_lease:
+    uint32_t id                                 # 0: the entry is free
+    uint32_t num_pins
+    ldd_cache_pin* pins
+    ldd_key_ref key
+
+ctypedef struct ldd_link:
+    ldd_node* node
+    ldd_link* next
+    uint64_t cluster_id
+    uint8_t instance[16]
+    uint8_t token[16]
+    ldd_link_origin origin
+    int64_t comm_id                             # of ORIGIN_COMM, otherwise 0
+    char peer_ip[64]
+    # guarded by node.lock
+    ldd_link_state state
+    uint32_t refs                               # the set, the service thread and every running operation
+    uint32_t ops                                # running operations: while there are any, we may touch peer memory
+    char reason[160]                            # why it broke
+    # asking: one operation at a time under `lock`
+    pthread_mutex_t lock
+    int ask_fd
+    uint32_t next_request
+    HixlClientHandle client
+    char data_ip[64]
+    uint32_t data_port
+    uint64_t seen_epoch                         # of the peer's regions
+    ldd_desc_list descs
+    uint8_t* reply
+    size_t reply_capacity
+    # answering: the service thread alone
+    ldd_lease* leases
+    uint32_t num_leases
+    uint32_t lease_capacity
+    uint32_t next_lease
+    # counters, relaxed
+    uint64_t pulled_bytes
+    uint64_t pushed_bytes
+    uint64_t num_transfers
+
+ctypedef struct ldd_node:
+    const ldd_provider* provider
+    aclrtContext context
+    ldd_table* table
+    ldd_regions regions
+    uint64_t cluster_id
+    uint8_t instance[16]
+    uint32_t mode                               # LDD_MODE_* bits; both ends of a link must agree
+    int64_t sync_timeout_ns
+    int32_t owner_pid
+    pthread_mutex_t lock                        # guards the set and the fields said above; a leaf lock
+    pthread_cond_t idle                         # signalled when a link's last operation ends
+    ldd_link* links
+    uint32_t num_links
+
+cdef void ldd_node_init(ldd_node* node, const ldd_provider* provider, uint64_t cluster_id) noexcept nogil
+# All links must be gone.
+cdef void ldd_node_destroy(ldd_node* node) noexcept nogil
+
+# A link of nobody's set yet, with one reference.
+cdef ldd_link* ldd_link_new(ldd_node* node, uint64_t cluster_id, ldd_link_origin origin) noexcept nogil
+cdef void ldd_link_unref(ldd_link* link) noexcept nogil
+cdef void ldd_link_ref(ldd_link* link) noexcept nogil
+# Make it visible and active.
+cdef ldd_status ldd_link_publish(ldd_link* link, ldd_detail* detail) noexcept nogil
+# An active link to this cluster with an operation counted on it; LDD_E_NOT_LINKED otherwise.
+cdef ldd_status ldd_link_begin(ldd_node* node, uint64_t cluster_id, ldd_link** out, ldd_detail* detail) noexcept nogil
+cdef void ldd_link_end(ldd_link* link) noexcept nogil
+# No new operation starts on it; kept in the set.
+cdef void ldd_link_break(ldd_link* link, const char* reason) noexcept nogil
+# Take it out of the set.
+cdef void ldd_link_drop(ldd_link* link) noexcept nogil
+# Drop all that match; -1 for any origin or communicator. Returns how many there were.
+cdef uint32_t ldd_links_drop(ldd_node* node, int origin, int64_t comm_id, bint any_cluster,
+                             uint64_t cluster_id) noexcept nogil
+# Wait until no operation runs on any link of this cluster (or at all).
+cdef ldd_status ldd_links_wait_idle(ldd_node* node, int64_t deadline_ns) noexcept nogil

@@ -1,0 +1,206 @@
+"""Who we are and whom we are linked to: state that the service thread and user threads share.
+
+`node.lock` guards the set of links and each link's state and counts; it is a leaf lock, held for a few
+instructions. A link is freed by whoever drops its last reference.
+
+The rule that keeps peers' memory safe: **our asking connection stays open as long as an operation of ours
+may touch peer memory**, whatever else became of the link, and is shut down right after. The peer takes its
+end as the proof that its leases are over.
+"""
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memset, strncpy
+
+from .block_plan cimport ldd_desc_list_free, ldd_desc_list_init
+from .net cimport net_shutdown
+from .status cimport LDD_E_NOT_LINKED, LDD_E_NO_MEMORY, LDD_E_TIMEOUT, LDD_E_FAILED, LDD_OK, ldd_fail
+from .sync cimport (ldd_cond_broadcast, ldd_cond_destroy, ldd_cond_init, ldd_cond_wait_until, ldd_lock,
+                    ldd_mutex_destroy, ldd_mutex_init, ldd_unlock)
+
+cdef extern from "unistd.h" nogil:
+    int close(int fd)
+
+
+cdef void ldd_node_init(ldd_node* node, const ldd_provider* provider, uint64_t cluster_id) noexcept nogil:
+    memset(node, 0, sizeof(ldd_node))
+    node.provider = provider
+    node.cluster_id = cluster_id
+    ldd_mutex_init(&node.lock)
+    ldd_cond_init(&node.idle)
+
+
+cdef void ldd_node_destroy(ldd_node* node) noexcept nogil:
+    ldd_mutex_destroy(&node.lock)
+    ldd_cond_destroy(&node.idle)
+
+
+cdef ldd_link* ldd_link_new(ldd_node* node, uint64_t cluster_id, ldd_link_origin origin) noexcept nogil:
+    cdef ldd_link* link = <ldd_link*>calloc(1, sizeof(ldd_link))
+    if link == NULL:
+        return NULL
+    link.node = node
+    link.cluster_id = cluster_id
+    link.origin = origin
+    link.state = LINK_OPENING
+    link.refs = 1
+    link.ask_fd = -1
+    ldd_mutex_init(&link.lock)
+    ldd_desc_list_init(&link.descs)
+    return link
+
+
+cdef void destroy(ldd_link* link) noexcept nogil:
+    if link.client != NULL:
+        link.node.provider.hixl.HixlCSClientDestroy(link.client)
+    if link.ask_fd >= 0:
+        close(link.ask_fd)
+    ldd_desc_list_free(&link.descs)
+    free(link.reply)
+    free(link.leases)
+    ldd_mutex_destroy(&link.lock)
+    free(link)
+
+
+cdef void ldd_link_ref(ldd_link* link) noexcept nogil:
+    ldd_lock(&link.node.lock)
+    link.refs += 1
+    ldd_unlock(&link.node.lock)
+
+
+cdef void ldd_link_unref(ldd_link* link) noexcept nogil:
+    cdef ldd_node* node = link.node
+    ldd_lock(&node.lock)
+    link.refs -= 1
+    cdef bint last = link.refs == 0
+    ldd_unlock(&node.lock)
+    if last:
+        destroy(link)
+
+
+cdef ldd_status ldd_link_publish(ldd_link* link, ldd_detail* detail) noexcept nogil:
+    cdef ldd_node* node = link.node
+    ldd_lock(&node.lock)
+    if node.num_links >= MAX_LINKS:
+        ldd_unlock(&node.lock)
+        return ldd_fail(detail, LDD_E_FAILED, b"%d links exist, which is the most one engine holds", <int>MAX_LINKS)
+    link.state = LINK_ACTIVE
+    link.refs += 1
+    link.next = node.links
+    node.links = link
+    node.num_links += 1
+    ldd_unlock(&node.lock)
+    return LDD_OK
+
+
+cdef ldd_status ldd_link_begin(ldd_node* node, uint64_t cluster_id, ldd_link** out,
+                               ldd_detail* detail) noexcept nogil:
+    cdef ldd_link* link
+    cdef ldd_link* broken = NULL
+    cdef ldd_status status = LDD_E_NOT_LINKED
+    ldd_lock(&node.lock)
+    link = node.links
+    while link != NULL:
+        if link.cluster_id == cluster_id:
+            if link.state == LINK_ACTIVE:
+                link.refs += 1
+                link.ops += 1
+                out[0] = link
+                ldd_unlock(&node.lock)
+                return LDD_OK
+            broken = link
+        link = link.next
+    if broken != NULL:
+        ldd_fail(detail, status, b"the link to cluster %llu is broken (%s): unlink and link again",
+                 <unsigned long long>cluster_id, broken.reason)
+    else:
+        ldd_fail(detail, status, b"cluster %llu is not linked", <unsigned long long>cluster_id)
+    ldd_unlock(&node.lock)
+    return status
+
+
+cdef void ldd_link_end(ldd_link* link) noexcept nogil:
+    cdef ldd_node* node = link.node
+    ldd_lock(&node.lock)
+    link.ops -= 1
+    if link.ops == 0:
+        if link.state != LINK_ACTIVE:
+            net_shutdown(link.ask_fd)
+        ldd_cond_broadcast(&node.idle)
+    ldd_unlock(&node.lock)
+    ldd_link_unref(link)
+
+
+cdef void leave_locked(ldd_link* link, ldd_link_state state) noexcept nogil:
+    link.state = state
+    if link.ops == 0:
+        net_shutdown(link.ask_fd)
+
+
+cdef void ldd_link_break(ldd_link* link, const char* reason) noexcept nogil:
+    ldd_lock(&link.node.lock)
+    if link.state == LINK_ACTIVE:
+        strncpy(link.reason, reason, sizeof(link.reason) - 1)
+        leave_locked(link, LINK_BROKEN)
+    ldd_unlock(&link.node.lock)
+
+
+cdef bint take_out_locked(ldd_link* link) noexcept nogil:
+    """Unchain the link and close it; the caller owes the set's reference afterwards."""
+    cdef ldd_link** at = &link.node.links
+    while at[0] != NULL and at[0] != link:
+        at = &at[0].next
+    if at[0] == NULL:
+        return False
+    at[0] = link.next
+    link.node.num_links -= 1
+    leave_locked(link, LINK_CLOSED)
+    return True
+
+
+cdef void ldd_link_drop(ldd_link* link) noexcept nogil:
+    ldd_lock(&link.node.lock)
+    cdef bint was_in = take_out_locked(link)
+    ldd_unlock(&link.node.lock)
+    if was_in:
+        ldd_link_unref(link)
+
+
+cdef uint32_t ldd_links_drop(ldd_node* node, int origin, int64_t comm_id, bint any_cluster,
+                             uint64_t cluster_id) noexcept nogil:
+    cdef ldd_link* link
+    cdef ldd_link* following
+    cdef ldd_link* dropped = NULL
+    cdef uint32_t count = 0
+    ldd_lock(&node.lock)
+    link = node.links
+    while link != NULL:
+        following = link.next
+        if ((origin < 0 or link.origin == origin) and (comm_id < 0 or link.comm_id == comm_id)
+                and (any_cluster or link.cluster_id == cluster_id)):
+            take_out_locked(link)
+            link.next = dropped
+            dropped = link
+            count += 1
+        link = following
+    ldd_unlock(&node.lock)
+    while dropped != NULL:
+        following = dropped.next
+        ldd_link_unref(dropped)
+        dropped = following
+    return count
+
+
+cdef ldd_status ldd_links_wait_idle(ldd_node* node, int64_t deadline_ns) noexcept nogil:
+    cdef ldd_link* link
+    cdef ldd_status status = LDD_OK
+    ldd_lock(&node.lock)
+    while status == LDD_OK:
+        link = node.links
+        while link != NULL and link.ops == 0:
+            link = link.next
+        if link == NULL:
+            break
+        if not ldd_cond_wait_until(&node.idle, &node.lock, deadline_ns):
+            status = LDD_E_TIMEOUT
+    ldd_unlock(&node.lock)
+    return status
