@@ -1,0 +1,172 @@
+"""Caches, their keys and their pins: what a peer may find here and how long it lives; see ``cache_table.pyx``."""
+from libc.stddef cimport size_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+
+from llm_datadist.core.key_index cimport ldd_keys
+from llm_datadist.core.pool cimport ldd_pool, ldd_span
+from llm_datadist.core.status cimport ldd_detail, ldd_status
+from llm_datadist.core.sync cimport ldd_cond, ldd_mutex
+
+cdef enum:
+    LDD_CACHE_BLOCKS = 1            # slots are blocks; batch size counts as 1
+    LDD_CACHE_HOST = 2              # placement
+    LDD_CACHE_REMOTE = 4            # remote accessible
+    LDD_CACHE_LAST_KEY_WINS = 8     # first generation: of equal keys in one call the last one counts
+
+# A key to bind. Padding keys never get here; the caller has compared the length of the whole list with num_slots.
+ctypedef struct ldd_key_spec:
+    uint32_t slot                   # batch slot; 0 for KEY_BLOCKS
+    uint32_t kind                   # KEY_REQ, KEY_PREFIX or KEY_BLOCKS
+    uint64_t id                     # 2**64-1 for KEY_BLOCKS
+    uint64_t model_id
+
+# A pinned cache. Valid until ldd_table_unpin(slot, generation); addrs is neither moved nor freed before that.
+ctypedef struct ldd_cache_view:
+    int64_t cache_id
+    uint32_t slot
+    uint32_t generation
+    uint32_t num_tensors
+    uint32_t batch_index            # the slot a key is bound to, or the index asked for
+    uint64_t num_slots              # shape[0]
+    uint64_t tensor_bytes
+    uint64_t stride                 # tensor_bytes // num_slots
+    uint64_t step                   # distance of consecutive tensors when it is constant and positive, otherwise 0
+    const uint64_t* addrs           # num_tensors
+    uint32_t key_index              # releasable key, for ldd_table_take; LDD_NO_KEY when a pull releases nothing
+    uint32_t key_generation
+    uint32_t key_kind               # KEY_REQ, KEY_PREFIX, KEY_BLOCKS; KEY_BY_ID when the slot has no key
+    uint32_t tensor                 # ldd_table_pin_range: the tensor that contains the range
+    uint64_t offset                 # ... and where in it, bytes
+    uint8_t owned
+    uint8_t is_blocks
+    uint8_t host
+    uint8_t remote_accessible
+
+ctypedef struct ldd_cache:
+    int64_t cache_id                # 0: free slot
+    uint32_t generation
+    uint32_t pins
+    uint32_t num_keys               # keys in the index that lead here
+    uint32_t num_refs               # those of them that keep the memory (req and prefix keys of owned contiguous caches)
+    uint8_t owned
+    uint8_t is_blocks
+    uint8_t host
+    uint8_t remote_accessible
+    uint8_t handle_ref              # until deallocate or unregister
+    uint8_t published               # may be found and pinned; once False it is freed with its last pin
+    uint32_t num_tensors
+    uint32_t num_key_slots
+    uint64_t num_slots
+    uint64_t tensor_bytes
+    uint64_t step
+    uint64_t* addrs                 # one block: addrs[num_tensors], then slot_keys[num_key_slots]
+    uint32_t* slot_keys             # batch slot -> key index
+    ldd_pool* pool
+    ldd_span span
+    uint32_t link                   # live: position in ldd_table.ranges; free: next free slot
+
+# Address bounds of a live cache, kept dense so that ldd_table_pin_range reads little.
+ctypedef struct ldd_range:
+    uint64_t first
+    uint64_t last                   # inclusive, so the end of the address space needs no special case
+    uint32_t slot
+
+ctypedef struct ldd_table:
+    ldd_mutex mutex
+    ldd_cond drained                # some unpublished cache went away
+    ldd_keys keys
+    ldd_cache* caches
+    uint32_t num_cache_slots
+    uint32_t cache_capacity
+    uint32_t first_free
+    ldd_range* ranges
+    uint32_t num_caches
+    uint32_t num_owned
+    uint32_t num_deferred
+    uint64_t num_pins
+    uint64_t owned_bytes
+    uint64_t registered_bytes
+    int64_t next_id
+
+ctypedef struct ldd_table_counts:
+    uint64_t num_owned
+    uint64_t num_registered
+    uint64_t num_keys
+    uint64_t num_pins
+    uint64_t num_deferred           # handle gone, kept by keys or pins
+    uint64_t owned_bytes            # num_tensors * tensor_bytes, without page rounding
+    uint64_t registered_bytes
+    uint64_t max_probe              # longest search of the key index, in cells; costs a pass over it
+    uint64_t key_bytes              # memory held for keys
+
+ctypedef struct ldd_cache_row:
+    int64_t cache_id
+    uint64_t bytes
+    uint32_t num_tensors
+    uint32_t num_keys
+    uint32_t pins
+    uint8_t owned
+    uint8_t is_blocks
+    uint8_t handle_ref
+    uint8_t published
+
+# Every function may be called from any thread, with or without the GIL. A deadline (CLOCK_MONOTONIC, ns) bounds the
+# wait for the table's mutex; LDD_E_TIMEOUT then means nothing was changed. A deadline of 0 tries once: a caller that
+# holds the GIL may do that first and release the GIL only for the second attempt. Functions without a deadline hold
+# the mutex, as all do, for well under the time of a system call. The table's mutex comes before a pool's.
+
+cdef ldd_status ldd_table_create(ldd_table** out, ldd_detail* detail) noexcept nogil
+# Frees all memory of the table itself; call ldd_table_clear first. NULL is allowed.
+cdef void ldd_table_destroy(ldd_table* table) noexcept nogil
+
+# New owned cache. addrs (num_tensors, may be NULL) receives a copy. On failure nothing is bound and nothing taken.
+# LDD_E_PARAM: no pool, zero sizes, slot outside the cache, equal keys in one call (unless LAST_KEY_WINS), a key bound
+# to another live cache. LDD_E_NO_MEMORY: the pool's text.
+cdef ldd_status ldd_table_allocate(ldd_table* table, ldd_pool* pool, uint32_t num_tensors, uint64_t num_slots,
+                                   uint64_t tensor_bytes, uint32_t flags, const ldd_key_spec* keys, uint32_t num_keys,
+                                   int64_t* cache_id, uint64_t* addrs, int64_t deadline_ns,
+                                   ldd_detail* detail) noexcept nogil
+# New registered cache over the caller's memory. A KEY_BLOCKS bound elsewhere moves here; other keys bound elsewhere
+# stay where they are.
+cdef ldd_status ldd_table_register(ldd_table* table, const uint64_t* addrs, uint32_t num_tensors, uint64_t num_slots,
+                                   uint64_t tensor_bytes, uint32_t flags, const ldd_key_spec* keys, uint32_t num_keys,
+                                   int64_t* cache_id, int64_t deadline_ns, ldd_detail* detail) noexcept nogil
+# The handle of an owned cache is gone: free at once, or when the last key and pin are. Unknown, already deallocated
+# and registered ids: LDD_OK without effect.
+cdef ldd_status ldd_table_deallocate(ldd_table* table, int64_t cache_id, int64_t deadline_ns,
+                                     ldd_detail* detail) noexcept nogil
+# Unpublish a registered cache and wait until no pin is left. LDD_E_TIMEOUT: unpublished, still pinned (or the mutex
+# was busy and nothing happened); call again. Unknown and owned ids: LDD_OK without effect.
+cdef ldd_status ldd_table_unregister(ldd_table* table, int64_t cache_id, int64_t deadline_ns,
+                                     ldd_detail* detail) noexcept nogil
+# Unbind a key. Unknown keys: LDD_OK without effect.
+cdef ldd_status ldd_table_remove_key(ldd_table* table, uint32_t kind, uint64_t id, uint64_t model_id,
+                                     int64_t deadline_ns, ldd_detail* detail) noexcept nogil
+
+# Find by key, or by id (kind KEY_BY_ID: id is the cache id, model_id is ignored), and pin. batch_index counts for
+# KEY_BY_ID alone. LDD_E_NOT_EXIST names what is missing.
+cdef ldd_status ldd_table_resolve(ldd_table* table, uint32_t kind, uint64_t id, uint64_t model_id,
+                                  uint64_t batch_index, ldd_cache_view* view, ldd_detail* detail) noexcept nogil
+# Pin by id for a local operation. LDD_E_NOT_EXIST once the cache is freed, or waits for nothing but its pins.
+cdef ldd_status ldd_table_pin_local(ldd_table* table, int64_t cache_id, ldd_cache_view* view,
+                                    ldd_detail* detail) noexcept nogil
+# Pin the cache one of whose tensors contains [addr, addr + num_bytes); view.tensor and view.offset say where.
+# LDD_E_PARAM names the address when there is none. Reads the bounds of every live cache.
+cdef ldd_status ldd_table_pin_range(ldd_table* table, uint64_t addr, uint64_t num_bytes, ldd_cache_view* view,
+                                    ldd_detail* detail) noexcept nogil
+# Drop one pin; the last one of an unpublished cache frees it. A stale (slot, generation) is a no-op.
+cdef void ldd_table_unpin(ldd_table* table, uint32_t slot, uint32_t generation) noexcept nogil
+# A pull of tensors [first_tensor, first_tensor + num_tensors) succeeded: release the key when all were taken. A stale
+# key is a no-op, so is LDD_NO_KEY. LDD_E_PARAM: range outside the cache. LDD_E_NO_MEMORY: nothing was marked.
+cdef ldd_status ldd_table_take(ldd_table* table, uint32_t key_index, uint32_t key_generation, uint32_t first_tensor,
+                               uint32_t num_tensors) noexcept nogil
+
+# Free everything, waiting for pins. LDD_E_TIMEOUT names a pinned cache; all is unpublished by then, call again.
+cdef ldd_status ldd_table_clear(ldd_table* table, int64_t deadline_ns, ldd_detail* detail) noexcept nogil
+cdef void ldd_table_stats(ldd_table* table, ldd_table_counts* counts) noexcept nogil
+# Up to capacity rows; returns the number of live caches.
+cdef size_t ldd_table_snapshot(ldd_table* table, ldd_cache_row* rows, size_t capacity) noexcept nogil
+
+
+cdef class CacheTable:
+    cdef ldd_table* t
