@@ -2,11 +2,11 @@
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 
 from .block_plan cimport ldd_desc_list
-from .cache_table cimport ldd_cache_pin, ldd_key_ref, ldd_table
+from .cache_table cimport ldd_table
 from .cann cimport HixlClientHandle, aclrtContext, ldd_provider
 from .region cimport ldd_regions
 from .status cimport ldd_detail, ldd_status
-from .sync cimport pthread_cond_t, pthread_mutex_t
+from .sync cimport ldd_cond, ldd_mutex
 
 cdef enum:
     MAX_LINKS = 4096
@@ -22,12 +22,19 @@ cdef enum ldd_link_state:
     LINK_BROKEN                                 # the peer died or a transfer timed out; kept until unlinked
     LINK_CLOSED                                 # unlinked; lives on until its last user is done
 
+# A pinned cache of the table.
+ctypedef struct ldd_pin:
+    uint32_t slot
+    uint32_t generation
+
 # What a peer holds: it reads or writes these caches until it releases the lease or is gone.
 ctypedef struct ldd_lease:
     uint32_t id                                 # 0: the entry is free
     uint32_t num_pins
-    ldd_cache_pin* pins
-    ldd_key_ref key
+    ldd_pin first                               # all a lease on a key needs
+    ldd_pin* more                               # the pins after the first, of a lease on ranges
+    uint32_t key_index                          # what a release may take
+    uint32_t key_generation
 
 ctypedef struct ldd_link:
     ldd_node* node
@@ -44,7 +51,7 @@ ctypedef struct ldd_link:
     uint32_t ops                                # running operations: while there are any, we may touch peer memory
     char reason[160]                            # why it broke
     # asking: one operation at a time under `lock`
-    pthread_mutex_t lock
+    ldd_mutex lock
     int ask_fd
     uint32_t next_request
     HixlClientHandle client
@@ -74,8 +81,8 @@ ctypedef struct ldd_node:
     uint32_t mode                               # LDD_MODE_* bits; both ends of a link must agree
     int64_t sync_timeout_ns
     int32_t owner_pid
-    pthread_mutex_t lock                        # guards the set and the fields said above; a leaf lock
-    pthread_cond_t idle                         # signalled when a link's last operation ends
+    ldd_mutex lock                        # guards the set and the fields said above; a leaf lock
+    ldd_cond idle                         # signalled when a link's last operation ends
     ldd_link* links
     uint32_t num_links
 

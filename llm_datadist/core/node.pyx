@@ -13,7 +13,7 @@ from libc.string cimport memset, strncpy
 
 from .block_plan cimport ldd_desc_list_free, ldd_desc_list_init
 from .net cimport net_shutdown
-from .status cimport LDD_E_NOT_LINKED, LDD_E_NO_MEMORY, LDD_E_TIMEOUT, LDD_E_FAILED, LDD_OK, ldd_fail
+from .status cimport LDD_E_NOT_LINKED, LDD_E_NO_MEMORY, LDD_E_FAILED, LDD_OK, ldd_fail
 from .sync cimport (ldd_cond_broadcast, ldd_cond_destroy, ldd_cond_init, ldd_cond_wait_until, ldd_lock,
                     ldd_mutex_destroy, ldd_mutex_init, ldd_unlock)
 
@@ -200,7 +200,6 @@ cdef ldd_status ldd_links_wait_idle(ldd_node* node, int64_t deadline_ns) noexcep
             link = link.next
         if link == NULL:
             break
-        if not ldd_cond_wait_until(&node.idle, &node.lock, deadline_ns):
-            status = LDD_E_TIMEOUT
+        status = ldd_cond_wait_until(&node.idle, &node.lock, deadline_ns)
     ldd_unlock(&node.lock)
     return status

@@ -3,7 +3,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from .cann cimport HixlServerHandle, MemHandle, ldd_provider
 from .status cimport ldd_detail, ldd_status
-from .sync cimport pthread_mutex_t
+from .sync cimport ldd_mutex
 
 cdef enum:
     MAX_DATA_SERVERS = 16
@@ -23,7 +23,7 @@ ctypedef struct ldd_data_server:
 
 ctypedef struct ldd_regions:
     const ldd_provider* provider
-    pthread_mutex_t lock                        # guards all below; no other lock is taken under it
+    ldd_mutex lock                        # guards all below; no other lock is taken under it
     ldd_region* items
     uint32_t count
     uint32_t capacity

@@ -1,0 +1,88 @@
+"""The control protocol's frames; see ``ldd_wire.h`` for what each means."""
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+cdef extern from "llm_datadist/ldd_wire.h" nogil:
+    enum:
+        LDD_WIRE_MAGIC
+        LDD_WIRE_VERSION
+        LDD_WIRE_MAX_PAYLOAD
+        LDD_WIRE_MAX_RANGES
+        LDD_FRAME_HELLO
+        LDD_FRAME_WELCOME
+        LDD_FRAME_RESOLVE
+        LDD_FRAME_DESCRIPTOR
+        LDD_FRAME_RELEASE
+        LDD_FRAME_ACK
+        LDD_FRAME_RANGES
+        LDD_FRAME_LEASE
+        LDD_FRAME_UNLINK
+        LDD_FRAME_PING
+        LDD_HELLO_FORWARD
+        LDD_HELLO_REVERSE
+        LDD_MODE_REMOTE_ACCESSIBLE
+        LDD_ACCESS_READ
+        LDD_ACCESS_WRITE
+        LDD_DESC_BLOCKS
+        LDD_DESC_HOST
+        LDD_DESC_OWNED
+        LDD_DESC_REMOTE_ACCESSIBLE
+        LDD_DESC_EVEN
+        LDD_RELEASE_TAKE
+    ctypedef struct ldd_frame_header:
+        uint32_t magic
+        uint16_t version
+        uint16_t type
+        uint32_t length
+        uint32_t request_id
+    ctypedef struct ldd_hello:
+        uint16_t direction
+        uint32_t mode
+        uint64_t cluster_id
+        uint64_t expected_cluster_id
+        uint8_t instance[16]
+        uint8_t token[16]
+        uint8_t comm[32]
+        uint32_t data_port
+        uint32_t check_expected
+        char data_ip[64]
+    ctypedef struct ldd_welcome:
+        int32_t status
+        uint32_t mode
+        uint64_t cluster_id
+        uint8_t instance[16]
+        uint32_t data_port
+        char data_ip[64]
+        char text[152]
+    ctypedef struct ldd_resolve:
+        uint8_t kind
+        uint8_t access
+        uint32_t batch_index
+        uint64_t id
+        uint64_t model_id
+    ctypedef struct ldd_descriptor:
+        int32_t status
+        uint32_t lease
+        int64_t cache_id
+        uint32_t num_tensors
+        uint32_t flags
+        uint64_t num_slots
+        uint64_t tensor_bytes
+        uint64_t stride_bytes
+        uint64_t region_epoch
+        uint32_t batch_index
+        uint32_t text_bytes
+    ctypedef struct ldd_release:
+        uint32_t lease
+        uint32_t flags
+        uint32_t first_tensor
+        uint32_t num_tensors
+    ctypedef struct ldd_range:
+        uint64_t addr
+        uint64_t bytes
+    ctypedef struct ldd_lease_reply:
+        int32_t status
+        uint32_t lease
+        uint64_t region_epoch
+        char text[240]
+    ctypedef struct ldd_ack:
+        int32_t status
