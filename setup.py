@@ -1,0 +1,195 @@
+"""Build the compiled core and the library of the embedded provider. Metadata is in pyproject.toml.
+
+Everything is found by pattern: each ``llm_datadist/core/*.pyx`` is one extension module, and every
+``llm_datadist/host/*.c`` together make the plain C library ``libldd_host.so``. No toolkit is needed, and one that
+is installed changes nothing: the headers come from ``include/``. What does not compile fails the build.
+"""
+import contextlib
+import io
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Dict, List, Mapping, Tuple
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+HOST_LIBRARY = "llm_datadist.host.libldd_host"
+
+
+@dataclass(frozen=True)
+class BuildContext:
+    """The build knobs, read once.
+
+    Attributes
+    ----------
+    debug : bool
+        ``LDD_DEBUG=1``: bounds, wraparound and initialisation checks in the core, asserts in C, no optimisation.
+    sanitize : tuple of str
+        ``LDD_SANITIZE=address,undefined`` or ``thread``: sanitizers to build with.
+    werror : bool
+        ``LDD_WERROR=1``: compiler warnings, Cython warnings and Cython performance hints fail the build.
+    """
+
+    debug: bool = False
+    sanitize: Tuple[str, ...] = ()
+    werror: bool = False
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str]) -> "BuildContext":
+        """Return the context that `environ` asks for; a value that means nothing is an error."""
+        sanitize = tuple(name for name in environ.get("LDD_SANITIZE", "").split(",") if name)
+        unknown = set(sanitize) - {"address", "undefined", "thread", "leak"}
+        if unknown:
+            raise ValueError(f"LDD_SANITIZE: {', '.join(sorted(unknown))}; known: address, leak, thread, undefined")
+        if "thread" in sanitize and "address" in sanitize:
+            raise ValueError("LDD_SANITIZE: address and thread exclude each other")
+        return cls(debug=_flag(environ, "LDD_DEBUG"), sanitize=sanitize, werror=_flag(environ, "LDD_WERROR"))
+
+    @property
+    def directives(self) -> Dict[str, object]:
+        """Cython compiler directives."""
+        return {
+            "language_level": 3, "binding": True, "embedsignature": True, "cdivision": True,
+            "boundscheck": self.debug, "wraparound": self.debug, "initializedcheck": self.debug,
+        }
+
+    @property
+    def compile_args(self) -> List[str]:
+        """Arguments of the C compiler, for the core and the host library alike."""
+        args = ["-std=gnu11", "-Wall", "-Wextra", "-fvisibility=hidden", "-pthread"]
+        args += ["-O1", "-g", "-UNDEBUG", "-DLDD_DEBUG=1"] if self.debug else ["-O3"]
+        if self.sanitize:
+            args += [f"-fsanitize={','.join(self.sanitize)}", "-g", "-fno-omit-frame-pointer"]
+            args += ["-fno-sanitize-recover=undefined"] if "undefined" in self.sanitize else []
+        if self.werror:
+            args.append("-Werror")
+        return args
+
+    @property
+    def link_args(self) -> List[str]:
+        """Arguments of the linker, for the core and the host library alike."""
+        args = ["-pthread"]
+        if self.sanitize:
+            args.append(f"-fsanitize={','.join(self.sanitize)}")
+        return args
+
+    @property
+    def generated_dir(self) -> str:
+        """Where Cython writes C files: one place per set of directives, as its time stamps ignore them."""
+        return "build/cython-debug" if self.debug else "build/cython"
+
+
+def _flag(environ: Mapping[str, str], name: str) -> bool:
+    value = environ.get(name, "0")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"{name}={value!r}: 0 or 1 expected")
+    return value == "1"
+
+
+class BuildExt(build_ext):
+    """`build_ext` that gives the host library its plain name and keeps Python out of it."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if self.parallel is None:
+            self.parallel = min(os.cpu_count() or 1, 4)
+
+    def get_ext_filename(self, fullname: str) -> str:
+        if fullname == HOST_LIBRARY:
+            return os.path.join(*HOST_LIBRARY.split(".")) + ".so"
+        return super().get_ext_filename(fullname)
+
+    def get_export_symbols(self, ext: Extension) -> List[str]:
+        return [] if ext.name == HOST_LIBRARY else super().get_export_symbols(ext)
+
+    def get_libraries(self, ext: Extension) -> List[str]:
+        return list(ext.libraries) if ext.name == HOST_LIBRARY else super().get_libraries(ext)
+
+
+def _relative(pattern: str) -> List[str]:
+    """Paths below the root that match, as setuptools wants them: relative, with forward slashes, in a fixed order."""
+    return sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern))
+
+
+def host_library(context: BuildContext) -> Extension:
+    """The C library of the embedded provider."""
+    return Extension(
+        HOST_LIBRARY,
+        sources=_relative("llm_datadist/host/*.c"),
+        depends=_relative("include/**/*.h") + _relative("llm_datadist/host/*.h"),
+        include_dirs=["include", "llm_datadist/host"],
+        libraries=["dl"],
+        extra_compile_args=context.compile_args,
+        # Bsymbolic: the library exports the names of CANN. Where a framework has loaded the real ones for everybody,
+        # calls between our own files would otherwise go there.
+        extra_link_args=context.link_args + ["-Wl,-Bsymbolic"] + ([] if context.sanitize else ["-Wl,-z,defs"]),
+    )
+
+
+def core_modules(context: BuildContext) -> List[Extension]:
+    """The Cython modules of the core, translated to C."""
+    from Cython.Build import cythonize
+    from Cython.Compiler import Options
+
+    headers = _relative("include/**/*.h")
+    # Code that Cython generates has unused parameters and missing initialisers by design.
+    quiet = ["-Wno-unused-parameter", "-Wno-missing-field-initializers", "-Wno-unused-function", "-Wno-sign-compare"]
+    modules = [
+        Extension(
+            source[: -len(".pyx")].replace("/", "."),
+            sources=[source],
+            depends=headers,
+            include_dirs=["include"],
+            libraries=["dl"],
+            extra_compile_args=context.compile_args + quiet,
+            extra_link_args=context.link_args,
+        )
+        for source in _relative("llm_datadist/core/*.pyx")
+    ]
+    Options.warning_errors = context.werror
+    notes = io.StringIO()
+    with contextlib.redirect_stderr(notes):
+        try:
+            modules = cythonize(
+                modules, build_dir=context.generated_dir, compiler_directives=context.directives, force=context.werror
+            )
+        finally:
+            sys.__stderr__.write(notes.getvalue())
+    if context.werror and "performance hint" in notes.getvalue():
+        raise SystemExit("Cython gave a performance hint (above): state the exception clause or release it")
+    return modules
+
+
+def packages() -> Tuple[List[str], Dict[str, str]]:
+    """Return the packages and where those live that are not in the directory of their name."""
+    tools = ["llm_datadist.tools"] + [f"llm_datadist.tools.{name}" for name in find_packages(str(ROOT / "tools"))]
+    found = find_packages(str(ROOT), include=["llm_datadist", "llm_datadist.*", "llm_datadist_v1", "llm_datadist_v1.*"])
+    return (
+        found + ["llm_datadist.core", "llm_datadist.include"] + tools,
+        {"llm_datadist.tools": "tools", "llm_datadist.include": "include"},
+    )
+
+
+def main() -> None:
+    """Run setuptools."""
+    context = BuildContext.read(os.environ)
+    names, places = packages()
+    setup(
+        packages=names,
+        package_dir=places,
+        package_data={
+            "llm_datadist": ["py.typed", "*.pyi"],
+            "llm_datadist.core": ["*.pxd", "*.pyi"],
+            "llm_datadist.include": ["*/*.h"],
+        },
+        ext_modules=core_modules(context) + [host_library(context)],
+        cmdclass={"build_ext": BuildExt},
+        zip_safe=False,
+    )
+
+
+if __name__ == "__main__":
+    main()
