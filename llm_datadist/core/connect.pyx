@@ -146,6 +146,7 @@ cdef ldd_link* next_to_close(ldd_node* node, uint64_t cluster_id) noexcept nogil
     if link != NULL:
         link.refs += 1
         link.ops += 1
+        node.num_ops += 1
     ldd_unlock(&node.lock)
     return link
 

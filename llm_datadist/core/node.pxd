@@ -85,6 +85,7 @@ ctypedef struct ldd_node:
     ldd_cond idle                         # signalled when a link's last operation ends
     ldd_link* links
     uint32_t num_links
+    uint32_t num_ops                            # running operations of all links, dropped ones included
 
 cdef void ldd_node_init(ldd_node* node, const ldd_provider* provider, uint64_t cluster_id) noexcept nogil
 # All links must be gone.
@@ -106,5 +107,7 @@ cdef void ldd_link_drop(ldd_link* link) noexcept nogil
 # Drop all that match; -1 for any origin or communicator. Returns how many there were.
 cdef uint32_t ldd_links_drop(ldd_node* node, int origin, int64_t comm_id, bint any_cluster,
                              uint64_t cluster_id) noexcept nogil
-# Wait until no operation runs on any link of this cluster (or at all).
+# An operation on a link that is already known; False when it is no longer active.
+cdef bint ldd_link_resume(ldd_link* link) noexcept nogil
+# Wait until no operation runs, also on links that were dropped.
 cdef ldd_status ldd_links_wait_idle(ldd_node* node, int64_t deadline_ns) noexcept nogil

@@ -92,6 +92,21 @@ cdef ldd_status ldd_link_publish(ldd_link* link, ldd_detail* detail) noexcept no
     return LDD_OK
 
 
+cdef void start_locked(ldd_link* link) noexcept nogil:
+    link.refs += 1
+    link.ops += 1
+    link.node.num_ops += 1
+
+
+cdef bint ldd_link_resume(ldd_link* link) noexcept nogil:
+    ldd_lock(&link.node.lock)
+    cdef bint active = link.state == LINK_ACTIVE
+    if active:
+        start_locked(link)
+    ldd_unlock(&link.node.lock)
+    return active
+
+
 cdef ldd_status ldd_link_begin(ldd_node* node, uint64_t cluster_id, ldd_link** out,
                                ldd_detail* detail) noexcept nogil:
     cdef ldd_link* link
@@ -102,8 +117,7 @@ cdef ldd_status ldd_link_begin(ldd_node* node, uint64_t cluster_id, ldd_link** o
     while link != NULL:
         if link.cluster_id == cluster_id:
             if link.state == LINK_ACTIVE:
-                link.refs += 1
-                link.ops += 1
+                start_locked(link)
                 out[0] = link
                 ldd_unlock(&node.lock)
                 return LDD_OK
@@ -122,9 +136,10 @@ cdef void ldd_link_end(ldd_link* link) noexcept nogil:
     cdef ldd_node* node = link.node
     ldd_lock(&node.lock)
     link.ops -= 1
-    if link.ops == 0:
-        if link.state != LINK_ACTIVE:
-            net_shutdown(link.ask_fd)
+    node.num_ops -= 1
+    if link.ops == 0 and link.state != LINK_ACTIVE:
+        net_shutdown(link.ask_fd)
+    if node.num_ops == 0:
         ldd_cond_broadcast(&node.idle)
     ldd_unlock(&node.lock)
     ldd_link_unref(link)
@@ -191,15 +206,9 @@ cdef uint32_t ldd_links_drop(ldd_node* node, int origin, int64_t comm_id, bint a
 
 
 cdef ldd_status ldd_links_wait_idle(ldd_node* node, int64_t deadline_ns) noexcept nogil:
-    cdef ldd_link* link
     cdef ldd_status status = LDD_OK
     ldd_lock(&node.lock)
-    while status == LDD_OK:
-        link = node.links
-        while link != NULL and link.ops == 0:
-            link = link.next
-        if link == NULL:
-            break
+    while node.num_ops and status == LDD_OK:
         status = ldd_cond_wait_until(&node.idle, &node.lock, deadline_ns)
     ldd_unlock(&node.lock)
     return status

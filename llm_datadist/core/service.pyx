@@ -401,10 +401,14 @@ cdef ldd_status on_resolve(ldd_service* service, ldd_conn* conn, uint32_t reques
         status = ldd_fail(&detail, LDD_E_PARAM, b"unknown key kind %u or access %u", <uint32_t>request.kind,
                           <uint32_t>request.access)
     else:
-        status = ldd_table_resolve(node.table, request.kind, request.id, request.model_id, request.batch_index,
-                                   &view, &detail)
+        # A write names its slot as an argument, a read looks a slot up: the API wants different codes for a bad one.
+        status = ldd_table_resolve(node.table, request.kind, request.id, request.model_id,
+                                   0 if request.access == LDD_ACCESS_WRITE else request.batch_index, &view, &detail)
         if status == LDD_OK:
-            if node.mode & LDD_MODE_REMOTE_ACCESSIBLE and not view.remote_accessible:
+            if request.access == LDD_ACCESS_WRITE and request.batch_index >= view.num_slots:
+                status = ldd_fail(&detail, LDD_E_PARAM, b"batch index %u is outside cache %lld of %llu",
+                                  request.batch_index, <long long>view.cache_id, <unsigned long long>view.num_slots)
+            elif node.mode & LDD_MODE_REMOTE_ACCESSIBLE and not view.remote_accessible:
                 status = ldd_fail(&detail, LDD_E_PARAM, b"cache %lld is not remote accessible",
                                   <long long>view.cache_id)
             elif request.access == LDD_ACCESS_WRITE and not node.mode & LDD_MODE_REMOTE_ACCESSIBLE:
@@ -435,7 +439,7 @@ cdef ldd_status on_resolve(ldd_service* service, ldd_conn* conn, uint32_t reques
     answer.tensor_bytes = view.tensor_bytes
     answer.stride_bytes = view.stride
     answer.region_epoch = ldd_regions_epoch(&node.regions)
-    answer.batch_index = view.batch_index
+    answer.batch_index = request.batch_index if request.access == LDD_ACCESS_WRITE else view.batch_index
     if view.step:
         even[0] = view.addrs[0]
         even[1] = view.step
