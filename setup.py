@@ -98,8 +98,9 @@ class BuildExt(build_ext):
             self.parallel = min(os.cpu_count() or 1, 4)
 
     def get_ext_filename(self, fullname: str) -> str:
-        if fullname == HOST_LIBRARY:
-            return os.path.join(*HOST_LIBRARY.split(".")) + ".so"
+        # Asked for with the package and without.
+        if fullname in (HOST_LIBRARY, HOST_LIBRARY.rpartition(".")[2]):
+            return os.path.join(*fullname.split(".")) + ".so"
         return super().get_ext_filename(fullname)
 
     def get_export_symbols(self, ext: Extension) -> List[str]:
@@ -135,8 +136,11 @@ def core_modules(context: BuildContext) -> List[Extension]:
     from Cython.Compiler import Options
 
     headers = _relative("include/**/*.h")
-    # Code that Cython generates has unused parameters and missing initialisers by design.
-    quiet = ["-Wno-unused-parameter", "-Wno-missing-field-initializers", "-Wno-unused-function", "-Wno-sign-compare"]
+    # By design of the code that Cython generates: helpers that take all of these paths, only some of which are real.
+    quiet = [
+        f"-Wno-{warning}"
+        for warning in ("unused-parameter", "missing-field-initializers", "unused-function", "sign-compare", "array-bounds")
+    ]
     modules = [
         Extension(
             source[: -len(".pyx")].replace("/", "."),
@@ -187,6 +191,7 @@ def main() -> None:
         },
         ext_modules=core_modules(context) + [host_library(context)],
         cmdclass={"build_ext": BuildExt},
+        include_package_data=False,
         zip_safe=False,
     )
 

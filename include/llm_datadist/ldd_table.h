@@ -171,7 +171,8 @@ static inline void *ldd_open_toolkit_library(const char *file, char *reason, siz
         lib = dlopen(file, RTLD_NOW | RTLD_LOCAL);
         if (lib == NULL && error == NULL) {
             error = dlerror();
-            snprintf(reason + used, reason_size - used, "%s%s", used ? "; " : "", error != NULL ? error : file);
+            snprintf(reason + used, reason_size - used, "%s%s%s", used ? "; " : "", error != NULL ? error : file,
+                     home == NULL || home[0] == '\0' ? " (ASCEND_HOME_PATH is not set)" : "");
         }
     }
     return lib;
