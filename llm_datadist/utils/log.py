@@ -2,7 +2,7 @@
 
 The level comes from the environment variable ``ASCEND_GLOBAL_LOG_LEVEL`` when the logger is first asked for:
 ``"0"`` debug, ``"1"`` info, ``"2"`` warning, ``"3"`` error; anything else, or nothing, means error.
-A handler that the application attached before is left alone and ours is not added.
+Handlers and a level that the application has set before are left alone.
 """
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import threading
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 LOGGER_NAME = "LLM_DATADIST"
 LEVEL_VARIABLE = "ASCEND_GLOBAL_LOG_LEVEL"
@@ -21,15 +21,20 @@ _FORMAT = "[%(levelname)s] LLM_DATADIST(%(process)d,%(threadName)s):%(asctime)s 
 _lock = threading.Lock()
 _configured = False
 
+if TYPE_CHECKING:
+    _StreamHandler = logging.StreamHandler[TextIO]
+else:
+    _StreamHandler = logging.StreamHandler
 
-class _StdoutHandler(logging.StreamHandler[TextIO] if sys.version_info >= (3, 11) else logging.StreamHandler):  # type: ignore[misc]
-    """Writes to whatever ``sys.stdout`` is when a record comes: a redirected stream may be closed later."""
+
+class _StdoutHandler(_StreamHandler):
+    """Writes to whatever ``sys.stdout`` is when a record comes: a redirected stream may be closed by then."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
 
     @property
-    def stream(self) -> TextIO:
+    def stream(self) -> TextIO:  # type: ignore[override]
         return sys.stdout
 
 
@@ -39,8 +44,8 @@ def get_logger() -> logging.Logger:
     Returns
     -------
     logging.Logger
-        The logger named ``LLM_DATADIST``. It does not propagate, so an application that configures the root logger
-        sees each record once.
+        The logger named ``LLM_DATADIST``. With our handler it does not propagate, so that an application that
+        configures the root logger sees each record once.
 
     Notes
     -----
