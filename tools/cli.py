@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
-    "demo": ("llm_datadist.tools.demo.command", "run prefill and decode of a small model in two processes and check it"),
+    "demo": ("llm_datadist.tools.demo.command", "run prefill and decode of a model in two processes and check it"),
     "doctor": ("llm_datadist.tools.doctor", "say which provider is used, why not another, and what this host allows"),
     "version": ("llm_datadist.tools.version", "print versions"),
 }

@@ -16,8 +16,8 @@ def transformer():
     return Transformer(CONFIG)
 
 
-def contiguous(max_tokens=len(PROMPT) + NUM_NEW):
-    return kv.ContiguousKV.private(CONFIG.num_layers, max_tokens, CONFIG.num_heads, CONFIG.head_size)
+def contiguous():
+    return kv.ContiguousKV.private(CONFIG.num_layers, len(PROMPT) + NUM_NEW, CONFIG.num_heads, CONFIG.head_size)
 
 
 def paged(seed=1, total_blocks=20):
@@ -157,7 +157,7 @@ def test_settings_size_the_pool():
     assert settings.slot_shape == [1, 104, 2, 16]
     assert settings.blocks_shape == [2 * (2 + 7), 16, 2, 16]
     # 18 blocks of 16 positions at 128 bytes fit one 64 KiB page per tensor, and so does a slot.
-    assert settings.pool_config(num_slots=2) == '{"memory_size": %d, "page_shift": 16}' % (6 * 3 * 65536)
+    assert settings.pool_config(num_slots=2) == f'{{"memory_size": {6 * 3 * 65536}, "page_shift": 16}}'
     with pytest.raises(ValueError, match="num_new_tokens=0"):
         workload.Settings(CONFIG, ((1,),), num_new_tokens=0)
     with pytest.raises(ValueError, match="prompts"):

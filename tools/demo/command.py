@@ -38,13 +38,7 @@ def run(args: argparse.Namespace) -> int:
     """
     for name in _BLAS_THREAD_SETTINGS:
         os.environ.setdefault(name, "1")    # read when NumPy is first imported, here and in the prefill process
-    try:
-        from . import decode, workload
-    except ModuleNotFoundError as error:
-        if error.name != "numpy":
-            raise
-        print("the demo computes in NumPy, which is not installed: pip install 'llm-datadist[demo]'", file=sys.stderr)
-        return 2
+    from . import decode, workload
     from .report import Report
 
     try:

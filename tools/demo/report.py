@@ -70,7 +70,7 @@ class Report:
 
     def _line(self, text: str) -> None:
         self.end()
-        print(text, file=self._stream, flush=True)
+        print(text.rstrip(" "), file=self._stream, flush=True)
 
 
 def _way(transfer: Transfer) -> str:
