@@ -29,7 +29,7 @@ test: $(VENV)/.tested
 
 lint: $(VENV)/.linted
 	$(BIN)/ruff check .
-	$(BIN)/cython-lint llm_datadist/core
+	PATH="$(CURDIR)/$(BIN):$$PATH" cython-lint llm_datadist/core
 	$(BIN)/codespell
 	$(BIN)/mypy
 
@@ -49,42 +49,16 @@ $(VENV)/.made:
 FORGET_COPIES = if [ -d build ]; then find build -path 'build/lib*' -type f -not -name '*.so' -delete; fi
 
 $(VENV)/.installed: $(VENV)/.made $(SOURCES)
+	@echo "building and installing llm_datadist; the first time takes a minute or two"
 	$(FORGET_COPIES)
 	$(BIN)/python -m pip install --quiet .
 	touch $@
 
 $(VENV)/.tested: $(VENV)/.made $(SOURCES)
+	@echo "building and installing llm_datadist and what its tests need; the first time takes a minute or two"
 	$(FORGET_COPIES)
 	$(BIN)/python -m pip install --quiet '.[test]'
 	touch $(VENV)/.installed $@
-
-$(VENV)/.linted
-	$(BIN)/ruff check .
-	$(BIN)/cython-lint llm_datadist/core
-	$(BIN)/codespell
-	$(BIN)/mypy
-
-clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis tests/.pytest_cache tests/.hypothesis
-	find llm_datadist llm_datadist_v1 tools tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
-
-$(VENV)/.made:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 9))' || \
-	  { echo "Python 3.9 or newer is needed: make PYTHON=/path/to/python3"; exit 1; }
-	rm -rf $(VENV)
-	$(PYTHON) -m venv $(VENV)
-	touch $@
-
-# build/lib* goes first: pip would install files that are long gone from the sources.
-$(VENV)/.installed: $(VENV)/.made $(SOURCES)
-	rm -rf build/lib* build/bdist*
-	$(BIN)/python -m pip install --quiet .
-	touch $@
-
-$(VENV)/.tested: $(VENV)/.installed
-	rm -rf build/lib* build/bdist*
-	$(BIN)/python -m pip install --quiet '.[test]'
-	touch $@
 
 $(VENV)/.linted: $(VENV)/.made
 	$(BIN)/python -m pip install --quiet $(LINT_TOOLS)
