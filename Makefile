@@ -1,0 +1,65 @@
+# Everything below works on a fresh clone with Python 3.9 or newer (with venv), a C compiler and make.
+#
+#   make demo   run prefill and decode of a small model in two processes, and check the tokens
+#   make test   run the tests against an installed package
+#   make lint   run the linters
+#   make clean  remove everything made by these
+#
+# DEMO_ARGS and PYTEST_ARGS are passed on, e.g. make demo DEMO_ARGS="--text README.md", make test PYTEST_ARGS="-k pool".
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+LINT_TOOLS := ruff mypy codespell cython-lint
+
+SOURCES := $(shell find include llm_datadist llm_datadist_v1 tools -type f -not -path '*/__pycache__/*' \
+             -not -name '*.so' 2>/dev/null) setup.py pyproject.toml
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed
+	$(BIN)/llm-datadist demo $(DEMO_ARGS)
+
+# From within tests/, so that the checkout, whose modules are not compiled, does not stand in for the installed package.
+test: $(VENV)/.tested
+	cd tests && ../$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.linted
+	$(BIN)/ruff check .
+	PATH="$(CURDIR)/$(BIN):$$PATH" cython-lint llm_datadist/core
+	$(BIN)/codespell
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis tests/.pytest_cache tests/.hypothesis
+	find llm_datadist llm_datadist_v1 tools tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 9))' || \
+	  { echo "Python 3.9 or newer is needed: make PYTHON=/path/to/python3"; exit 1; }
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# Copies of an earlier build go first: pip would install files that are long gone from the sources. Compiled modules are
+# kept and made anew when their sources change; make clean after removing one.
+FORGET_COPIES = if [ -d build ]; then find build -path 'build/lib*' -type f -not -name '*.so' -delete; fi
+
+$(VENV)/.installed: $(VENV)/.made $(SOURCES)
+	@echo "building and installing llm_datadist; the first time takes a minute or two"
+	$(FORGET_COPIES)
+	$(BIN)/python -m pip install --quiet .
+	touch $@
+
+$(VENV)/.tested: $(VENV)/.made $(SOURCES)
+	@echo "building and installing llm_datadist and what its tests need; the first time takes a minute or two"
+	$(FORGET_COPIES)
+	$(BIN)/python -m pip install --quiet '.[test]'
+	touch $(VENV)/.installed $@
+
+$(VENV)/.linted: $(VENV)/.made
+	$(BIN)/python -m pip install --quiet $(LINT_TOOLS)
+	touch $@

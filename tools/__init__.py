@@ -1,0 +1,1 @@
+"""Command line tools, installed as ``llm_datadist.tools``; each one is a subcommand of ``llm-datadist``."""

@@ -1,0 +1,46 @@
+"""The ``llm-datadist`` console entry: one subcommand per tool.
+
+A subcommand is a module with ``add_arguments(parser)`` and ``run(args) -> int`` (the exit status). It is imported only
+when it is asked for, so that a tool with heavy needs costs the others nothing.
+"""
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "demo": ("llm_datadist.tools.demo.command", "run prefill and decode of a model in two processes and check it"),
+    "doctor": ("llm_datadist.tools.doctor", "say which provider is used, why not another, and what this host allows"),
+    "version": ("llm_datadist.tools.version", "print versions"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the subcommand that `argv` (default: the command line) names and return its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="llm-datadist", description="Tools of llm_datadist, which moves KV caches between processes."
+    )
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, (module_name, summary) in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        if arguments[:1] == [name]:
+            module = importlib.import_module(module_name)
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
+    args = parser.parse_args(arguments)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output is gone; flushing the rest at exit must not complain a second time.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

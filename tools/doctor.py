@@ -1,0 +1,206 @@
+"""``llm-datadist doctor``: which provider answers and why not another, and what this host allows.
+
+Nothing is changed, no device memory is taken and no network is used.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import fcntl
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from llm_datadist import LLMException
+from llm_datadist.core.cann import Provider
+
+SETTINGS = (
+    "LLM_DATADIST_PROVIDER", "LLM_DATADIST_HOST_PATHS", "LLM_DATADIST_COPY_THREADS", "LLM_DATADIST_TCP_STREAMS",
+    "ASCEND_HOME_PATH",
+)
+_LIMITS = {
+    "locked memory": (resource.RLIMIT_MEMLOCK, "pinned memory and RDMA registration"),
+    "open files": (resource.RLIMIT_NOFILE, "a few per link"),
+    "address space": (resource.RLIMIT_AS, "pools of peers are mapped"),
+}
+_PROBE_SECONDS = 10.0
+# Runs in a child that then reads this process: an ancestor is as foreign to it as any other process of the same user,
+# while a child could be read even where reading strangers is forbidden.
+_PROBE = """
+import ctypes, os, sys
+pid, address, size = map(int, sys.argv[1:])
+class Piece(ctypes.Structure):
+    _fields_ = [("base", ctypes.c_void_p), ("size", ctypes.c_size_t)]
+into = ctypes.create_string_buffer(size)
+local, remote = Piece(ctypes.addressof(into), size), Piece(address, size)
+libc = ctypes.CDLL(None, use_errno=True)
+libc.process_vm_readv.restype = ctypes.c_ssize_t
+got = libc.process_vm_readv(pid, ctypes.byref(local), ctypes.c_ulong(1), ctypes.byref(remote), ctypes.c_ulong(1),
+                            ctypes.c_ulong(0))
+if got != size:
+    sys.exit(os.strerror(ctypes.get_errno()))
+sys.stdout.buffer.write(into.raw)
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--json", action="store_true", help="machine-readable output")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the findings.
+
+    Returns
+    -------
+    int
+        0 when an engine would find a provider, 1 when not.
+    """
+    findings = {
+        "providers": providers(os.environ),
+        "settings": {name: os.environ[name] for name in SETTINGS if name in os.environ},
+        "host": {
+            "processors": str(len(os.sched_getaffinity(0))),
+            "memfd": memfd(),
+            "cross-memory attach": cross_memory_attach(),
+            "pidfd": pidfd(),
+            "huge pages": huge_pages(),
+            "shared memory huge pages": _selected("/sys/kernel/mm/transparent_hugepage/shmem_enabled"),
+            "RDMA devices": rdma_devices(),
+        },
+        "limits": limits(),
+    }
+    if args.json:
+        print(json.dumps(findings, indent=2))
+    else:
+        _print_text(findings)
+    return 0 if findings["providers"]["chosen"] else 1
+
+
+def providers(environ: Mapping[str, str]) -> dict:
+    """Return {"wanted", "chosen", "host", "cann"}: the setting, the name of what answers to it, a line about each."""
+    wanted = environ.get("LLM_DATADIST_PROVIDER") or "auto"
+    found = {"wanted": wanted, "chosen": None}
+    for which in ("host", "cann"):
+        try:
+            provider = Provider.open(which)
+        except LLMException as error:
+            found[which] = f"no: {error}"
+        else:
+            found[which] = _describe(provider)
+    try:
+        provider = Provider.open(wanted)
+    except LLMException as error:
+        found["refused"] = str(error)
+    else:
+        found["chosen"] = provider.name
+        if provider.why_not_cann:
+            found["why not CANN"] = provider.why_not_cann
+    return found
+
+
+def memfd() -> str:
+    """Say whether sealed anonymous files work: they carry the pools of the host provider."""
+    if not hasattr(os, "memfd_create"):
+        return "no: this Python was built without it"
+    try:
+        fd = os.memfd_create("doctor", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except OSError as error:
+        return f"no: {error.strerror}"
+    try:
+        os.ftruncate(fd, 4096)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+    except OSError as error:
+        return f"no: without seals, {error.strerror}"
+    finally:
+        os.close(fd)
+    return "yes, with seals"
+
+
+def cross_memory_attach() -> str:
+    """Say whether one process may read another's memory: how registered memory travels on one host."""
+    secret = os.urandom(64)
+    memory = ctypes.create_string_buffer(secret, len(secret))
+    command = [sys.executable, "-c", _PROBE, str(os.getpid()), str(ctypes.addressof(memory)), str(len(secret))]
+    try:
+        probe = subprocess.run(command, capture_output=True, timeout=_PROBE_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"unknown: {error}"
+    if probe.returncode == 0 and probe.stdout == secret:
+        return "yes"
+    reason = probe.stderr.decode("utf-8", "replace").strip().splitlines()
+    scope = _read("/proc/sys/kernel/yama/ptrace_scope")
+    hint = f" (kernel.yama.ptrace_scope={scope})" if scope not in (None, "0") else ""
+    return f"no, TCP is used instead: {reason[-1] if reason else f'exit status {probe.returncode}'}{hint}"
+
+
+def pidfd() -> str:
+    """Say whether the kernel tells of a peer's death through a file descriptor."""
+    if not hasattr(os, "pidfd_open"):
+        return "unknown: this Python was built without it"
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except OSError as error:
+        return f"no: {error.strerror}"
+    return "yes"
+
+
+def huge_pages() -> str:
+    """Say how many huge pages are reserved, and when transparent ones are used."""
+    values = {}
+    for line in (_read("/proc/meminfo") or "").splitlines():
+        name, _, value = line.partition(":")
+        values[name] = value.strip()
+    transparent = _selected("/sys/kernel/mm/transparent_hugepage/enabled")
+    return (
+        f"{values.get('HugePages_Free', '0')} of {values.get('HugePages_Total', '0')} of "
+        f"{values.get('Hugepagesize', 'unknown size')} free; transparent: {transparent}"
+    )
+
+
+def rdma_devices() -> str:
+    """List the RDMA devices the kernel shows."""
+    with contextlib.suppress(OSError):
+        return ", ".join(sorted(path.name for path in Path("/sys/class/infiniband").iterdir())) or "none"
+    return "none"
+
+
+def limits() -> dict[str, str]:
+    """Return the soft limits of this process that matter, with the reason."""
+    found = {}
+    for name, (which, reason) in _LIMITS.items():
+        soft, _ = resource.getrlimit(which)
+        value = "unlimited" if soft == resource.RLIM_INFINITY else str(soft)
+        found[name] = f"{value} ({reason})"
+    return found
+
+
+def _describe(provider) -> str:
+    version = provider.version or "version unknown"
+    capabilities = ", ".join(sorted(provider.capabilities)) or "none"
+    libraries = ", ".join(sorted(set(provider.libraries.values())))
+    return f"yes: {version}, {libraries}; optional abilities: {capabilities}"
+
+
+def _print_text(findings: dict) -> None:
+    for title, values in findings.items():
+        print(f"{title}:" if values else f"{title}: none")
+        for name, value in values.items():
+            print(f"  {name}: {value if value is not None else 'none'}")
+
+
+def _read(path: str) -> str | None:
+    with contextlib.suppress(OSError):
+        return Path(path).read_text(encoding="ascii", errors="replace").strip()
+    return None
+
+
+def _selected(path: str) -> str:
+    """Return the bracketed word of a file like "always [madvise] never"."""
+    text = _read(path)
+    return text.partition("[")[2].partition("]")[0] if text else "unknown"
