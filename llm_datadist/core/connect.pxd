@@ -2,7 +2,7 @@
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 
 from .node cimport ldd_node
-from .service cimport ldd_service
+from .conn cimport ldd_service
 from .status cimport ldd_detail, ldd_status
 
 # Both connections, the data path, and the entry in the set. `comm` is NULL for link_clusters, otherwise the

@@ -3,12 +3,14 @@ from libc.stdint cimport int64_t
 
 from .cache_table cimport ldd_table
 from .cann cimport Provider, aclrtStream
+from .conn cimport ldd_service
+from .index_list cimport IndexList
 from .local_copy cimport ldd_op_list
 from .node cimport ldd_node
 from .pool cimport ldd_pool
-from .service cimport ldd_service
 from .status cimport ldd_detail, ldd_status
 from .sync cimport ldd_mutex
+from .transfer cimport ldd_transfer
 
 
 cdef class Engine:
@@ -35,3 +37,7 @@ cdef class Engine:
 
     cdef int require_open(self) except -1
     cdef int raise_for(self, ldd_status status, const ldd_detail* detail, const char* what) except -1
+    cdef void _release_memory(self) noexcept nogil
+    cdef int _run(self, ldd_transfer* what, key, src_tensors, dst_tensors, const char* name) except -1
+    cdef int _set_blocks(self, ldd_transfer* what, IndexList src, IndexList dst, const char* name) except -1
+    cdef ldd_status _copy_planned(self, ldd_status planned, int64_t deadline_ns, ldd_detail* detail) noexcept nogil

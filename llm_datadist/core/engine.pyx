@@ -13,7 +13,6 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
 
 from .ask cimport ldd_ask_ping
-from .block_plan cimport IndexList
 from .cache_table cimport (LDD_CACHE_BLOCKS, LDD_CACHE_HOST, LDD_CACHE_LAST_KEY_WINS, LDD_CACHE_REMOTE,
                            ldd_cache_row, ldd_cache_view, ldd_key_spec, ldd_table_allocate, ldd_table_clear,
                            ldd_table_counts, ldd_table_create, ldd_table_deallocate, ldd_table_destroy,
@@ -21,6 +20,7 @@ from .cache_table cimport (LDD_CACHE_BLOCKS, LDD_CACHE_HOST, LDD_CACHE_LAST_KEY_
                            ldd_table_stats, ldd_table_unpin, ldd_table_unregister)
 from .cann cimport ACL_MEM_MALLOC_HUGE_FIRST, ACL_MEMCPY_DEFAULT, aclrtContext
 from .connect cimport ldd_link_close, ldd_link_open, ldd_random
+from .index_list cimport IndexList
 from .key_index cimport KEY_BLOCKS as _BLOCKS, KEY_BY_ID as _BY_ID, KEY_PREFIX as _PREFIX, KEY_REQ as _REQ
 from .local_copy cimport (ldd_local_copy, ldd_op_list_clear, ldd_op_list_free, ldd_plan_copy_blocks,
                           ldd_plan_copy_cache, ldd_plan_swap_blocks, ldd_slots)
@@ -29,14 +29,14 @@ from .node cimport (ORIGIN_COMM, ldd_link, ldd_link_begin, ldd_link_end, ldd_lin
                     ldd_node_init)
 from .pool cimport ldd_pool_create, ldd_pool_destroy, ldd_pool_free_bytes, ldd_pool_largest_bytes
 from .region cimport ldd_regions_add, ldd_regions_close, ldd_regions_init, ldd_regions_remove, ldd_regions_serve
-from .service cimport (ldd_service_forget, ldd_service_listen, ldd_service_met, ldd_service_start, ldd_service_stop,
-                       ldd_service_unlisten, ldd_service_wish)
+from .service cimport ldd_service_listen, ldd_service_start, ldd_service_stop, ldd_service_unlisten
 from .status cimport (LDD_E_FAILED, LDD_E_INTERRUPTED, LDD_E_LINK_BUSY, LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_OK, check,
                       ldd_fail, raise_status)
 from .sync cimport ldd_lock, ldd_lock_until, ldd_mutex_destroy, ldd_mutex_init, ldd_now_ns, ldd_unlock
 from .transfer cimport (SHAPE_BLOCKS, SHAPE_SLOT, SHAPE_SLOT_TO_BLOCKS, ldd_context_enter, ldd_context_leave,
                         ldd_transfer, ldd_transfer_run)
 from .wait cimport ldd_acl_result
+from .welcome cimport ldd_service_forget, ldd_service_met, ldd_service_wish
 from .wire cimport LDD_MODE_REMOTE_ACCESSIBLE
 
 KEY_REQ, KEY_PREFIX, KEY_BLOCKS, KEY_BY_ID = _REQ, _PREFIX, _BLOCKS, _BY_ID

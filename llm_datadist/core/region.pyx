@@ -8,8 +8,8 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport memset, strcmp, strlen, memcpy
 
-from .cann cimport (CommMem, HIXL_SUCCESS, HixlServerConfig, HixlServerDesc, LDD_CAP_DROP_PEER,
-                    LDD_CAP_LATE_REGISTRATION)
+from .cann cimport (COMM_MEM_TYPE_DEVICE, COMM_MEM_TYPE_HOST, CommMem, HixlServerConfig, HixlServerDesc,
+                    LDD_CAP_DROP_PEER, LDD_CAP_LATE_REGISTRATION)
 from .net cimport net_free_port
 from .status cimport LDD_OK, LDD_E_FAILED, LDD_E_NO_MEMORY, LDD_E_NOT_ENABLED, ldd_fail
 from .sync cimport ldd_lock, ldd_unlock, ldd_mutex_init, ldd_mutex_destroy
@@ -52,7 +52,7 @@ cdef ldd_status announce(ldd_regions* regions, ldd_region* region, uint32_t serv
                          ldd_detail* detail) noexcept nogil:
     cdef CommMem mem
     memset(&mem, 0, sizeof(mem))
-    mem.type = 1 if region.host else 0
+    mem.type = COMM_MEM_TYPE_HOST if region.host else COMM_MEM_TYPE_DEVICE
     mem.addr = <void*>region.addr
     mem.size = region.nbytes
     return ldd_hixl_result(

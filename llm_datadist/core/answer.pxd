@@ -1,0 +1,11 @@
+"""What peers ask of an established link, answered from the cache table."""
+from libc.stdint cimport uint8_t
+
+from .conn cimport ldd_conn, ldd_service
+from .wire cimport ldd_frame_header
+
+# Answer one request; False when the connection is to be closed.
+cdef bint ldd_answer(ldd_service* service, ldd_conn* conn, const ldd_frame_header* header,
+                     const uint8_t* payload) noexcept nogil
+# The peer asks no more and touches nothing here any more: its leases are over. Forgets the connection.
+cdef void ldd_answer_ended(ldd_service* service, ldd_conn* conn) noexcept nogil
