@@ -2,91 +2,11 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
-from llm_datadist.core.key_index cimport ldd_keys
-from llm_datadist.core.pool cimport ldd_pool, ldd_span
+from llm_datadist.core.cache_state cimport (
+    LDD_CACHE_BLOCKS, LDD_CACHE_HOST, LDD_CACHE_LAST_KEY_WINS, LDD_CACHE_REMOTE, ldd_cache_view, ldd_key_spec, ldd_table,
+)
+from llm_datadist.core.pool cimport ldd_pool
 from llm_datadist.core.status cimport ldd_detail, ldd_status
-from llm_datadist.core.sync cimport ldd_cond, ldd_mutex
-
-cdef enum:
-    LDD_CACHE_BLOCKS = 1            # slots are blocks; batch size counts as 1
-    LDD_CACHE_HOST = 2              # placement
-    LDD_CACHE_REMOTE = 4            # remote accessible
-    LDD_CACHE_LAST_KEY_WINS = 8     # first generation: of equal keys in one call the last one counts
-
-# A key to bind. Padding keys never get here; the caller has compared the length of the whole list with num_slots.
-ctypedef struct ldd_key_spec:
-    uint32_t slot                   # batch slot; 0 for KEY_BLOCKS
-    uint32_t kind                   # KEY_REQ, KEY_PREFIX or KEY_BLOCKS
-    uint64_t id                     # 2**64-1 for KEY_BLOCKS
-    uint64_t model_id
-
-# A pinned cache. Valid until ldd_table_unpin(slot, generation); addrs is neither moved nor freed before that.
-ctypedef struct ldd_cache_view:
-    int64_t cache_id
-    uint32_t slot
-    uint32_t generation
-    uint32_t num_tensors
-    uint32_t batch_index            # the slot a key is bound to, or the index asked for
-    uint64_t num_slots              # shape[0]
-    uint64_t tensor_bytes
-    uint64_t stride                 # tensor_bytes // num_slots
-    uint64_t step                   # distance of consecutive tensors when it is constant and positive, otherwise 0
-    const uint64_t* addrs           # num_tensors
-    uint32_t key_index              # releasable key, for ldd_table_take; LDD_NO_KEY when a pull releases nothing
-    uint32_t key_generation
-    uint32_t key_kind               # KEY_REQ, KEY_PREFIX, KEY_BLOCKS; KEY_BY_ID when the slot has no key
-    uint32_t tensor                 # ldd_table_pin_range: the tensor that contains the range
-    uint64_t offset                 # ... and where in it, bytes
-    uint8_t owned
-    uint8_t is_blocks
-    uint8_t host
-    uint8_t remote_accessible
-
-ctypedef struct ldd_cache:
-    int64_t cache_id                # 0: free slot
-    uint32_t generation
-    uint32_t pins
-    uint32_t num_keys               # keys in the index that lead here
-    uint32_t num_refs               # those of them that keep the memory (req and prefix keys of owned contiguous caches)
-    uint8_t owned
-    uint8_t is_blocks
-    uint8_t host
-    uint8_t remote_accessible
-    uint8_t handle_ref              # until deallocate or unregister
-    uint8_t published               # may be found and pinned; once False it is freed with its last pin
-    uint32_t num_tensors
-    uint32_t num_key_slots
-    uint64_t num_slots
-    uint64_t tensor_bytes
-    uint64_t step
-    uint64_t* addrs                 # one block: addrs[num_tensors], then slot_keys[num_key_slots]
-    uint32_t* slot_keys             # batch slot -> key index
-    ldd_pool* pool
-    ldd_span span
-    uint32_t link                   # live: position in ldd_table.ranges; free: next free slot
-
-# Address bounds of a live cache, kept dense so that ldd_table_pin_range reads little.
-ctypedef struct ldd_range:
-    uint64_t first
-    uint64_t last                   # inclusive, so the end of the address space needs no special case
-    uint32_t slot
-
-ctypedef struct ldd_table:
-    ldd_mutex mutex
-    ldd_cond drained                # some unpublished cache went away
-    ldd_keys keys
-    ldd_cache* caches
-    uint32_t num_cache_slots
-    uint32_t cache_capacity
-    uint32_t first_free
-    ldd_range* ranges
-    uint32_t num_caches
-    uint32_t num_owned
-    uint32_t num_deferred
-    uint64_t num_pins
-    uint64_t owned_bytes
-    uint64_t registered_bytes
-    int64_t next_id
 
 ctypedef struct ldd_table_counts:
     uint64_t num_owned

@@ -1,0 +1,589 @@
+"""The cache table of one engine: what can be found here by key, id or address, and pinned while it is used.
+
+Called by user threads and by the service thread, which never holds the GIL. One mutex covers the table: no operation
+scans caches or keys (but for pushes to given addresses, statistics and the end), none makes a system call under the
+mutex except through the allocator, and only ``unregister`` and ``clear`` wait, on a condition. Lock order: GIL, table,
+pool. The transitions themselves are in ``cache_state.pyx``.
+"""
+cimport cython
+from libc.stddef cimport size_t
+from libc.stdint cimport UINT64_MAX, int64_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memcpy
+
+from llm_datadist.core.cache_state cimport (
+    LDD_NO_SLOT, ldd_cache, ldd_cache_close, ldd_cache_describe, ldd_cache_enter, ldd_cache_find, ldd_cache_leave,
+    ldd_cache_pin, ldd_cache_publish, ldd_cache_release_key, ldd_cache_tensor_of, ldd_cache_unpin, ldd_kind_name,
+    ldd_range,
+)
+from llm_datadist.core.key_index cimport (
+    KEY_BLOCKS, KEY_BY_ID, KEY_REQ, LDD_NO_KEY, ldd_key, ldd_keys_bytes, ldd_keys_destroy, ldd_keys_find,
+    ldd_keys_init, ldd_keys_max_probe, ldd_keys_take,
+)
+from llm_datadist.core.pool cimport PagePool, ldd_pool, ldd_pool_alloc_tensors
+from llm_datadist.core.status cimport (
+    LDD_E_NOT_EXIST, LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_E_TIMEOUT, LDD_OK, check, ldd_detail, ldd_fail, ldd_status,
+)
+from llm_datadist.core.sync cimport (
+    ldd_cond_destroy, ldd_cond_init, ldd_cond_wait_until, ldd_lock, ldd_lock_until, ldd_mutex_destroy, ldd_mutex_init,
+    ldd_now_ns, ldd_unlock,
+)
+
+import contextlib
+from typing import NamedTuple, Optional
+
+
+
+class Pinned(NamedTuple):
+    """A pinned cache as tests and tools see it; fields as in ``ldd_cache_view``, addresses copied."""
+
+    cache_id: int
+    slot: int
+    generation: int
+    num_tensors: int
+    num_slots: int
+    tensor_bytes: int
+    stride: int
+    step: int
+    addrs: tuple
+    batch_index: int
+    key: Optional[tuple]
+    key_kind: int
+    tensor: int
+    offset: int
+    owned: bool
+    is_blocks: bool
+    host: bool
+    remote_accessible: bool
+
+
+@cython.final
+cdef class CacheTable:
+    """A cache table with an owner; workers use ``t``, tests and tools the methods.
+
+    Safe from any thread. A method with a timeout first tries the mutex and waits for it without the GIL. `keys` are
+    (batch slot, kind, id, model id).
+    """
+
+    def __cinit__(self):
+        self.t = NULL
+
+    def __init__(self):
+        cdef ldd_detail detail
+        if self.t != NULL:
+            raise TypeError("a CacheTable is initialised once")
+        check(ldd_table_create(&self.t, &detail), &detail, b"create cache table")
+
+    def __dealloc__(self):
+        ldd_table_destroy(self.t)
+
+    def allocate(self, PagePool pool, uint32_t num_tensors, uint64_t num_slots, uint64_t tensor_bytes, keys=(),
+                 uint32_t flags=0, timeout_ms=1000):
+        """Return (cache id, [address per tensor]) of a new owned cache."""
+        cdef ldd_detail detail
+        cdef int64_t cache_id = 0, deadline = _deadline(timeout_ms)
+        cdef ldd_status st
+        cdef uint32_t num_keys = len(keys)
+        cdef ldd_pool* memory = NULL if pool is None else pool.pool
+        cdef uint64_t* addrs = <uint64_t*>malloc(<size_t>num_tensors * sizeof(uint64_t) + 1)
+        cdef ldd_key_spec* specs = NULL
+        detail.provider_code = 0
+        try:
+            specs = _key_specs(keys)
+            if addrs == NULL:
+                raise MemoryError
+            st = ldd_table_allocate(self.t, memory, num_tensors, num_slots, tensor_bytes, flags, specs, num_keys,
+                                    &cache_id, addrs, 0, &detail)
+            if st == LDD_E_TIMEOUT:
+                with nogil:
+                    st = ldd_table_allocate(self.t, memory, num_tensors, num_slots, tensor_bytes, flags, specs,
+                                            num_keys, &cache_id, addrs, deadline, &detail)
+            check(st, &detail, b"allocate cache")
+            return cache_id, [addrs[i] for i in range(num_tensors)]
+        finally:
+            free(addrs)
+            free(specs)
+
+    def register(self, addrs, uint64_t num_slots, uint64_t tensor_bytes, keys=(), uint32_t flags=0, timeout_ms=1000):
+        """Return the id of a new registered cache over tensors at `addrs`."""
+        cdef ldd_detail detail
+        cdef int64_t cache_id = 0, deadline = _deadline(timeout_ms)
+        cdef ldd_status st
+        cdef uint32_t num_tensors = len(addrs), num_keys = len(keys), i
+        cdef uint64_t* values = <uint64_t*>malloc(<size_t>num_tensors * sizeof(uint64_t) + 1)
+        cdef ldd_key_spec* specs = NULL
+        detail.provider_code = 0
+        try:
+            specs = _key_specs(keys)
+            if values == NULL:
+                raise MemoryError
+            for i, addr in enumerate(addrs):
+                values[i] = addr
+            with nogil:
+                st = ldd_table_register(self.t, values, num_tensors, num_slots, tensor_bytes, flags, specs, num_keys,
+                                        &cache_id, deadline, &detail)
+            check(st, &detail, b"register cache")
+            return cache_id
+        finally:
+            free(values)
+            free(specs)
+
+    def deallocate(self, int64_t cache_id, timeout_ms=1000):
+        """Give up the handle of an owned cache."""
+        cdef ldd_detail detail
+        cdef int64_t deadline = _deadline(timeout_ms)
+        cdef ldd_status st = ldd_table_deallocate(self.t, cache_id, 0, &detail)
+        if st == LDD_E_TIMEOUT:
+            with nogil:
+                st = ldd_table_deallocate(self.t, cache_id, deadline, &detail)
+        detail.provider_code = 0
+        check(st, &detail, b"deallocate cache")
+
+    def unregister(self, int64_t cache_id, timeout_ms=1000):
+        """Forget a registered cache once nothing reads or writes it."""
+        cdef ldd_detail detail
+        cdef int64_t deadline = _deadline(timeout_ms)
+        cdef ldd_status st
+        detail.provider_code = 0
+        with nogil:
+            st = ldd_table_unregister(self.t, cache_id, deadline, &detail)
+        check(st, &detail, b"unregister cache")
+
+    def remove_key(self, uint32_t kind, uint64_t id, uint64_t model_id, timeout_ms=1000):
+        """Unbind a key."""
+        cdef ldd_detail detail
+        cdef int64_t deadline = _deadline(timeout_ms)
+        cdef ldd_status st = ldd_table_remove_key(self.t, kind, id, model_id, 0, &detail)
+        if st == LDD_E_TIMEOUT:
+            with nogil:
+                st = ldd_table_remove_key(self.t, kind, id, model_id, deadline, &detail)
+        detail.provider_code = 0
+        check(st, &detail, b"remove cache key")
+
+    def resolve(self, uint32_t kind, uint64_t id, uint64_t model_id=0, uint64_t batch_index=0):
+        """Find, pin and describe a cache; give the result to `unpin`."""
+        cdef ldd_detail detail
+        cdef ldd_cache_view view
+        cdef ldd_status st
+        detail.provider_code = 0
+        with nogil:
+            st = ldd_table_resolve(self.t, kind, id, model_id, batch_index, &view, &detail)
+        check(st, &detail, b"resolve cache")
+        return _pinned(&view)
+
+    def pin_local(self, int64_t cache_id):
+        """Pin a cache by id."""
+        cdef ldd_detail detail
+        cdef ldd_cache_view view
+        cdef ldd_status st
+        detail.provider_code = 0
+        with nogil:
+            st = ldd_table_pin_local(self.t, cache_id, &view, &detail)
+        check(st, &detail, b"pin cache")
+        return _pinned(&view)
+
+    def pin_range(self, uint64_t addr, uint64_t num_bytes):
+        """Pin the cache with a tensor around an address range."""
+        cdef ldd_detail detail
+        cdef ldd_cache_view view
+        cdef ldd_status st
+        detail.provider_code = 0
+        with nogil:
+            st = ldd_table_pin_range(self.t, addr, num_bytes, &view, &detail)
+        check(st, &detail, b"pin range")
+        return _pinned(&view)
+
+    def unpin(self, pinned):
+        """Drop a pin."""
+        cdef uint32_t slot = pinned.slot, generation = pinned.generation
+        with nogil:
+            ldd_table_unpin(self.t, slot, generation)
+
+    def take(self, key, uint32_t first_tensor, uint32_t num_tensors):
+        """Report a successful pull of a range of tensors; `key` is ``Pinned.key``, or None."""
+        cdef uint32_t index, generation
+        cdef ldd_status st
+        index, generation = (LDD_NO_KEY, 0) if key is None else key
+        with nogil:
+            st = ldd_table_take(self.t, index, generation, first_tensor, num_tensors)
+        check(st, NULL, b"take tensors")
+
+    def clear(self, timeout_ms=1000):
+        """Free everything once nothing is read or written."""
+        cdef ldd_detail detail
+        cdef int64_t deadline = _deadline(timeout_ms)
+        cdef ldd_status st
+        detail.provider_code = 0
+        with nogil:
+            st = ldd_table_clear(self.t, deadline, &detail)
+        check(st, &detail, b"clear cache table")
+
+    def stats(self):
+        """Return the counts as a dict."""
+        cdef ldd_table_counts counts
+        with nogil:
+            ldd_table_stats(self.t, &counts)
+        return counts
+
+    def snapshot(self):
+        """Return one dict per live cache, in no order."""
+        cdef ldd_cache_row* rows = NULL
+        cdef size_t capacity = 64, count
+        while True:
+            rows = <ldd_cache_row*>malloc(capacity * sizeof(ldd_cache_row))
+            if rows == NULL:
+                raise MemoryError
+            try:
+                with nogil:
+                    count = ldd_table_snapshot(self.t, rows, capacity)
+                if count <= capacity:
+                    return [rows[i] for i in range(count)]
+            finally:
+                free(rows)
+            capacity = count + (count >> 2)
+
+    @contextlib.contextmanager
+    def hold(self):
+        """Keep the mutex for a while, so that everybody else runs into their deadlines."""
+        with nogil:
+            ldd_lock(&self.t.mutex)
+        try:
+            yield
+        finally:
+            ldd_unlock(&self.t.mutex)
+
+
+cdef int64_t _deadline(timeout_ms) except -1:
+    return ldd_now_ns() + <int64_t>timeout_ms * 1000000
+
+
+cdef ldd_key_spec* _key_specs(keys) except? NULL:
+    cdef ldd_key_spec* specs = <ldd_key_spec*>malloc(len(keys) * sizeof(ldd_key_spec) + 1)
+    cdef size_t i
+    if specs == NULL:
+        raise MemoryError
+    try:
+        for i, (slot, kind, id, model_id) in enumerate(keys):
+            specs[i].slot = slot
+            specs[i].kind = kind
+            specs[i].id = id
+            specs[i].model_id = model_id
+    except BaseException:
+        free(specs)
+        raise
+    return specs
+
+
+cdef object _pinned(const ldd_cache_view* view):
+    return Pinned(
+        view.cache_id, view.slot, view.generation, view.num_tensors, view.num_slots, view.tensor_bytes, view.stride,
+        view.step, tuple([view.addrs[i] for i in range(view.num_tensors)]), view.batch_index,
+        None if view.key_index == LDD_NO_KEY else (view.key_index, view.key_generation), view.key_kind, view.tensor,
+        view.offset, bool(view.owned), bool(view.is_blocks), bool(view.host), bool(view.remote_accessible),
+    )
+
+
+cdef ldd_status ldd_table_create(ldd_table** out, ldd_detail* detail) noexcept nogil:
+    cdef ldd_table* table = <ldd_table*>calloc(1, sizeof(ldd_table))
+    out[0] = NULL
+    if table == NULL or ldd_mutex_init(&table.mutex) != LDD_OK:
+        free(table)
+        return ldd_fail(detail, LDD_E_NO_MEMORY, b"no room for a cache table")
+    if ldd_cond_init(&table.drained) != LDD_OK:
+        ldd_mutex_destroy(&table.mutex)
+        free(table)
+        return ldd_fail(detail, LDD_E_NO_MEMORY, b"no room for a cache table")
+    ldd_keys_init(&table.keys)
+    table.first_free = LDD_NO_SLOT
+    table.next_id = 1
+    out[0] = table
+    return LDD_OK
+
+
+cdef void ldd_table_destroy(ldd_table* table) noexcept nogil:
+    cdef uint32_t i
+    if table == NULL:
+        return
+    for i in range(table.num_caches):
+        free(table.caches[table.ranges[i].slot].addrs)
+    ldd_keys_destroy(&table.keys)
+    free(table.caches)
+    free(table.ranges)
+    ldd_cond_destroy(&table.drained)
+    ldd_mutex_destroy(&table.mutex)
+    free(table)
+
+
+cdef ldd_status ldd_table_allocate(ldd_table* table, ldd_pool* pool, uint32_t num_tensors, uint64_t num_slots,
+                                   uint64_t tensor_bytes, uint32_t flags, const ldd_key_spec* keys, uint32_t num_keys,
+                                   int64_t* cache_id, uint64_t* addrs, int64_t deadline_ns,
+                                   ldd_detail* detail) noexcept nogil:
+    cdef ldd_cache cache
+    cdef uint32_t slot
+    cdef ldd_status st
+    if pool == NULL:
+        return ldd_fail(detail, LDD_E_PARAM, b"there is no %s memory pool to allocate from",
+                        b"host" if flags & LDD_CACHE_HOST else b"device")
+    st = ldd_cache_describe(&cache, num_tensors, num_slots, tensor_bytes, flags, keys, num_keys, detail)
+    if st != LDD_OK:
+        return st
+    cache.owned = True
+    cache.pool = pool
+    st = _lock(table, deadline_ns, detail)
+    if st != LDD_OK:
+        free(cache.addrs)
+        return st
+    st = ldd_cache_enter(table, &cache, keys, num_keys, flags, &slot, detail)
+    if st == LDD_OK:
+        st = ldd_pool_alloc_tensors(pool, num_tensors, tensor_bytes, cache.addrs, &table.caches[slot].span, detail)
+        if st != LDD_OK:
+            ldd_cache_leave(table, slot)
+    if st == LDD_OK:
+        cache_id[0] = ldd_cache_publish(table, slot)
+        if addrs != NULL:
+            memcpy(addrs, cache.addrs, num_tensors * sizeof(uint64_t))
+    ldd_unlock(&table.mutex)
+    if st != LDD_OK:
+        free(cache.addrs)
+    return st
+
+
+cdef ldd_status ldd_table_register(ldd_table* table, const uint64_t* addrs, uint32_t num_tensors, uint64_t num_slots,
+                                   uint64_t tensor_bytes, uint32_t flags, const ldd_key_spec* keys, uint32_t num_keys,
+                                   int64_t* cache_id, int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
+    cdef ldd_cache cache
+    cdef uint32_t slot, i
+    cdef ldd_status st
+    for i in range(num_tensors):
+        if addrs[i] == 0 or tensor_bytes - 1 > UINT64_MAX - addrs[i]:
+            return ldd_fail(detail, LDD_E_PARAM, b"address %u is 0x%llx, no place for %llu bytes", i,
+                            <unsigned long long>addrs[i], <unsigned long long>tensor_bytes)
+    st = ldd_cache_describe(&cache, num_tensors, num_slots, tensor_bytes, flags, keys, num_keys, detail)
+    if st != LDD_OK:
+        return st
+    memcpy(cache.addrs, addrs, num_tensors * sizeof(uint64_t))
+    st = _lock(table, deadline_ns, detail)
+    if st != LDD_OK:
+        free(cache.addrs)
+        return st
+    st = ldd_cache_enter(table, &cache, keys, num_keys, flags, &slot, detail)
+    if st == LDD_OK:
+        cache_id[0] = ldd_cache_publish(table, slot)
+    ldd_unlock(&table.mutex)
+    if st != LDD_OK:
+        free(cache.addrs)
+    return st
+
+
+cdef ldd_status ldd_table_deallocate(ldd_table* table, int64_t cache_id, int64_t deadline_ns,
+                                     ldd_detail* detail) noexcept nogil:
+    cdef uint32_t slot
+    cdef ldd_status st = _lock(table, deadline_ns, detail)
+    if st != LDD_OK:
+        return st
+    slot = ldd_cache_find(table, cache_id)
+    if slot != LDD_NO_SLOT and table.caches[slot].owned:
+        ldd_cache_close(table, slot, False)
+    ldd_unlock(&table.mutex)
+    return LDD_OK
+
+
+cdef ldd_status ldd_table_unregister(ldd_table* table, int64_t cache_id, int64_t deadline_ns,
+                                     ldd_detail* detail) noexcept nogil:
+    cdef uint32_t slot
+    cdef ldd_status st = _lock(table, deadline_ns, detail)
+    if st != LDD_OK:
+        return st
+    slot = ldd_cache_find(table, cache_id)
+    if slot != LDD_NO_SLOT and not table.caches[slot].owned:
+        ldd_cache_close(table, slot, False)
+        # Ids are never used twice, so a slot that has another one by now tells that the cache is gone.
+        while table.caches[slot].cache_id == cache_id:
+            if st == LDD_OK:
+                st = ldd_cond_wait_until(&table.drained, &table.mutex, deadline_ns)
+                continue
+            ldd_fail(detail, st, b"cache %lld is read or written by %u transfers", <long long>cache_id,
+                     table.caches[slot].pins)
+            ldd_unlock(&table.mutex)
+            return st
+    ldd_unlock(&table.mutex)
+    return LDD_OK
+
+
+cdef ldd_status ldd_table_remove_key(ldd_table* table, uint32_t kind, uint64_t id, uint64_t model_id,
+                                     int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
+    cdef uint32_t key
+    cdef ldd_status st
+    if kind > KEY_BLOCKS:                           # ids are not keys, though the index holds both
+        return ldd_fail(detail, LDD_E_PARAM, b"key kind is %u; allowed are 0 to 2", kind)
+    st = _lock(table, deadline_ns, detail)
+    if st != LDD_OK:
+        return st
+    key = ldd_keys_find(&table.keys, kind, id, model_id)
+    if key != LDD_NO_KEY:
+        ldd_cache_release_key(table, key)
+    ldd_unlock(&table.mutex)
+    return LDD_OK
+
+
+cdef ldd_status ldd_table_resolve(ldd_table* table, uint32_t kind, uint64_t id, uint64_t model_id,
+                                  uint64_t batch_index, ldd_cache_view* view, ldd_detail* detail) noexcept nogil:
+    cdef uint32_t key
+    cdef ldd_status st = LDD_OK
+    if kind == KEY_BY_ID:
+        return _pin_by_id(table, id, batch_index, view, detail)
+    ldd_lock(&table.mutex)
+    key = ldd_keys_find(&table.keys, kind, id, model_id)
+    if key != LDD_NO_KEY:
+        ldd_cache_pin(table, table.keys.entries[key].cache_slot, table.keys.entries[key].batch_slot, view)
+    ldd_unlock(&table.mutex)
+    if key == LDD_NO_KEY:
+        st = ldd_fail(detail, LDD_E_NOT_EXIST, b"no cache is bound to %s %llu of model %llu", ldd_kind_name(kind),
+                      <unsigned long long>id, <unsigned long long>model_id)
+    return st
+
+
+cdef ldd_status ldd_table_pin_local(ldd_table* table, int64_t cache_id, ldd_cache_view* view,
+                                    ldd_detail* detail) noexcept nogil:
+    return _pin_by_id(table, <uint64_t>cache_id, 0, view, detail)
+
+
+cdef ldd_status ldd_table_pin_range(ldd_table* table, uint64_t addr, uint64_t num_bytes, ldd_cache_view* view,
+                                    ldd_detail* detail) noexcept nogil:
+    cdef uint64_t last = addr + num_bytes - 1
+    cdef uint32_t i, tensor
+    cdef ldd_range* bounds
+    cdef ldd_cache* cache
+    if num_bytes != 0 and last >= addr:
+        ldd_lock(&table.mutex)
+        for i in range(table.num_caches):
+            bounds = &table.ranges[i]
+            if addr < bounds.first or last > bounds.last:
+                continue
+            cache = &table.caches[bounds.slot]
+            tensor = ldd_cache_tensor_of(cache, addr, last)
+            if tensor < cache.num_tensors and cache.published:
+                ldd_cache_pin(table, bounds.slot, 0, view)
+                view.tensor = tensor
+                view.offset = addr - cache.addrs[tensor]
+                ldd_unlock(&table.mutex)
+                return LDD_OK
+        ldd_unlock(&table.mutex)
+    return ldd_fail(detail, LDD_E_PARAM, b"%llu bytes at 0x%llx lie in no tensor of a live cache",
+                    <unsigned long long>num_bytes, <unsigned long long>addr)
+
+
+cdef void ldd_table_unpin(ldd_table* table, uint32_t slot, uint32_t generation) noexcept nogil:
+    cdef ldd_cache* cache
+    ldd_lock(&table.mutex)
+    if slot < table.cache_capacity:
+        cache = &table.caches[slot]
+        if cache.cache_id != 0 and cache.generation == generation and cache.pins != 0:
+            ldd_cache_unpin(table, slot)
+    ldd_unlock(&table.mutex)
+
+
+cdef ldd_status ldd_table_take(ldd_table* table, uint32_t key_index, uint32_t key_generation, uint32_t first_tensor,
+                               uint32_t num_tensors) noexcept nogil:
+    cdef ldd_key* key
+    cdef ldd_cache* cache
+    cdef int taken
+    cdef ldd_status st = LDD_OK
+    ldd_lock(&table.mutex)
+    # The handle may come from a peer: only an entry in use, of the very generation, that keeps memory, is taken.
+    if key_index < table.keys.num_entries and key_generation & 1:
+        key = &table.keys.entries[key_index]
+        if key.generation == key_generation and key.kind == KEY_REQ:
+            cache = &table.caches[key.cache_slot]
+            if not cache.owned:
+                pass
+            elif first_tensor > cache.num_tensors or num_tensors > cache.num_tensors - first_tensor:
+                st = LDD_E_PARAM
+            else:
+                taken = ldd_keys_take(&table.keys, key_index, first_tensor, num_tensors, cache.num_tensors)
+                if taken < 0:
+                    st = taken
+                elif taken:
+                    ldd_cache_release_key(table, key_index)
+    ldd_unlock(&table.mutex)
+    return st
+
+
+cdef ldd_status ldd_table_clear(ldd_table* table, int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
+    cdef uint32_t i = 0, num_caches, slot
+    cdef ldd_status st = _lock(table, deadline_ns, detail)
+    if st != LDD_OK:
+        return st
+    while i < table.num_caches:
+        num_caches = table.num_caches
+        ldd_cache_close(table, table.ranges[i].slot, True)
+        if table.num_caches == num_caches:          # pinned; otherwise the last one has moved to i
+            i += 1
+    while st == LDD_OK and table.num_caches:
+        st = ldd_cond_wait_until(&table.drained, &table.mutex, deadline_ns)
+    if table.num_caches:
+        slot = table.ranges[0].slot
+        ldd_fail(detail, st, b"%u caches are still read or written, among them cache %lld by %u transfers",
+                 table.num_caches, <long long>table.caches[slot].cache_id, table.caches[slot].pins)
+    else:
+        st = LDD_OK
+    ldd_unlock(&table.mutex)
+    return st
+
+
+cdef void ldd_table_stats(ldd_table* table, ldd_table_counts* counts) noexcept nogil:
+    ldd_lock(&table.mutex)
+    counts.num_owned = table.num_owned
+    counts.num_registered = table.num_caches - table.num_owned
+    counts.num_keys = table.keys.num_keys - table.num_caches
+    counts.num_pins = table.num_pins
+    counts.num_deferred = table.num_deferred
+    counts.owned_bytes = table.owned_bytes
+    counts.registered_bytes = table.registered_bytes
+    counts.max_probe = ldd_keys_max_probe(&table.keys)
+    counts.key_bytes = ldd_keys_bytes(&table.keys)
+    ldd_unlock(&table.mutex)
+
+
+cdef size_t ldd_table_snapshot(ldd_table* table, ldd_cache_row* rows, size_t capacity) noexcept nogil:
+    cdef size_t i, count
+    cdef ldd_cache* cache
+    ldd_lock(&table.mutex)
+    count = table.num_caches
+    for i in range(min(count, capacity)):
+        cache = &table.caches[table.ranges[i].slot]
+        rows[i].cache_id = cache.cache_id
+        rows[i].bytes = cache.num_tensors * cache.tensor_bytes
+        rows[i].num_tensors = cache.num_tensors
+        rows[i].num_keys = cache.num_keys
+        rows[i].pins = cache.pins
+        rows[i].owned = cache.owned
+        rows[i].is_blocks = cache.is_blocks
+        rows[i].handle_ref = cache.handle_ref
+        rows[i].published = cache.published
+    ldd_unlock(&table.mutex)
+    return count
+
+
+cdef inline ldd_status _lock(ldd_table* table, int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
+    cdef ldd_status st = ldd_lock_until(&table.mutex, deadline_ns)
+    return st if st == LDD_OK else ldd_fail(detail, st, b"the cache table was busy until the deadline")
+
+
+cdef ldd_status _pin_by_id(ldd_table* table, uint64_t cache_id, uint64_t batch_index, ldd_cache_view* view,
+                           ldd_detail* detail) noexcept nogil:
+    cdef uint32_t slot
+    cdef uint64_t batch = 0
+    ldd_lock(&table.mutex)
+    slot = ldd_cache_find(table, <int64_t>cache_id)
+    if slot != LDD_NO_SLOT and table.caches[slot].published:
+        batch = 1 if table.caches[slot].is_blocks else table.caches[slot].num_slots
+        if batch_index < batch:
+            ldd_cache_pin(table, slot, batch_index, view)
+    ldd_unlock(&table.mutex)
+    if batch == 0:
+        return ldd_fail(detail, LDD_E_NOT_EXIST, b"there is no cache %lld", <long long>cache_id)
+    if batch_index >= batch:
+        return ldd_fail(detail, LDD_E_NOT_EXIST, b"batch index %llu of cache %lld is out of range; its batch size is "
+                        b"%llu", <unsigned long long>batch_index, <long long>cache_id, <unsigned long long>batch)
+    return LDD_OK
