@@ -2,30 +2,15 @@
 from libc.stdint cimport int64_t, uint64_t
 
 from llm_datadist.core.cann cimport HixlOneSideOpDesc
+from llm_datadist.core.index_list cimport IndexList, ldd_check_indices
 from llm_datadist.core.status cimport ldd_detail, ldd_status
 
-cdef enum:
-    INLINE_INDICES = 64
-
-
-cdef class IndexList:
-    """Block indices of one argument as contiguous int64; valid while the object lives."""
-    cdef const int64_t* data                    # never NULL; every value was >= 0 when it was parsed
-    cdef size_t length
-    cdef int64_t* _heap                         # owned copy when it is longer than the inline space
-    cdef bint _has_view
-    cdef Py_buffer _view                        # the user's own memory, read in place
-    cdef int64_t _inline[INLINE_INDICES]
-
-    @staticmethod
-    cdef IndexList parse(object values, str name)
-
-
-# Bytes of one tensor that go over in one piece, as offsets from the tensor's base on either side.
+# What goes over in one piece within every tensor: offsets from the tensor's base on either side and a length,
+# in blocks while runs are being found and in bytes from then on.
 ctypedef struct ldd_run:
-    uint64_t remote
-    uint64_t local
-    uint64_t bytes
+    uint64_t src
+    uint64_t dst
+    uint64_t length
 
 # Growable descriptors with the scratch memory of the planners; kept by its owner and reused from call to
 # call, so that planning allocates only while it grows. One thread at a time. All zero is the empty list.
@@ -37,8 +22,6 @@ ctypedef struct ldd_desc_list:
     ldd_run* runs                               # scratch, as is all that follows
     size_t num_runs
     size_t run_capacity
-    int64_t* pairs
-    size_t pair_capacity
     uint64_t* seen
     size_t seen_capacity
 
@@ -46,10 +29,6 @@ cdef void ldd_desc_list_init(ldd_desc_list* out) noexcept nogil
 cdef ldd_status ldd_desc_list_reserve(ldd_desc_list* out, size_t extra, ldd_detail* detail) noexcept nogil
 cdef void ldd_desc_list_clear(ldd_desc_list* out) noexcept nogil
 cdef void ldd_desc_list_free(ldd_desc_list* out) noexcept nogil
-
-# LDD_E_PARAM naming the first value outside [0, limit).
-cdef ldd_status ldd_check_indices(
-    const int64_t* data, size_t n, uint64_t limit, const char* name, ldd_detail* detail) noexcept nogil
 
 # Planners append; a failing one leaves the list as it was. Addresses are tensor bases, num_tensors on each
 # side. `put` says that bytes go from local to remote. They check every index themselves, reading each once.
