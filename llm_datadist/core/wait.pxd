@@ -25,3 +25,9 @@ cdef ldd_status ldd_wait_complete(
 cdef ldd_status ldd_wait_interruptible(
     const ldd_provider* provider, HixlClientHandle client, CompleteHandle handle, int64_t deadline_ns,
     ldd_detail* detail) noexcept nogil
+
+
+cdef class TableProbe:
+    """A function table with replaceable slots, for diagnostics and tests."""
+    cdef ldd_provider table
+    cdef object owner
