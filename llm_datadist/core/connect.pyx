@@ -98,7 +98,7 @@ cdef ldd_status open_parts(ldd_link* link, const char* ip, int port, const uint8
     if status < 0:
         return status
     memcpy(link.instance, answer.instance, 16)
-    memcpy(link.data_ip, answer.data_ip if answer.data_ip[0] else link.peer_ip, sizeof(link.data_ip))
+    memcpy(link.data_ip, <char*>answer.data_ip if answer.data_ip[0] else <char*>link.peer_ip, sizeof(link.data_ip))
     link.data_port = answer.data_port
     status = ldd_link_ready(link, 0, deadline_ns, detail)
     if status < 0:

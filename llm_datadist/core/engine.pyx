@@ -292,8 +292,10 @@ cdef class Engine:
         if self._open and os.getpid() == self._pid:
             return 0
         start_detail(&detail)
-        ldd_fail(&detail, LDD_E_FAILED, b"the engine is finalized" if os.getpid() == self._pid else
-                 b"the engine belongs to the parent process: a forked child cannot use it")
+        if os.getpid() == self._pid:
+            ldd_fail(&detail, LDD_E_FAILED, b"the engine is finalized")
+        else:
+            ldd_fail(&detail, LDD_E_FAILED, b"the engine belongs to the parent process: a forked child cannot use it")
         return raise_status(LDD_E_FAILED, &detail, b"use engine", self.v1)
 
     cdef int raise_for(self, ldd_status status, const ldd_detail* detail, const char* what) except -1:
@@ -320,7 +322,8 @@ cdef class Engine:
         start_detail(&detail)
         flags |= LDD_CACHE_REMOTE | (LDD_CACHE_LAST_KEY_WINS if self.v1 else 0)
         if pool == NULL:
-            status = ldd_fail(&detail, LDD_E_PARAM, b"no %s pool is configured", b"host" if host else b"device")
+            status = ldd_fail(&detail, LDD_E_PARAM, b"no %s pool is configured",
+                              <const char*>b"host" if host else <const char*>b"device")
             return self.raise_for(status, &detail, b"allocate_cache")
         if not <uint64_t>num_tensors * sizeof(uint64_t) <= <uint64_t>1 << 31:
             status = ldd_fail(&detail, LDD_E_PARAM, b"num_tensors %u is beyond any pool", num_tensors)
@@ -679,15 +682,13 @@ cdef class Engine:
         self.raise_for(status, &detail, b"check_link_status")
 
     def links(self):
-        """One dict per link: cluster_id, state, origin, comm_id, peer_ip, paths, pulled_bytes, pushed_bytes, num_transfers."""
+        """One dict per link: cluster_id, state, origin, comm_id, peer_ip, pulled_bytes, pushed_bytes, num_transfers."""
         cdef ldd_link* link
-        cdef char paths[64]
         rows = []
         self.require_open()
         ldd_lock(&self.node.lock)
         link = self.node.links
         while link != NULL:
-            paths[0] = 0
             rows.append({
                 "cluster_id": link.cluster_id, "state": ("opening", "active", "broken", "closed")[<int>link.state],
                 "origin": ("local", "peer", "comm")[<int>link.origin], "comm_id": link.comm_id,

@@ -99,10 +99,10 @@ cdef extern from * nogil:
         return ldd_net_text(&address, text, size);
     }
     """
-    ctypedef struct sockaddr_storage:
+    struct sockaddr_storage:
         pass
     ctypedef unsigned int socklen_t
-    ctypedef struct sockaddr:
+    struct sockaddr:
         pass
     struct pollfd:
         int fd

@@ -40,7 +40,7 @@ cdef int raise_status(ldd_status status, const ldd_detail* detail, const char* w
     name, code_v2, code_v1, exception = STATUS_TABLE.get(status, _FALLBACK)
     code = code_v1 if v1 else code_v2
     operation = what.decode()
-    text = detail.text.decode("utf-8", "replace") if detail != NULL else ""
+    text = (<ldd_detail*>detail).text.decode("utf-8", "replace") if detail != NULL else ""
     provider_code = detail.provider_code if detail != NULL else 0
     raise exception(
         f"{operation} failed, error code is {code}, {text or name}.",
@@ -52,7 +52,8 @@ def raise_for_status(int status, str what, str text="", bint v1=False):
     """Raise the exception of an internal status; return None for success. For Python callers and tests."""
     cdef ldd_detail detail
     detail.provider_code = 0
-    ldd_fail(&detail, status, b"%s", <char*>(text.encode()))
+    encoded = text.encode()
+    ldd_fail(&detail, status, b"%s", <char*>encoded)
     operation = what.encode()
     check(status, &detail, operation, v1)
 

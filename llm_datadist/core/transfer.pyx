@@ -53,7 +53,7 @@ cdef ldd_status ldd_link_lock(ldd_link* link, ldd_detail* detail) noexcept nogil
     if status == LDD_OK and link.state != LINK_ACTIVE:
         ldd_unlock(&link.lock)
         return ldd_fail(detail, LDD_E_NOT_LINKED, b"the link to cluster %llu went away (%s)",
-                        <unsigned long long>link.cluster_id, link.reason if link.reason[0] else b"unlinked")
+                        <unsigned long long>link.cluster_id, <const char*>link.reason if link.reason[0] else <const char*>b"unlinked")
     return status
 
 
@@ -85,7 +85,7 @@ cdef ldd_status ldd_move(ldd_link* link, bint put, int64_t deadline_ns, ldd_deta
         # Without a cancel only the end of the client is sure to stop late bytes.
         link.node.provider.hixl.HixlCSClientDestroy(link.client)
         link.client = NULL
-    ldd_link_break(link, b"interrupted" if status == LDD_E_INTERRUPTED else detail.text)
+    ldd_link_break(link, <const char*>b"interrupted" if status == LDD_E_INTERRUPTED else <const char*>detail.text)
     return status
 
 
@@ -105,6 +105,10 @@ cdef ldd_status select(int64_t first, int64_t stop, uint32_t num_tensors, const 
     return LDD_OK
 
 
+cdef inline const char* layout(bint is_blocks) noexcept nogil:
+    return b"blocks" if is_blocks else b"contiguous"
+
+
 cdef ldd_status check_layouts(ldd_node* node, const ldd_transfer* what, const ldd_cache_view* local,
                               const ldd_remote_cache* remote, ldd_detail* detail) noexcept nogil:
     cdef bint remote_blocks = (remote.desc.flags & LDD_DESC_BLOCKS) != 0
@@ -113,13 +117,12 @@ cdef ldd_status check_layouts(ldd_node* node, const ldd_transfer* what, const ld
     cdef bint want_remote_blocks = what.shape == SHAPE_BLOCKS or (what.shape == SHAPE_SLOT_TO_BLOCKS and what.put)
     if local.is_blocks != want_local_blocks:
         return ldd_fail(detail, LDD_E_PARAM, b"local cache %lld is a %s cache, this call needs a %s cache",
-                        <long long>local.cache_id, b"blocks" if local.is_blocks else b"contiguous",
-                        b"blocks" if want_local_blocks else b"contiguous")
+                        <long long>local.cache_id, layout(local.is_blocks),
+                        layout(want_local_blocks))
     if remote_blocks != want_remote_blocks:
         return ldd_fail(detail, LDD_E_PARAM, b"cache %lld of cluster %llu is a %s cache, this call needs a %s cache",
                         <long long>remote.desc.cache_id, <unsigned long long>what.cluster_id,
-                        b"blocks" if remote_blocks else b"contiguous",
-                        b"blocks" if want_remote_blocks else b"contiguous")
+                        layout(remote_blocks), layout(want_remote_blocks))
     if what.shape == SHAPE_SLOT_TO_BLOCKS and not what.put and remote_host and not local.host:
         return ldd_fail(detail, LDD_E_NOT_ENABLED,
                         b"cache %lld of cluster %llu is on the host: only a cache of the same layout can be pulled",
