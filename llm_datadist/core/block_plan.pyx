@@ -18,16 +18,9 @@ from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memset
 
 from llm_datadist.core.cann cimport HixlOneSideOpDesc
+from llm_datadist.core.checked_math cimport ldd_add_overflows, ldd_mul_overflows
 from llm_datadist.core.index_list cimport IndexList, ldd_index_error, ldd_load_index
 from llm_datadist.core.status cimport LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_OK, check, ldd_detail, ldd_fail, ldd_status
-
-cdef extern from *:
-    """
-    static inline int ldd_mul_overflows(uint64_t a, uint64_t b, uint64_t *out) { return __builtin_mul_overflow(a, b, out); }
-    static inline int ldd_add_overflows(uint64_t a, uint64_t b, uint64_t *out) { return __builtin_add_overflow(a, b, out); }
-    """
-    bint ldd_mul_overflows(uint64_t a, uint64_t b, uint64_t* out) noexcept nogil
-    bint ldd_add_overflows(uint64_t a, uint64_t b, uint64_t* out) noexcept nogil
 
 cdef enum:
     SEEN_KEEP_WORDS = 1 << 15       # 256 KiB of bitmap are kept and cleared; a larger one is fresh zero pages

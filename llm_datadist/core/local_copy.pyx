@@ -12,20 +12,13 @@ from libc.stdlib cimport free, realloc
 from libc.string cimport memset
 
 from llm_datadist.core.cann cimport ACL_MEMCPY_HOST_TO_HOST, aclError, aclrtMemcpyKind, aclrtStream, ldd_provider
+from llm_datadist.core.checked_math cimport ldd_add_overflows, ldd_mul_overflows
 from llm_datadist.core.index_list cimport IndexList, ldd_index_error, ldd_load_index
 from llm_datadist.core.status cimport (
     LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_E_TIMEOUT, LDD_OK, check, ldd_detail, ldd_fail, ldd_status,
 )
 from llm_datadist.core.sync cimport ldd_now_ns
-from llm_datadist.core.wait cimport TableProbe, ldd_acl_result
-
-cdef extern from *:
-    """
-    static inline int ldd_times_overflows(uint64_t a, uint64_t b, uint64_t *out) { return __builtin_mul_overflow(a, b, out); }
-    static inline int ldd_plus_overflows(uint64_t a, uint64_t b, uint64_t *out) { return __builtin_add_overflow(a, b, out); }
-    """
-    bint ldd_times_overflows(uint64_t a, uint64_t b, uint64_t* out) noexcept nogil
-    bint ldd_plus_overflows(uint64_t a, uint64_t b, uint64_t* out) noexcept nogil
+from llm_datadist.core.wait cimport TableProbe, ldd_acl_result, ldd_map_acl
 
 cdef enum:
     STREAM_THRESHOLD_BYTES = 2 << 20
@@ -54,12 +47,12 @@ cdef ldd_status _reserve(ldd_op_list* out, uint64_t extra, ldd_detail* detail) n
     """Make room for `extra` more operations."""
     cdef uint64_t needed, nbytes
     cdef void* grown
-    if ldd_plus_overflows(out.count, extra, &needed):
+    if ldd_add_overflows(out.count, extra, &needed):
         needed = UINT64_MAX
     if needed <= out.capacity:
         return LDD_OK
     needed = max(needed, 2 * out.capacity, <uint64_t>MIN_CAPACITY)
-    grown = NULL if ldd_times_overflows(needed, sizeof(ldd_local_op), &nbytes) else realloc(out.items, nbytes)
+    grown = NULL if ldd_mul_overflows(needed, sizeof(ldd_local_op), &nbytes) else realloc(out.items, nbytes)
     if grown == NULL:
         return ldd_fail(detail, LDD_E_NO_MEMORY, b"no memory for a plan of %zu copies", <size_t>needed)
     out.items = <ldd_local_op*>grown
@@ -91,14 +84,14 @@ cdef ldd_status ldd_plan_copy_cache(
             detail, LDD_E_PARAM, b"%llu bytes from offset %llu exceed the strides of %llu (source) and %llu (destination)",
             <unsigned long long>length, <unsigned long long>offset, <unsigned long long>src.stride,
             <unsigned long long>dst.stride)
-    if (ldd_times_overflows(src.num_slots, src.stride, &unused)
-            or ldd_times_overflows(dst.num_slots, dst.stride, &unused)):
+    if (ldd_mul_overflows(src.num_slots, src.stride, &unused)
+            or ldd_mul_overflows(dst.num_slots, dst.stride, &unused)):
         return _beyond(detail)
     src_offset = src_slot * src.stride + offset
     dst_offset = dst_slot * dst.stride + offset
     for t in range(src.num_tensors):
-        if (ldd_plus_overflows(src.addrs[t], src_offset + length, &end)
-                or ldd_plus_overflows(dst.addrs[t], dst_offset + length, &end)):
+        if (ldd_add_overflows(src.addrs[t], src_offset + length, &end)
+                or ldd_add_overflows(dst.addrs[t], dst_offset + length, &end)):
             return _beyond(detail)
     status = _reserve(out, src.num_tensors, detail)
     if status < 0 or length == 0:
@@ -168,19 +161,19 @@ cdef ldd_status ldd_plan_swap_blocks(
         # Wraps at worst, in which case the check below throws the plan away.
         _append(out, base, dst_addrs[0] + <uint64_t>d * block_bytes, src_addrs[0] + <uint64_t>s * block_bytes, block_bytes)
     if status == LDD_OK:
-        if ldd_times_overflows(max_src + 1, block_bytes, &src_end):
+        if ldd_mul_overflows(max_src + 1, block_bytes, &src_end):
             status = _beyond(detail)
-        elif ldd_times_overflows(max_dst + 1, block_bytes, &dst_end):
+        elif ldd_mul_overflows(max_dst + 1, block_bytes, &dst_end):
             status = _beyond(detail)
         else:
             for t in range(num_tensors):
-                if (ldd_plus_overflows(src_addrs[t], src_end, &unused)
-                        or ldd_plus_overflows(dst_addrs[t], dst_end, &unused)):
+                if (ldd_add_overflows(src_addrs[t], src_end, &unused)
+                        or ldd_add_overflows(dst_addrs[t], dst_end, &unused)):
                     status = _beyond(detail)
                     break
     per_tensor = out.count - base
     if status == LDD_OK:
-        if ldd_times_overflows(per_tensor, num_tensors - 1, &unused):
+        if ldd_mul_overflows(per_tensor, num_tensors - 1, &unused):
             unused = UINT64_MAX
         status = _reserve(out, unused, detail)
     if status < 0:
@@ -302,13 +295,12 @@ cdef ldd_status _drain(
         # 0 means nothing defined to the runtime.
         timeout_ms = <int32_t>max(1, min(left_ns // 1000000 + (left_ns % 1000000 > 0), <int64_t>INT32_MAX))
     code = provider.acl.aclrtSynchronizeStreamWithTimeout(how.stream, timeout_ms)
+    if ldd_map_acl(code) == LDD_E_TIMEOUT and provider.acl.aclrtStreamAbort != NULL:
+        provider.acl.aclrtStreamAbort(how.stream)
     if submitted != 0:
         return ldd_acl_result(provider, submitted, b"queue a memory copy", detail)
     if code != 0:
-        status = ldd_acl_result(provider, code, b"copy memory", detail)
-        if status == LDD_E_TIMEOUT and provider.acl.aclrtStreamAbort != NULL:
-            provider.acl.aclrtStreamAbort(how.stream)
-        return status
+        return ldd_acl_result(provider, code, b"copy memory", detail)
     if late:
         return ldd_fail(detail, LDD_E_TIMEOUT, b"not all copies were made in time")
     return LDD_OK
