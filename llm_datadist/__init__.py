@@ -5,25 +5,23 @@ are resolved when first used.
 """
 from __future__ import annotations
 
-import importlib
 import os
 from typing import TYPE_CHECKING, List
 
-# Read by the acl runtime when it opens: device memory that the host maps uncached breaks one-sided reads.
+from llm_datadist._lazy import lazy_attributes
+from llm_datadist.configs import LLMClusterInfo, LLMConfig, LlmConfig, LLMRole
+from llm_datadist.data_type import DataType
+from llm_datadist.status import LLMException, LLMStatusCode, Status
+from llm_datadist.types import (
+    BlocksCacheKey, Cache, CacheDesc, CacheKey, CacheKeyByIdAndIndex, KvCache, LayerSynchronizer, MemInfo, Memtype,
+    MemType, Placement, RegisterMemStatus, TransferConfig, TransferWithCacheKeyConfig,
+)
+
+if TYPE_CHECKING:
+    from llm_datadist.tensor import Tensor, TensorDesc
+
+# Read by the acl runtime when a provider opens it. Clients of the original package rely on this import to set it.
 os.environ.setdefault("AUTO_USE_UC_MEMORY", "0")
-
-from llm_datadist.status import LLMException, LLMStatusCode, Status  # noqa: E402
-
-_LAZY = {
-    "LLMClusterInfo": "configs", "LLMRole": "configs", "LlmConfig": "configs", "LLMConfig": "configs",
-    "DataType": "data_type",
-    **dict.fromkeys((
-        "CacheDesc", "CacheKey", "CacheKeyByIdAndIndex", "KvCache", "Cache", "BlocksCacheKey", "Placement",
-        "RegisterMemStatus", "LayerSynchronizer", "TransferConfig", "TransferWithCacheKeyConfig", "Memtype", "MemType",
-        "MemInfo"), "types"),
-    "LLMDataDist": "datadist", "CacheTask": "task", "CacheManager": "cache_manager",
-    "KvCacheManager": "kv_cache_manager", "TensorDesc": "tensor", "Tensor": "tensor",
-}
 
 v2_list = [
     "LLMClusterInfo", "LLMStatusCode", "LLMException", "LLMRole", "LlmConfig", "LLMConfig", "DataType", "Status",
@@ -33,14 +31,16 @@ v2_list = [
 ]
 __all__ = [*v2_list, "TensorDesc", "Tensor", "KvCacheManager"]
 
+_LAZY = {
+    "LLMDataDist": "llm_datadist.datadist",
+    "CacheManager": "llm_datadist.cache_manager",
+    "KvCacheManager": "llm_datadist.kv_cache_manager",
+    "CacheTask": "llm_datadist.task",
+    "Tensor": "llm_datadist.tensor",
+    "TensorDesc": "llm_datadist.tensor",
+}
 
-def __getattr__(name: str) -> object:
-    module = _LAZY.get(name)
-    if module is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy_attributes(globals(), _LAZY)
 
 
 def __dir__() -> List[str]:

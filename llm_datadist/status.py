@@ -299,7 +299,7 @@ def handle_llm_status(status: int, func_name: str, other_info: object) -> None:
 
 def _log_and_raise(fmt: str, args: Tuple[object, ...], kwargs: Dict[str, object], code: LLMStatusCode) -> NoReturn:
     text = fmt.format(*args, **kwargs) if args or kwargs else fmt
-    log.error("%s", text)
+    log.get_logger().error("%s", text, stacklevel=3)    # named in the record is the caller of raise_if_*
     raise exception_for(code)(text, status_code=code)
 
 

@@ -1,0 +1,6 @@
+"""Older path of `llm_datadist.tensor`: the very same objects."""
+from llm_datadist._lazy import lazy_attributes
+
+__all__ = ["Tensor", "TensorDesc"]
+
+__getattr__ = lazy_attributes(globals(), dict.fromkeys(__all__, "llm_datadist.tensor"))
