@@ -81,7 +81,8 @@ cdef ldd_status ldd_plan_copy_cache(
     length = src.stride - offset if nbytes == -1 else <uint64_t>nbytes
     if length > src.stride - offset or length > dst.stride - offset:
         return ldd_fail(
-            detail, LDD_E_PARAM, b"%llu bytes from offset %llu exceed the strides of %llu (source) and %llu (destination)",
+            detail, LDD_E_PARAM,
+            b"%llu bytes from offset %llu exceed the strides of %llu (source) and %llu (destination)",
             <unsigned long long>length, <unsigned long long>offset, <unsigned long long>src.stride,
             <unsigned long long>dst.stride)
     if (ldd_mul_overflows(src.num_slots, src.stride, &unused)
@@ -159,7 +160,8 @@ cdef ldd_status ldd_plan_swap_blocks(
         max_src = max(max_src, <uint64_t>s)
         max_dst = max(max_dst, <uint64_t>d)
         # Wraps at worst, in which case the check below throws the plan away.
-        _append(out, base, dst_addrs[0] + <uint64_t>d * block_bytes, src_addrs[0] + <uint64_t>s * block_bytes, block_bytes)
+        _append(out, base, dst_addrs[0] + <uint64_t>d * block_bytes, src_addrs[0] + <uint64_t>s * block_bytes,
+                block_bytes)
     if status == LDD_OK:
         if ldd_mul_overflows(max_src + 1, block_bytes, &src_end):
             status = _beyond(detail)
@@ -193,16 +195,19 @@ cdef ldd_status ldd_plan_swap_blocks(
 
 cdef inline void _append(ldd_op_list* out, size_t base, uint64_t dst, uint64_t src, uint64_t nbytes) noexcept nogil:
     """Add a copy, or extend the one before it where both together read nothing that they write."""
-    cdef ldd_local_op* last = &out.items[out.count - 1]
+    cdef ldd_local_op* last
     cdef uint64_t distance = dst - src if dst > src else src - dst
     if distance == 0:
         return                                  # a block onto itself
     out.bytes += nbytes
-    if out.count > base and distance >= last.bytes + nbytes:
-        if <uint64_t>last.src + last.bytes == src and <uint64_t>last.dst + last.bytes == dst:
+    if out.count > base:
+        last = &out.items[out.count - 1]
+        if distance < last.bytes + nbytes:
+            pass                                # merged, it would read what it has just written
+        elif <uint64_t>last.src + last.bytes == src and <uint64_t>last.dst + last.bytes == dst:
             last.bytes += nbytes
             return
-        if src + nbytes == <uint64_t>last.src and dst + nbytes == <uint64_t>last.dst:
+        elif src + nbytes == <uint64_t>last.src and dst + nbytes == <uint64_t>last.dst:
             last.src = <const void*>src
             last.dst = <void*>dst
             last.bytes += nbytes

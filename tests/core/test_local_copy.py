@@ -68,7 +68,8 @@ class Runtime:
             self.queue.clear()
             return 0
 
-        self.functions = {"memcpy": COPY(copy), "memcpy_async": COPY_ASYNC(copy_async), "synchronize": SYNC(synchronize)}
+        self.functions = {
+            "memcpy": COPY(copy), "memcpy_async": COPY_ASYNC(copy_async), "synchronize": SYNC(synchronize)}
         if abort:
             self.functions["abort"] = ABORT(stream_abort)
         self.probe = TableProbe(
@@ -144,7 +145,9 @@ def test_runs_are_merged_and_stay_merged_for_every_tensor():
 
 
 @pytest.mark.parametrize("src, dst, message", [
-    ([0, 9], [0, 1], r"src_blocks\[1\] is block 9, .*0\.\.8"), ([0, 1], [0, 9], r"dst_blocks\[1\] is block 9, .*0\.\.8")])
+    ([0, 9], [0, 1], r"src_blocks\[1\] is block 9, .*0\.\.8"),
+    ([0, 1], [0, 9], r"dst_blocks\[1\] is block 9, .*0\.\.8"),
+])
 def test_an_index_outside_is_named(src, dst, message):
     probe = CopyProbe()
     with pytest.raises(public.LLMParamInvalidError, match=message):
@@ -158,7 +161,7 @@ def test_an_index_outside_is_named(src, dst, message):
     ([0, 2**63 - 1], [0, 2**62], 2**64 - 1, [0, 0], [0, 1], 2, 2), ([0], [0], 1, [0], [0], 1, 0),
 ])
 def test_nothing_wraps(arguments):
-    with pytest.raises(public.LLMParamInvalidError, match="address space|block size"):
+    with pytest.raises(public.LLMParamInvalidError, match=r"address space|block size"):
         CopyProbe().swap_blocks(*arguments)
 
 
@@ -184,7 +187,8 @@ def test_copy_cache(dst_shape, src_shape, dst_slot, src_slot, offset, nbytes):
     ({"src_addrs": [1]}, "1 tensors and the destination 2"), ({"dst_slot": 4}, "index 4 of the destination.*size 4"),
     ({"src_slot": 3}, "index 3 of the source.*size 3"), ({"offset": 16}, "offset 16 .*stride 16 of the source"),
     ({"nbytes": 17}, "17 bytes from offset 0.*16.*32"), ({"nbytes": 0}, "size is 0"), ({"nbytes": -2}, "size is -2"),
-    ({"src_shape": (2**62, 8), "src_slot": 2**61}, "address space"), ({"src_addrs": [1, 2**63 - 1], "src_shape": (2, 2**62)}, None),
+    ({"src_shape": (2**62, 8), "src_slot": 2**61}, "address space"),
+    ({"src_addrs": [1, 2**63 - 1], "src_shape": (2, 2**62)}, None),
 ])
 def test_copy_cache_says_what_is_wrong(change, message):
     arguments = {"dst_addrs": [100, 200], "dst_shape": (4, 32), "dst_slot": 0, "src_addrs": [300, 400],
@@ -268,14 +272,15 @@ def test_a_stream_that_does_not_finish_in_time_is_aborted(abort):
     assert runtime.names() == ["async", "sync"] + (["abort"] if abort else [])
 
 
-@pytest.mark.parametrize("code, error", [(507053, public.LLMDeviceError), (507057, public.LLMDeviceError), (1, public.LLMException)])
-@pytest.mark.parametrize("nbytes", [100, 2 * MIB])
+@pytest.mark.parametrize("code, error", [
+    (507053, public.LLMDeviceError), (507057, public.LLMDeviceError), (1, public.LLMException)])
+@pytest.mark.parametrize("nbytes", [99, 3 * MIB])
 def test_a_failed_copy_ends_the_call_with_nothing_in_flight(code, error, nbytes):
     src, dst = buffers(nbytes)
     third = nbytes // 3
     runtime = Runtime(copy_code=code, fail_at=1)
     with pytest.raises(error, match=str(code)) as info:
-        runtime.run([(dst.ctypes.data + i * third, src.ctypes.data + i * third, third + (nbytes % 3)) for i in range(3)])
+        runtime.run([(dst.ctypes.data + i * third, src.ctypes.data + i * third, third) for i in range(3)])
     assert info.value.provider_code == code
     assert runtime.names() == (["copy", "copy"] if nbytes < 2 * MIB else ["async", "async", "sync"])
     assert runtime.queue == []
