@@ -137,10 +137,8 @@ def core_modules(context: BuildContext) -> List[Extension]:
 
     headers = _relative("include/**/*.h")
     # By design of the code that Cython generates: helpers that take all of these paths, only some of which are real.
-    quiet = [
-        f"-Wno-{warning}"
-        for warning in ("unused-parameter", "missing-field-initializers", "unused-function", "sign-compare", "array-bounds")
-    ]
+    noise = ("unused-parameter", "missing-field-initializers", "unused-function", "sign-compare", "array-bounds")
+    quiet = [f"-Wno-{warning}" for warning in noise]
     modules = [
         Extension(
             source[: -len(".pyx")].replace("/", "."),

@@ -103,7 +103,8 @@ static_assert(sizeof(CommMem) == 24, "CommMem");
 static_assert(offsetof(CommMem, type) == 0 && offsetof(CommMem, addr) == 8 && offsetof(CommMem, size) == 16, "CommMem");
 static_assert(sizeof(CommAddr) == 40, "CommAddr");
 static_assert(offsetof(CommAddr, type) == 0 && offsetof(CommAddr, raws) == 4 && offsetof(CommAddr, addr) == 4 &&
-              offsetof(CommAddr, addr6) == 4 && offsetof(CommAddr, id) == 4 && offsetof(CommAddr, eid) == 4, "CommAddr");
+              offsetof(CommAddr, addr6) == 4 && offsetof(CommAddr, id) == 4 && offsetof(CommAddr, eid) == 4,
+              "CommAddr");
 static_assert(sizeof(EndpointLoc) == 64, "EndpointLoc");
 static_assert(offsetof(EndpointLoc, locType) == 0 && offsetof(EndpointLoc, raws) == 4 &&
               offsetof(EndpointLoc, device) == 4 && offsetof(EndpointLoc, host) == 4, "EndpointLoc");

@@ -65,5 +65,7 @@ void ldd_host_machine_memory(uint64_t *available_bytes, uint64_t *total_bytes);
 /* Around fork(): as in host_object.h, but the allocations stay valid in the child. */
 void ldd_host_memory_before_fork(void);
 void ldd_host_memory_after_fork(bool child);
+void ldd_host_ranges_before_fork(void);
+void ldd_host_ranges_after_fork(bool child);
 
 #endif

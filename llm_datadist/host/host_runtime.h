@@ -13,6 +13,8 @@
 #include "host_memory.h"
 #include "host_object.h"
 
+enum { LDD_HOST_MAX_DEVICES = 64 };
+
 typedef struct {
     ldd_host_object object;
     int32_t device;
@@ -72,6 +74,9 @@ aclError ldd_host_create_stream(ldd_host_context *context, aclrtStream *out_stre
 
 /* Drop the work of all streams of a context and end them. */
 void ldd_host_end_streams(void *context_handle);
+
+/* In a child made by fork(): no stream of the parent counts any more. */
+void ldd_host_forget_streams(void);
 
 /* ---- event.c ---- */
 
