@@ -1,0 +1,330 @@
+/*
+ * The thread of one data connection: checks each request, then moves bytes straight between socket and memory.
+ *
+ * Before every slice of bytes it asks whether it still may: the server stopping, its client dropped, or a
+ * region being unregistered under a stalled peer make it break off, whatever the peer does.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <inttypes.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include "hixl_server.h"
+#include "hixl_time.h"
+
+enum {
+    SLICE_IOVECS = 64,
+    SLICE_BYTES = 1 << 20,
+    LOOK_UP_MS = 100, /* between two looks at the flags while a peer is silent */
+};
+#define IDLE_NS HIXL_SECOND_NS       /* without a request: hand the connection back to the service thread */
+#define STALL_NS (60 * HIXL_SECOND_NS) /* a peer that neither takes nor gives bytes this long has lost interest */
+
+typedef struct {
+    hixl_conn *conn;
+    hixl_wire_desc *descs;
+    hixl_target *targets;
+    size_t capacity;     /* of both */
+    size_t num_targets;  /* held now */
+} data_session;
+
+typedef enum { MOVE_READY, MOVE_IDLE, MOVE_BROKEN } move_state;
+
+static bool must_leave(data_session *session, bool stalled) {
+    hixl_conn *conn = session->conn;
+    return atomic_load(&conn->dropped) || atomic_load(&conn->server->stopping) ||
+           hixl_regions_must_leave(&conn->server->regions, session->targets, session->num_targets, stalled);
+}
+
+/* Wait for `events` on the connection; BROKEN also when the peer has closed it, even with bytes left to read. */
+static move_state wait_conn(data_session *session, short events, int64_t limit_ns) {
+    int64_t deadline = hixl_now_ns() + limit_ns;
+    struct pollfd entry = {.fd = session->conn->fd, .events = (short)(events | POLLRDHUP)};
+    bool stalled = false;
+    for (;;) {
+        int ready;
+        if (must_leave(session, stalled)) {
+            return MOVE_BROKEN;
+        }
+        ready = poll(&entry, 1, LOOK_UP_MS);
+        if (ready > 0) {
+            return entry.revents & (POLLRDHUP | POLLHUP | POLLERR | POLLNVAL) ? MOVE_BROKEN : MOVE_READY;
+        }
+        if (ready < 0 && errno != EINTR) {
+            return MOVE_BROKEN;
+        }
+        stalled = ready == 0;
+        if (hixl_now_ns() >= deadline) {
+            return MOVE_IDLE;
+        }
+    }
+}
+
+/* Frames, not server memory. `limit_ns`: how long the first byte may take. */
+static move_state receive_frame(data_session *session, void *data, size_t bytes, int64_t limit_ns) {
+    uint8_t *next = data;
+    while (bytes > 0) {
+        ssize_t got = recv(session->conn->fd, next, bytes, 0);
+        if (got > 0) {
+            next += got;
+            bytes -= (size_t)got;
+            limit_ns = STALL_NS;
+        } else if (got < 0 && errno == EAGAIN) {
+            move_state state = wait_conn(session, POLLIN, limit_ns);
+            if (state != MOVE_READY) {
+                return state == MOVE_IDLE && limit_ns == STALL_NS ? MOVE_BROKEN : state;
+            }
+        } else if (got == 0 || errno != EINTR) {
+            return MOVE_BROKEN;
+        }
+    }
+    return MOVE_READY;
+}
+
+/* Position in the targets of a request. */
+typedef struct {
+    size_t index;
+    uint64_t offset;
+} data_cursor;
+
+static void advance(const data_session *session, data_cursor *cursor, uint64_t bytes) {
+    while (bytes > 0) {
+        uint64_t left = session->targets[cursor->index].bytes - cursor->offset;
+        if (bytes < left) {
+            cursor->offset += bytes;
+            return;
+        }
+        bytes -= left;
+        cursor->index++;
+        cursor->offset = 0;
+    }
+}
+
+static size_t slice(const data_session *session, const data_cursor *cursor, struct iovec *out) {
+    uint64_t offset = cursor->offset, room = SLICE_BYTES;
+    size_t i, n = 0;
+    for (i = cursor->index; i < session->num_targets && n < SLICE_IOVECS && room > 0; i++, n++) {
+        uint64_t bytes = session->targets[i].bytes - offset;
+        out[n].iov_base = session->targets[i].address + offset;
+        out[n].iov_len = bytes < room ? bytes : room;
+        room -= out[n].iov_len;
+        offset = 0;
+    }
+    return n;
+}
+
+static bool send_frame(data_session *session, const void *data, size_t bytes) {
+    const uint8_t *next = data;
+    while (bytes > 0) {
+        ssize_t sent = send(session->conn->fd, next, bytes, MSG_NOSIGNAL);
+        if (sent >= 0) {
+            next += sent;
+            bytes -= (size_t)sent;
+        } else if (errno == EAGAIN) {
+            if (wait_conn(session, POLLOUT, STALL_NS) != MOVE_READY) {
+                return false;
+            }
+        } else if (errno != EINTR) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static bool send_failure(data_session *session, hixl_wire_reply *reply, const hixl_error *error) {
+    uint8_t frame[sizeof *reply + HIXL_MAX_TEXT_BYTES];
+    size_t text_bytes = strnlen(error->text, HIXL_MAX_TEXT_BYTES);
+    reply->status = error->status;
+    reply->text_bytes = (uint16_t)text_bytes;
+    reply->bytes = 0;
+    memcpy(frame, reply, sizeof *reply);
+    memcpy(frame + sizeof *reply, error->text, text_bytes);
+    return send_frame(session, frame, sizeof *reply + text_bytes);
+}
+
+/*
+ * Once a reply promises bytes it cannot be taken back, so look whether private memory is there first: its owner
+ * may have unmapped it. Reading the ends of each range across our own process asks the kernel, and cannot fault.
+ */
+static bool is_readable(const data_session *session, hixl_error *error) {
+    struct iovec local[SLICE_IOVECS], remote[SLICE_IOVECS];
+    uint8_t bytes[SLICE_IOVECS];
+    size_t i, n = 0;
+    for (i = 0; i <= session->num_targets; i++) {
+        bool last = i == session->num_targets;
+        if ((last && n > 0) || n + 2 > SLICE_IOVECS) {
+            ssize_t got = process_vm_readv(getpid(), local, n, remote, n, 0);
+            if (got != (ssize_t)n && (got >= 0 || errno == EFAULT)) {
+                hixl_fail(error, HIXL_FAILED, "registered memory near %p is not mapped", remote[got < 0 ? 0 : got].iov_base);
+                return false;
+            }
+            n = 0;
+        }
+        if (!last && session->targets[i].region->backing == NULL) {
+            const hixl_target *target = &session->targets[i];
+            size_t end;
+            for (end = 0; end < 2; end++, n++) {
+                local[n] = (struct iovec){.iov_base = &bytes[n], .iov_len = 1};
+                remote[n] = (struct iovec){.iov_base = target->address + (end ? target->bytes - 1 : 0), .iov_len = 1};
+            }
+        }
+    }
+    return true;
+}
+
+static bool serve_get(data_session *session, hixl_wire_reply *reply) {
+    struct iovec iov[1 + SLICE_IOVECS];
+    struct msghdr message = {.msg_iov = iov};
+    data_cursor cursor = {0, 0};
+    uint64_t left = reply->bytes;
+    size_t header_left = sizeof *reply;
+    hixl_error error;
+
+    if (!is_readable(session, &error)) {
+        return send_failure(session, reply, &error);
+    }
+    while (header_left > 0 || left > 0) {
+        size_t first = header_left > 0 ? 1 : 0;
+        ssize_t sent;
+        iov[0].iov_base = (uint8_t *)(reply + 1) - header_left;
+        iov[0].iov_len = header_left;
+        message.msg_iovlen = first + slice(session, &cursor, iov + first);
+        if (must_leave(session, false)) {
+            return false;
+        }
+        sent = sendmsg(session->conn->fd, &message, MSG_NOSIGNAL);
+        if (sent >= 0) {
+            size_t header = (size_t)sent < header_left ? (size_t)sent : header_left;
+            header_left -= header;
+            left -= (uint64_t)sent - header;
+            advance(session, &cursor, (uint64_t)sent - header);
+        } else if (errno == EAGAIN) {
+            if (wait_conn(session, POLLOUT, STALL_NS) != MOVE_READY) {
+                return false;
+            }
+        } else if (errno != EINTR) { /* the peer has gone, or memory has since the look above */
+            return false;
+        }
+    }
+    return true;
+}
+
+/* Receive and forget: the peer sent its bytes before it could know that they are refused. */
+static bool drain(data_session *session, uint64_t bytes) {
+    while (bytes > 0) {
+        size_t want = bytes < SLICE_BYTES ? (size_t)bytes : SLICE_BYTES;
+        ssize_t got = recv(session->conn->fd, NULL, want, MSG_TRUNC);
+        if (got > 0) {
+            bytes -= (uint64_t)got;
+        } else if (got < 0 && errno == EAGAIN) {
+            if (wait_conn(session, POLLIN, STALL_NS) != MOVE_READY) {
+                return false;
+            }
+        } else if (got == 0 || errno != EINTR) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static bool serve_put(data_session *session, hixl_wire_reply *reply) {
+    struct iovec iov[SLICE_IOVECS];
+    struct msghdr message = {.msg_iov = iov};
+    data_cursor cursor = {0, 0};
+    uint64_t left = reply->bytes;
+
+    while (left > 0) {
+        ssize_t got;
+        /* Asked before each slice: once the peer has given up (a reset), bytes still queued here must not land. */
+        if (wait_conn(session, POLLIN, STALL_NS) != MOVE_READY) {
+            return false;
+        }
+        message.msg_iovlen = slice(session, &cursor, iov);
+        got = recvmsg(session->conn->fd, &message, 0);
+        if (got > 0) {
+            left -= (uint64_t)got;
+            advance(session, &cursor, (uint64_t)got);
+        } else if (got < 0 && errno == EFAULT) {
+            hixl_error error;
+            hixl_fail(&error, HIXL_FAILED, "registered memory near %p is not writable", iov[0].iov_base);
+            return send_failure(session, reply, &error) && drain(session, left);
+        } else if (got == 0 || (errno != EAGAIN && errno != EINTR)) {
+            return false;
+        }
+    }
+    reply->bytes = 0;
+    return send_frame(session, reply, sizeof *reply);
+}
+
+static bool reserve(data_session *session, size_t count) {
+    if (count > session->capacity) {
+        size_t capacity = count < 64 ? 64 : count;
+        free(session->descs);
+        free(session->targets);
+        session->descs = malloc(capacity * sizeof *session->descs);
+        session->targets = malloc(capacity * sizeof *session->targets);
+        session->capacity = session->descs != NULL && session->targets != NULL ? capacity : 0;
+    }
+    return count <= session->capacity;
+}
+
+/* One request; IDLE: none came, BROKEN: the connection is of no more use. */
+static move_state serve_request(data_session *session) {
+    hixl_region_table *regions = &session->conn->server->regions;
+    hixl_wire_request request;
+    hixl_wire_reply reply = {.magic = HIXL_WIRE_REPLY_MAGIC};
+    move_state state = receive_frame(session, &request, sizeof request, IDLE_NS);
+    hixl_error error;
+    bool ok;
+
+    if (state != MOVE_READY) {
+        return state;
+    }
+    if (request.magic != HIXL_WIRE_REQUEST_MAGIC || request.reserved != 0 || request.argument != 0 ||
+        (request.op != HIXL_OP_GET && request.op != HIXL_OP_PUT) || request.count == 0 ||
+        request.count > HIXL_WIRE_MAX_DESCS || request.bytes < request.count || !reserve(session, request.count)) {
+        return MOVE_BROKEN;
+    }
+    if (receive_frame(session, session->descs, request.count * sizeof *session->descs, STALL_NS) != MOVE_READY) {
+        return MOVE_BROKEN;
+    }
+    reply.op = request.op;
+    reply.sequence = request.sequence;
+    reply.bytes = request.bytes;
+    if (hixl_regions_acquire(regions, session->descs, request.count, request.bytes, session->targets, &error) !=
+        HIXL_SUCCESS) {
+        ok = send_failure(session, &reply, &error) &&
+             (request.op == HIXL_OP_GET || drain(session, request.bytes));
+        return ok ? MOVE_READY : MOVE_BROKEN;
+    }
+    session->num_targets = request.count;
+    ok = request.op == HIXL_OP_GET ? serve_get(session, &reply) : serve_put(session, &reply);
+    hixl_regions_release(regions, session->targets, session->num_targets);
+    session->num_targets = 0;
+    return ok ? MOVE_READY : MOVE_BROKEN;
+}
+
+void *hixl_serve_data_main(void *argument) {
+    hixl_conn *conn = argument;
+    hixl_server *server = conn->server;
+    data_session session = {.conn = conn};
+    move_state state;
+
+    do {
+        state = serve_request(&session);
+    } while (state == MOVE_READY);
+    free(session.descs);
+    free(session.targets);
+    pthread_mutex_lock(&server->lock);
+    conn->broken = state == MOVE_BROKEN;
+    conn->state = HIXL_CONN_FINISHED;
+    TAILQ_INSERT_TAIL(&server->finished, conn, finished);
+    pthread_cond_broadcast(&server->unserved);
+    hixl_wake_service(server);
+    pthread_mutex_unlock(&server->lock);
+    return NULL;
+}

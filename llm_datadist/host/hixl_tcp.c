@@ -1,0 +1,412 @@
+/*
+ * The tcp path of the client: data connections that carry one batch at a time, split evenly by bytes.
+ *
+ * A get receives straight into the destination, a put sends straight from the source; nothing is staged. All
+ * sockets are non-blocking: hixl_tcp_progress moves what the kernel has or takes, the waiting thread polls. Local
+ * memory is written only in there, so whoever holds the client's lock and has closed the streams knows that no
+ * further byte lands.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <inttypes.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include "hixl_client.h"
+
+enum { SLICE_IOVECS = 64 };
+/* Up to here one connection carries a batch alone: a second request and wake-up cost more than they save. */
+#define SINGLE_STREAM_BYTES ((uint64_t)256 << 10)
+/* Moved in one go before the deadline is looked at again. */
+#define BURST_BYTES ((uint64_t)4 << 20)
+
+typedef enum { STREAM_DONE, STREAM_PENDING, STREAM_FAILED } stream_state;
+
+static stream_state fail_stream(const hixl_client *client, const char *what, int code, hixl_error *error) {
+    if (code == EFAULT) {
+        hixl_fail(error, HIXL_PARAM_INVALID, "local memory of a batch is not mapped or not writable");
+    } else if (code == 0) {
+        hixl_fail(error, HIXL_NOT_CONNECTED, "server %s closed a data connection", client->address.text);
+    } else {
+        hixl_fail(error, HIXL_NOT_CONNECTED, "%s server %s: %s", what, client->address.text, strerror(code));
+    }
+    return STREAM_FAILED;
+}
+
+static bool open_stream(hixl_client *client, hixl_stream *stream, hixl_error *error) {
+    stream->fd = hixl_start_connect(&client->address);
+    if (stream->fd < 0) {
+        hixl_fail(error, errno == EMFILE || errno == ENFILE ? HIXL_RESOURCE_EXHAUSTED : HIXL_NOT_CONNECTED,
+                  "data connection to %s: %s", client->address.text, strerror(errno));
+        return false;
+    }
+    hixl_tune_tcp(stream->fd, false);
+    hixl_data_hello(client, &stream->hello);
+    stream->hello_sent = 0;
+    stream->welcome_received = 0;
+    return true;
+}
+
+/* Begin the frame that starts at the current descriptor, if any is left. */
+static void begin_frame(hixl_client *client, hixl_stream *stream, bool is_put) {
+    size_t i;
+    stream->frame_first = stream->frame_end;
+    stream->frame_end = stream->count - stream->frame_first < HIXL_WIRE_MAX_DESCS
+                            ? stream->count
+                            : stream->frame_first + HIXL_WIRE_MAX_DESCS;
+    stream->request = (hixl_wire_request){.magic = HIXL_WIRE_REQUEST_MAGIC,
+                                          .op = is_put ? HIXL_OP_PUT : HIXL_OP_GET,
+                                          .sequence = ++client->sequence,
+                                          .count = (uint32_t)(stream->frame_end - stream->frame_first)};
+    for (i = stream->frame_first; i < stream->frame_end; i++) {
+        stream->request.bytes += stream->descs[i].bytes;
+    }
+    stream->head_sent = 0;
+    stream->send_index = stream->receive_index = stream->frame_first;
+    stream->send_skip = stream->receive_skip = 0;
+    stream->sent = false;
+    stream->reply_received = stream->text_received = 0;
+}
+
+static bool add_share(hixl_stream *stream, const hixl_tcp_op *op, uint64_t offset, uint64_t bytes) {
+    if (stream->count == stream->capacity) {
+        size_t capacity = stream->capacity == 0 ? 64 : 2 * stream->capacity;
+        hixl_wire_desc *descs = realloc(stream->descs, capacity * sizeof *descs);
+        struct iovec *iov;
+        if (descs == NULL) {
+            return false;
+        }
+        stream->descs = descs;
+        iov = realloc(stream->iov, capacity * sizeof *iov);
+        if (iov == NULL) {
+            return false;
+        }
+        stream->iov = iov;
+        stream->capacity = capacity;
+    }
+    stream->descs[stream->count] = op->desc;
+    stream->descs[stream->count].offset += offset;
+    stream->descs[stream->count].bytes = bytes;
+    stream->iov[stream->count] =
+        (struct iovec){.iov_base = (void *)(uintptr_t)(op->local + offset), .iov_len = (size_t)bytes};
+    stream->count++;
+    return true;
+}
+
+/* Give every stream its share of the batch, an equal number of bytes each. */
+static bool share_out(hixl_client *client, const hixl_batch *batch, unsigned num_streams, uint64_t bytes) {
+    uint64_t share = (bytes + num_streams - 1) / num_streams, filled = 0;
+    unsigned s = 0;
+    size_t i;
+    for (i = 0; i < num_streams; i++) {
+        client->streams[i].count = 0;
+    }
+    for (i = 0; i < batch->num_tcp_ops; i++) {
+        const hixl_tcp_op *op = &batch->tcp_ops[i];
+        uint64_t offset = 0;
+        while (offset < op->desc.bytes) {
+            uint64_t part = op->desc.bytes - offset;
+            if (filled == share) {
+                s++;
+                filled = 0;
+            }
+            part = part < share - filled ? part : share - filled;
+            if (!add_share(&client->streams[s], op, offset, part)) {
+                return false;
+            }
+            offset += part;
+            filled += part;
+        }
+    }
+    return true;
+}
+
+static bool begin_batch(hixl_client *client, const hixl_batch *batch, hixl_error *error) {
+    unsigned i, num_streams;
+    uint64_t bytes = 0;
+    size_t k;
+
+    for (k = 0; k < batch->num_tcp_ops; k++) {
+        bytes += batch->tcp_ops[k].desc.bytes;
+    }
+    num_streams = bytes <= SINGLE_STREAM_BYTES ? 1 : client->num_streams;
+    if (!share_out(client, batch, num_streams, bytes)) {
+        hixl_fail(error, HIXL_RESOURCE_EXHAUSTED, "no memory for a batch of %" PRIu64 " bytes", bytes);
+        return false;
+    }
+    for (i = 0; i < num_streams; i++) {
+        hixl_stream *stream = &client->streams[i];
+        if (stream->fd < 0 && !open_stream(client, stream, error)) {
+            return false;
+        }
+        stream->frame_end = 0;
+        begin_frame(client, stream, batch->is_put);
+        stream->active = true;
+    }
+    return true;
+}
+
+/* Send hello, request, descriptors and, of a put, the bytes; several of them in one call where they are due. */
+static stream_state send_some(const hixl_client *client, hixl_stream *stream, bool is_put, uint64_t *budget,
+                              hixl_error *error) {
+    const size_t descs_bytes = stream->request.count * sizeof(hixl_wire_desc);
+    const size_t head_bytes = sizeof stream->request + descs_bytes;
+    while (!stream->sent && *budget > 0) {
+        struct iovec iov[3 + SLICE_IOVECS];
+        struct msghdr message = {.msg_iov = iov};
+        size_t n = 0, rest;
+        ssize_t sent;
+        if (stream->hello_sent < sizeof stream->hello) {
+            iov[n].iov_base = (uint8_t *)&stream->hello + stream->hello_sent;
+            iov[n++].iov_len = sizeof stream->hello - stream->hello_sent;
+        }
+        if (stream->head_sent < sizeof stream->request) {
+            iov[n].iov_base = (uint8_t *)&stream->request + stream->head_sent;
+            iov[n++].iov_len = sizeof stream->request - stream->head_sent;
+        }
+        if (stream->head_sent < head_bytes) {
+            size_t skip = stream->head_sent > sizeof stream->request ? stream->head_sent - sizeof stream->request : 0;
+            iov[n].iov_base = (uint8_t *)&stream->descs[stream->frame_first] + skip;
+            iov[n++].iov_len = descs_bytes - skip;
+        }
+        if (is_put) {
+            n += hixl_slice_iov(stream->iov + stream->send_index, stream->frame_end - stream->send_index,
+                                stream->send_skip, BURST_BYTES, iov + n, SLICE_IOVECS);
+        }
+        message.msg_iovlen = n;
+        sent = sendmsg(stream->fd, &message, MSG_NOSIGNAL);
+        if (sent < 0) {
+            if (errno == EINTR) {
+                continue;
+            }
+            return errno == EAGAIN ? STREAM_PENDING : fail_stream(client, "send to", errno, error);
+        }
+        *budget -= (uint64_t)sent < *budget ? (uint64_t)sent : *budget;
+        rest = (size_t)sent;
+        if (stream->hello_sent < sizeof stream->hello) {
+            size_t part = sizeof stream->hello - stream->hello_sent;
+            part = part < rest ? part : rest;
+            stream->hello_sent += part;
+            rest -= part;
+        }
+        if (stream->head_sent < head_bytes) {
+            size_t part = head_bytes - stream->head_sent;
+            part = part < rest ? part : rest;
+            stream->head_sent += part;
+            rest -= part;
+        }
+        hixl_advance_iov(stream->iov, &stream->send_index, &stream->send_skip, rest);
+        stream->sent =
+            stream->head_sent == head_bytes && (!is_put || stream->send_index == stream->frame_end);
+    }
+    return STREAM_PENDING;
+}
+
+/* Receive into a fixed frame: DONE once it is whole. */
+static stream_state receive_frame(const hixl_client *client, const hixl_stream *stream, void *frame, size_t bytes,
+                                  size_t *received, hixl_error *error) {
+    while (*received < bytes) {
+        ssize_t got = recv(stream->fd, (uint8_t *)frame + *received, bytes - *received, 0);
+        if (got > 0) {
+            *received += (size_t)got;
+        } else if (got < 0 && errno == EAGAIN) {
+            return STREAM_PENDING;
+        } else if (got == 0 || errno != EINTR) {
+            return fail_stream(client, "receive from", got == 0 ? 0 : errno, error);
+        }
+    }
+    return STREAM_DONE;
+}
+
+static stream_state check_reply(const hixl_client *client, const hixl_stream *stream, bool is_put, hixl_error *error) {
+    const hixl_wire_reply *reply = &stream->reply;
+    uint64_t bytes = reply->status == HIXL_SUCCESS && !is_put ? stream->request.bytes : 0;
+    if (reply->magic != HIXL_WIRE_REPLY_MAGIC || reply->op != stream->request.op ||
+        reply->sequence != stream->request.sequence || reply->bytes != bytes ||
+        reply->text_bytes > (reply->status == HIXL_SUCCESS ? 0 : HIXL_MAX_TEXT_BYTES)) {
+        hixl_fail(error, HIXL_NOT_CONNECTED, "server %s sent a malformed reply", client->address.text);
+        return STREAM_FAILED;
+    }
+    return STREAM_DONE;
+}
+
+static stream_state receive_bytes(const hixl_client *client, hixl_stream *stream, uint64_t *budget,
+                                  hixl_error *error) {
+    while (stream->receive_index < stream->frame_end) {
+        struct iovec iov[SLICE_IOVECS];
+        struct msghdr message = {.msg_iov = iov};
+        ssize_t got;
+        if (*budget == 0) {
+            return STREAM_PENDING;
+        }
+        message.msg_iovlen =
+            hixl_slice_iov(stream->iov + stream->receive_index, stream->frame_end - stream->receive_index,
+                           stream->receive_skip, BURST_BYTES, iov, SLICE_IOVECS);
+        got = recvmsg(stream->fd, &message, 0);
+        if (got > 0) {
+            hixl_advance_iov(stream->iov, &stream->receive_index, &stream->receive_skip, (size_t)got);
+            *budget -= (uint64_t)got < *budget ? (uint64_t)got : *budget;
+        } else if (got < 0 && errno == EAGAIN) {
+            return STREAM_PENDING;
+        } else if (got == 0 || errno != EINTR) {
+            return fail_stream(client, "receive from", got == 0 ? 0 : errno, error);
+        }
+    }
+    return STREAM_DONE;
+}
+
+/* DONE: the frame under way has been answered. */
+static stream_state receive_answer(const hixl_client *client, hixl_stream *stream, bool is_put, uint64_t *budget,
+                                   hixl_error *error) {
+    stream_state state;
+    if (stream->welcome_received < sizeof stream->welcome) {
+        state = receive_frame(client, stream, &stream->welcome, sizeof stream->welcome, &stream->welcome_received,
+                              error);
+        if (state != STREAM_DONE) {
+            return state;
+        }
+        if (hixl_check_welcome(client, &stream->welcome, false, error) != HIXL_SUCCESS) {
+            return STREAM_FAILED;
+        }
+    }
+    if (stream->reply_received < sizeof stream->reply) {
+        state = receive_frame(client, stream, &stream->reply, sizeof stream->reply, &stream->reply_received, error);
+        if (state == STREAM_DONE) {
+            state = check_reply(client, stream, is_put, error);
+        }
+        if (state != STREAM_DONE) {
+            return state;
+        }
+    }
+    if (stream->reply.status != HIXL_SUCCESS) {
+        state = receive_frame(client, stream, stream->text, stream->reply.text_bytes, &stream->text_received, error);
+        if (state != STREAM_DONE) {
+            return state;
+        }
+        stream->text[stream->text_received] = '\0';
+        hixl_fail(error, HIXL_FAILED, "server %s refused (%u): %s", client->address.text, stream->reply.status,
+                  stream->text);
+        return STREAM_FAILED;
+    }
+    return is_put ? STREAM_DONE : receive_bytes(client, stream, budget, error);
+}
+
+static stream_state progress_stream(hixl_client *client, hixl_stream *stream, bool is_put, uint64_t *budget,
+                                    hixl_error *error) {
+    for (;;) {
+        stream_state state = send_some(client, stream, is_put, budget, error);
+        hixl_error send_error = *error;
+        bool send_failed = state == STREAM_FAILED;
+        /* Even when sending fails: the server may have said why before it closed. */
+        state = receive_answer(client, stream, is_put, budget, error);
+        if (send_failed) {
+            if (state != STREAM_FAILED || error->status == HIXL_NOT_CONNECTED) {
+                *error = send_error;
+            }
+            return STREAM_FAILED;
+        }
+        if (state != STREAM_DONE) {
+            return state;
+        }
+        if (stream->frame_end == stream->count) {
+            return STREAM_DONE;
+        }
+        begin_frame(client, stream, is_put);
+    }
+}
+
+void hixl_tcp_submit(hixl_client *client, hixl_batch *batch) {
+    batch->tcp_pending = true;
+    TAILQ_INSERT_TAIL(&client->tcp_queue, batch, entry);
+    hixl_tcp_progress(client); /* the request leaves now, not when somebody comes to wait */
+}
+
+/* One round over the streams of the batch at the head. */
+static stream_state progress_head(hixl_client *client, hixl_batch *batch, hixl_error *error) {
+    uint64_t budget = BURST_BYTES;
+    stream_state result = STREAM_DONE;
+    unsigned i;
+
+    if (!client->tcp_started) {
+        if (!begin_batch(client, batch, error)) {
+            return STREAM_FAILED;
+        }
+        client->tcp_started = true;
+    }
+    for (i = 0; i < client->num_streams; i++) {
+        hixl_stream *stream = &client->streams[i];
+        stream_state state;
+        if (!stream->active) {
+            continue;
+        }
+        budget = BURST_BYTES;
+        state = progress_stream(client, stream, batch->is_put, &budget, error);
+        if (state == STREAM_FAILED) {
+            return STREAM_FAILED;
+        }
+        if (state == STREAM_DONE) {
+            stream->active = false;
+        } else {
+            result = STREAM_PENDING;
+        }
+    }
+    return result;
+}
+
+void hixl_tcp_progress(hixl_client *client) {
+    hixl_batch *batch;
+    while ((batch = TAILQ_FIRST(&client->tcp_queue)) != NULL) {
+        hixl_error error = {0};
+        stream_state state = progress_head(client, batch, &error);
+        if (state == STREAM_PENDING) {
+            return;
+        }
+        if (state == STREAM_FAILED) {
+            hixl_batch_fail(batch, &error); /* takes the batch out and the streams down */
+            return;
+        }
+        TAILQ_REMOVE(&client->tcp_queue, batch, entry);
+        batch->tcp_pending = false;
+        client->tcp_started = false;
+    }
+}
+
+size_t hixl_tcp_poll_set(hixl_client *client, struct pollfd *entries) {
+    size_t n = 0;
+    unsigned i;
+    for (i = 0; i < client->num_streams; i++) {
+        const hixl_stream *stream = &client->streams[i];
+        if (stream->active) {
+            entries[n++] = (struct pollfd){.fd = stream->fd, .events = (short)(stream->sent ? POLLIN : POLLIN | POLLOUT)};
+        }
+    }
+    return n;
+}
+
+void hixl_tcp_abort(hixl_client *client) {
+    int i;
+    for (i = 0; i < HIXL_MAX_STREAMS; i++) {
+        hixl_stream *stream = &client->streams[i];
+        stream->active = false;
+        if (stream->fd >= 0) {
+            /* A thread may be polling it: wake that before the number can mean something else. A reset also tells
+             * the server to drop what it has received of a put and not yet put in place. */
+            shutdown(stream->fd, SHUT_RD);
+            hixl_abort_socket(stream->fd);
+            stream->fd = -1;
+        }
+    }
+    client->tcp_started = false;
+}
+
+void hixl_tcp_close(hixl_client *client) {
+    int i;
+    hixl_tcp_abort(client);
+    for (i = 0; i < HIXL_MAX_STREAMS; i++) {
+        free(client->streams[i].descs);
+        free(client->streams[i].iov);
+    }
+}

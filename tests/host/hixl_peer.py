@@ -1,0 +1,339 @@
+"""The transfer interface of the host provider through ctypes, and a second process that owns memory behind it.
+
+Run as a program it is that process: it reads one JSON command per line from standard input and answers each with one
+line. Tests import it for the bindings and for :class:`Peer`, which starts and drives it.
+"""
+import ctypes
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from ctypes import POINTER, byref, c_char_p, c_int, c_int64, c_uint8, c_uint32, c_uint64, c_void_p
+from pathlib import Path
+
+LIBRARY = Path(__file__).resolve().parents[2] / "llm_datadist" / "host" / "libldd_host.so"
+
+SUCCESS = 0
+PARAM_INVALID = 103900
+TIMEOUT = 103901
+NOT_CONNECTED = 103902
+ALREADY_CONNECTED = 103903
+RESOURCE_EXHAUSTED = 203900
+FAILED = 503900
+
+WAITING, COMPLETED, STATUS_TIMEOUT, STATUS_FAILED = range(4)
+
+
+class ServerDesc(ctypes.Structure):
+    _fields_ = [("endpoints", c_void_p), ("ip", c_char_p), ("port", c_uint32), ("num_endpoints", c_uint32),
+                ("reserved", c_uint8 * 104)]
+
+
+class ClientDesc(ctypes.Structure):
+    _fields_ = [("local", c_void_p), ("remote", c_void_p), ("ip", c_char_p), ("port", c_uint32), ("tc", c_uint8),
+                ("sl", c_uint8), ("reserved", c_uint8 * 98)]
+
+
+class Config(ctypes.Structure):
+    _fields_ = [("text", c_char_p), ("reserved", c_uint8 * 120)]
+
+
+class CommMem(ctypes.Structure):
+    _fields_ = [("type", c_int), ("addr", c_void_p), ("size", c_uint64)]
+
+
+class Op(ctypes.Structure):
+    _fields_ = [("remote", c_uint64), ("local", c_uint64), ("len", c_uint64)]
+
+
+def load():
+    """Return the library with argument types set."""
+    lib = ctypes.CDLL(str(LIBRARY))
+    lib.LddLastError.restype = c_char_p
+    lib.LddLastError.argtypes = []
+    signatures = {
+        "aclrtSetDevice": [ctypes.c_int32],
+        "aclrtMalloc": [POINTER(c_void_p), ctypes.c_size_t, c_int],
+        "aclrtFree": [c_void_p],
+        "aclrtMallocHost": [POINTER(c_void_p), ctypes.c_size_t],
+        "aclrtFreeHost": [c_void_p],
+        "HixlCSServerCreate": [POINTER(ServerDesc), POINTER(Config), POINTER(c_void_p)],
+        "HixlCSServerRegMem": [c_void_p, c_char_p, POINTER(CommMem), POINTER(c_void_p)],
+        "HixlCSServerListen": [c_void_p, c_uint32],
+        "HixlCSServerUnregMem": [c_void_p, c_void_p],
+        "HixlCSServerDestroy": [c_void_p],
+        "HixlCSClientCreate": [POINTER(ClientDesc), POINTER(Config), POINTER(c_void_p)],
+        "HixlCSClientRegMem": [c_void_p, c_char_p, POINTER(CommMem), POINTER(c_void_p)],
+        "HixlCSClientUnregMem": [c_void_p, c_void_p],
+        "HixlCSClientConnect": [c_void_p, c_uint32],
+        "HixlCSClientGetRemoteMem": [c_void_p, POINTER(POINTER(CommMem)), POINTER(POINTER(c_char_p)),
+                                     POINTER(c_uint32), c_uint32],
+        "HixlCSClientBatchPutAsync": [c_void_p, c_uint32, c_void_p, POINTER(c_void_p)],
+        "HixlCSClientBatchGetAsync": [c_void_p, c_uint32, c_void_p, POINTER(c_void_p)],
+        "HixlCSClientBatchPutSync": [c_void_p, c_uint32, c_void_p, c_uint32],
+        "HixlCSClientBatchGetSync": [c_void_p, c_uint32, c_void_p, c_uint32],
+        "HixlCSClientQueryCompleteStatus": [c_void_p, c_void_p, POINTER(c_int)],
+        "HixlCSClientDestroy": [c_void_p],
+        "LddCapabilities": [],
+        "LddClientWait": [c_void_p, c_void_p, c_int64, POINTER(c_int)],
+        "LddClientCancel": [c_void_p, c_void_p],
+        "LddServerDropPeer": [c_void_p, c_char_p],
+        "LddClientPaths": [c_void_p, c_char_p, ctypes.c_size_t],
+    }
+    for name, arguments in signatures.items():
+        function = getattr(lib, name)
+        function.argtypes = arguments
+        function.restype = c_uint32
+    return lib
+
+
+class HixlError(Exception):
+    """A call failed; `status` and `text` are the library's own."""
+
+    def __init__(self, status, text):
+        super().__init__(f"{status}: {text}")
+        self.status = status
+        self.text = text
+
+
+class Api:
+    """The library with failures as exceptions."""
+
+    def __init__(self):
+        self.lib = load()
+
+    def check(self, status):
+        if status != SUCCESS:
+            raise HixlError(status, self.lib.LddLastError().decode())
+
+    def alloc(self, size):
+        out = c_void_p()
+        assert self.lib.aclrtSetDevice(0) == 0
+        assert self.lib.aclrtMalloc(byref(out), size, 0) == 0
+        return out.value
+
+    def free(self, addr):
+        assert self.lib.aclrtFree(addr) == 0
+
+    def server(self, port, ip="127.0.0.1"):
+        handle = c_void_p()
+        desc = ServerDesc(ip=ip.encode(), port=port)
+        self.check(self.lib.HixlCSServerCreate(byref(desc), byref(Config()), byref(handle)))
+        return handle.value
+
+    def register(self, server, addr, size, tag=None, kind=0):
+        handle = c_void_p()
+        memory = CommMem(kind, addr, size)
+        self.check(self.lib.HixlCSServerRegMem(server, tag, byref(memory), byref(handle)))
+        return handle.value
+
+    def client(self, port, config=None, ip="127.0.0.1"):
+        handle = c_void_p()
+        desc = ClientDesc(ip=ip.encode(), port=port)
+        self.check(self.lib.HixlCSClientCreate(byref(desc), byref(Config(text=config)), byref(handle)))
+        return Client(self, handle.value)
+
+
+class Client:
+    """One client handle; a context manager that destroys it."""
+
+    def __init__(self, api, handle):
+        self.api = api
+        self.lib = api.lib
+        self.handle = handle
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.destroy()
+
+    def destroy(self):
+        if self.handle is not None:
+            self.api.check(self.lib.HixlCSClientDestroy(self.handle))
+            self.handle = None
+
+    def connect(self, timeout_ms=5000):
+        self.api.check(self.lib.HixlCSClientConnect(self.handle, timeout_ms))
+        return self
+
+    def remote_mem(self, timeout_ms=5000):
+        """Return (address, size, tag) of each region."""
+        memory, tags, count = POINTER(CommMem)(), POINTER(c_char_p)(), c_uint32()
+        self.api.check(self.lib.HixlCSClientGetRemoteMem(self.handle, byref(memory), byref(tags), byref(count),
+                                                         timeout_ms))
+        return [(memory[i].addr, memory[i].size, tags[i].decode()) for i in range(count.value)]
+
+    def paths(self):
+        text = ctypes.create_string_buffer(64)
+        self.api.check(self.lib.LddClientPaths(self.handle, text, len(text)))
+        return text.value.decode()
+
+    @staticmethod
+    def ops(triples):
+        """(remote, local, length) descriptors as a C array."""
+        return (Op * len(triples))(*triples)
+
+    def get(self, triples, timeout_ms=10000):
+        self.api.check(self.lib.HixlCSClientBatchGetSync(self.handle, len(triples), self.ops(triples), timeout_ms))
+
+    def put(self, triples, timeout_ms=10000):
+        self.api.check(self.lib.HixlCSClientBatchPutSync(self.handle, len(triples), self.ops(triples), timeout_ms))
+
+    def start(self, triples, put=False):
+        handle = c_void_p()
+        call = self.lib.HixlCSClientBatchPutAsync if put else self.lib.HixlCSClientBatchGetAsync
+        self.api.check(call(self.handle, len(triples), self.ops(triples), byref(handle)))
+        return handle.value
+
+    def query(self, batch):
+        status = c_int(-1)
+        self.api.check(self.lib.HixlCSClientQueryCompleteStatus(self.handle, batch, byref(status)))
+        return status.value
+
+    def wait(self, batch, timeout_ns=10_000_000_000):
+        """Return (status of the call, completion status, text)."""
+        status = c_int(-1)
+        code = self.lib.LddClientWait(self.handle, batch, timeout_ns, byref(status))
+        return code, status.value, self.lib.LddLastError().decode()
+
+    def cancel(self, batch):
+        self.api.check(self.lib.LddClientCancel(self.handle, batch))
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def pattern(size, seed=0):
+    """`size` bytes that differ at every alignment and for every seed."""
+    unit = bytes((i * 7 + seed * 31 + (i >> 8) * 13) & 0xFF for i in range(65521))
+    return (unit * (size // len(unit) + 1))[:size]
+
+
+class Peer:
+    """A server in a process of its own; a context manager that leaves no process behind."""
+
+    def __init__(self, env=None, port=None):
+        self.port = port or free_port()
+        self.process = subprocess.Popen([sys.executable, __file__, str(self.port)], stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, env={**os.environ, **(env or {})})
+        try:
+            self.read()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
+    def close(self):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+    def kill(self):
+        os.kill(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def stop(self):
+        """Suspend the process, and return once it is."""
+        os.kill(self.process.pid, signal.SIGSTOP)
+        _, status = os.waitpid(self.process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
+
+    def resume(self):
+        os.kill(self.process.pid, signal.SIGCONT)
+
+    def read(self):
+        ready, _, _ = select.select([self.process.stdout], [], [], 20)
+        if not ready:
+            raise TimeoutError("the peer does not answer")
+        line = self.process.stdout.readline()
+        if not line:
+            raise EOFError("the peer has ended")
+        answer = json.loads(line)
+        if isinstance(answer, dict) and "status" in answer:
+            raise HixlError(answer["status"], answer["text"])
+        return answer
+
+    def call(self, name, *arguments):
+        self.process.stdin.write(json.dumps([name, *arguments]).encode() + b"\n")
+        self.process.stdin.flush()
+        return self.read()
+
+
+class Owner:
+    """What the peer process can be asked for: every method is a command."""
+
+    def __init__(self, port):
+        self.api = Api()
+        self.buffers = []
+        self.handle = self.api.server(port)
+        self.api.check(self.api.lib.HixlCSServerListen(self.handle, 64))
+
+    def pool(self, size):
+        """Memory of the provider."""
+        return self.api.alloc(size)
+
+    def free(self, addr):
+        self.api.free(addr)
+
+    def private(self, size):
+        """Memory of the process itself."""
+        buffer = ctypes.create_string_buffer(size)
+        self.buffers.append(buffer)
+        return ctypes.addressof(buffer)
+
+    def register(self, addr, size, tag=None):
+        return self.api.register(self.handle, addr, size, tag.encode() if tag else None)
+
+    def unregister(self, handle):
+        self.api.check(self.api.lib.HixlCSServerUnregMem(self.handle, handle))
+
+    def fill(self, addr, size, seed):
+        ctypes.memmove(addr, pattern(size, seed), size)
+
+    def matches(self, addr, size, seed):
+        return ctypes.string_at(addr, size) == pattern(size, seed)
+
+    def bytes_at(self, addr, size):
+        return ctypes.string_at(addr, size).hex()
+
+    def drop(self, token):
+        self.api.check(self.api.lib.LddServerDropPeer(self.handle, bytes.fromhex(token)))
+
+    def destroy(self):
+        self.api.check(self.api.lib.HixlCSServerDestroy(self.handle))
+
+    def counts(self):
+        """Threads and descriptors of this process."""
+        return [len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))]
+
+
+def main():
+    threading.Thread(target=lambda: None).start()  # what Python itself starts once is not counted later
+    owner = Owner(int(sys.argv[1]))
+    print(json.dumps("ready"), flush=True)
+    for line in sys.stdin:
+        name, *arguments = json.loads(line)
+        try:
+            answer = getattr(owner, name)(*arguments)
+        except HixlError as error:
+            answer = {"status": error.status, "text": error.text}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()
