@@ -75,14 +75,17 @@ cdef ldd_status ldd_plan_contiguous(
     size_t num_tensors, uint64_t nbytes, ldd_detail* detail
 ) noexcept nogil:
     """Plan the same bytes of one slot on either side, for every tensor."""
+    cdef uint64_t remote_end, local_end
     cdef ldd_status status = _begin(out, 1, detail)
     if status < 0 or nbytes == 0:
         return status
+    if ldd_add_overflows(remote_offset, nbytes, &remote_end) or ldd_add_overflows(local_offset, nbytes, &local_end):
+        return _beyond(detail)
     out.runs[0].src = remote_offset
     out.runs[0].dst = local_offset
     out.runs[0].length = nbytes
     out.num_runs = 1
-    return _emit(out, remote_addrs, local_addrs, num_tensors, False, detail)
+    return _emit(out, remote_addrs, remote_end, local_addrs, local_end, num_tensors, False, detail)
 
 
 cdef ldd_status ldd_plan_blocks(
@@ -92,20 +95,25 @@ cdef ldd_status ldd_plan_blocks(
     size_t num_tensors, uint64_t block_bytes, size_t num_pairs, bint put, ldd_detail* detail
 ) noexcept nogil:
     """Plan whole blocks, paired by position, for every tensor."""
+    cdef uint64_t remote_end, local_end
     cdef ldd_status status = _begin(out, num_pairs, detail)
-    if status < 0:
+    if status < 0 or num_pairs == 0:
         return status
     if put:
         status = _find_runs(out, local_blocks, num_local_blocks, remote_blocks, num_remote_blocks, num_pairs, detail)
     else:
         status = _find_runs(out, remote_blocks, num_remote_blocks, local_blocks, num_local_blocks, num_pairs, detail)
-    if status == LDD_OK:
-        status = _runs_to_bytes(out, block_bytes, 0, detail)
     if status < 0:
         return status
+    if block_bytes == 0:
+        return ldd_fail(detail, LDD_E_PARAM, b"the block size is 0 bytes")
+    if (ldd_mul_overflows(num_remote_blocks, block_bytes, &remote_end)
+            or ldd_mul_overflows(num_local_blocks, block_bytes, &local_end)):
+        return _beyond(detail)
+    _runs_to_bytes(out, block_bytes, 0)
     if put:
-        return _emit(out, local_addrs, remote_addrs, num_tensors, True, detail)
-    return _emit(out, remote_addrs, local_addrs, num_tensors, False, detail)
+        return _emit(out, local_addrs, local_end, remote_addrs, remote_end, num_tensors, True, detail)
+    return _emit(out, remote_addrs, remote_end, local_addrs, local_end, num_tensors, False, detail)
 
 
 cdef ldd_status ldd_plan_slot_to_blocks(
@@ -116,8 +124,7 @@ cdef ldd_status ldd_plan_slot_to_blocks(
 ) noexcept nogil:
     """Plan the pieces ``[i*block_bytes, min((i+1)*block_bytes, slot_bytes))`` of a slot into ``blocks[i]``."""
     cdef ldd_status status = _begin(out, num_pieces + 1, detail)
-    cdef size_t num_full
-    cdef uint64_t rest
+    cdef uint64_t num_full, rest, slot_end, blocks_end
     if status < 0 or num_pieces == 0:
         return status
     if block_bytes == 0:
@@ -131,13 +138,21 @@ cdef ldd_status ldd_plan_slot_to_blocks(
                         <unsigned long long>(num_full + (rest != 0)))
     num_full = min(num_full, num_pieces)
     status = _find_runs(out, NULL, UINT64_MAX, blocks, num_blocks, num_full, detail)
-    if status == LDD_OK:
-        status = _runs_to_bytes(out, block_bytes, slot_offset, detail)
-    if status == LDD_OK and num_pieces > num_full:
-        status = _add_short_piece(out, slot_offset, block_bytes, rest, blocks, num_full, num_blocks, detail)
     if status < 0:
         return status
-    return _emit(out, slot_addrs, block_addrs, num_tensors, put, detail)
+    if (ldd_add_overflows(slot_offset, slot_bytes, &slot_end)
+            or ldd_mul_overflows(num_blocks, block_bytes, &blocks_end)):
+        return _beyond(detail)
+    _runs_to_bytes(out, block_bytes, slot_offset)
+    if num_pieces > num_full:
+        status = _add_short_piece(out, slot_offset, block_bytes, rest, blocks, num_full, num_blocks, detail)
+        if status < 0:
+            return status
+    return _emit(out, slot_addrs, slot_end, block_addrs, blocks_end, num_tensors, put, detail)
+
+
+cdef ldd_status _beyond(ldd_detail* detail) noexcept nogil:
+    return ldd_fail(detail, LDD_E_PARAM, b"offset and size reach beyond the address space")
 
 
 cdef ldd_status _begin(ldd_desc_list* out, size_t num_runs, ldd_detail* detail) noexcept nogil:
@@ -274,27 +289,15 @@ cdef ldd_status _rebuild(ldd_desc_list* out, uint64_t* seen, ldd_detail* detail)
     return LDD_OK
 
 
-cdef ldd_status _runs_to_bytes(
-    ldd_desc_list* out, uint64_t block_bytes, uint64_t src_offset, ldd_detail* detail
-) noexcept nogil:
-    """Scale runs from blocks to bytes; `src_offset` moves the source side."""
-    cdef size_t i
-    cdef uint64_t src_end, dst_end
-    cdef ldd_run* run
-    if block_bytes == 0:
-        return ldd_fail(detail, LDD_E_PARAM, b"the block size is 0 bytes")
-    for i in range(out.num_runs):
-        run = &out.runs[i]
-        # The ends bound everything else: begin and length cannot overflow when these do not.
-        if (ldd_mul_overflows(run.src + run.length, block_bytes, &src_end)
-                or ldd_add_overflows(src_end, src_offset, &src_end)
-                or ldd_mul_overflows(run.dst + run.length, block_bytes, &dst_end)):
-            return ldd_fail(detail, LDD_E_PARAM, b"blocks of %llu bytes reach beyond the address space",
-                            <unsigned long long>block_bytes)
+cdef void _runs_to_bytes(ldd_desc_list* out, uint64_t block_bytes, uint64_t src_offset) noexcept nogil:
+    """Scale runs from blocks to bytes; `src_offset` moves the source side. The caller knows that nothing wraps."""
+    cdef ldd_run* run = out.runs
+    cdef const ldd_run* end = run + out.num_runs
+    while run != end:
         run.src = run.src * block_bytes + src_offset
-        run.dst = run.dst * block_bytes
-        run.length = run.length * block_bytes
-    return LDD_OK
+        run.dst *= block_bytes
+        run.length *= block_bytes
+        run += 1
 
 
 cdef ldd_status _add_short_piece(
@@ -313,10 +316,8 @@ cdef ldd_status _add_short_piece(
     cdef ldd_status status
     if <uint64_t>block >= num_blocks:
         return ldd_index_error(b"dst_blocks", piece, block, num_blocks, detail)
-    if (ldd_mul_overflows(piece, block_bytes, &src) or ldd_add_overflows(src, slot_offset, &src)
-            or ldd_mul_overflows(block, block_bytes, &dst)):
-        return ldd_fail(detail, LDD_E_PARAM, b"blocks of %llu bytes reach beyond the address space",
-                        <unsigned long long>block_bytes)
+    src = slot_offset + piece * block_bytes
+    dst = <uint64_t>block * block_bytes
     status = _reserve(<void**>&out.runs, &out.run_capacity, out.num_runs, 2, sizeof(ldd_run), detail)
     if status < 0:
         return status
@@ -332,34 +333,35 @@ cdef ldd_status _add_short_piece(
             run.dst += head + rest
             run.length -= head + rest
             break
-    last = &out.runs[out.num_runs - 1]
-    if out.num_runs and last.src + last.length == src and last.dst + last.length == dst:
-        last.length += rest
-    else:
-        last = &out.runs[out.num_runs]
-        last.src, last.dst, last.length = src, dst, rest
-        out.num_runs += 1
+    if out.num_runs:
+        last = &out.runs[out.num_runs - 1]
+        if last.src + last.length == src and last.dst + last.length == dst:
+            last.length += rest
+            return LDD_OK
+    last = &out.runs[out.num_runs]
+    last.src, last.dst, last.length = src, dst, rest
+    out.num_runs += 1
     return LDD_OK
 
 
 cdef ldd_status _emit(
-    ldd_desc_list* out, const uint64_t* src_addrs, const uint64_t* dst_addrs, size_t num_tensors, bint put,
-    ldd_detail* detail
+    ldd_desc_list* out, const uint64_t* src_addrs, uint64_t src_end, const uint64_t* dst_addrs, uint64_t dst_end,
+    size_t num_tensors, bint put, ldd_detail* detail
 ) noexcept nogil:
-    """Write every run for every tensor; where tensors follow each other on both sides, descriptors grow over."""
-    cdef uint64_t src_end = 0, dst_end = 0, total = 0, end, other_end, unused, needed
+    """Write every run for every tensor; where tensors follow each other on both sides, descriptors grow over.
+
+    No run reaches beyond `src_end` and `dst_end`, so it is enough that these stay within the address space.
+    """
+    cdef uint64_t total = 0, unused, needed
     cdef size_t t, i
     cdef ldd_status status
-    for i in range(out.num_runs):
-        if (ldd_add_overflows(out.runs[i].src, out.runs[i].length, &end)
-                or ldd_add_overflows(out.runs[i].dst, out.runs[i].length, &other_end)):
-            return ldd_fail(detail, LDD_E_PARAM, b"offset and size reach beyond the address space")
-        src_end = max(src_end, end)
-        dst_end = max(dst_end, other_end)
-        total += out.runs[i].length
     for t in range(num_tensors):
         if ldd_add_overflows(src_addrs[t], src_end, &unused) or ldd_add_overflows(dst_addrs[t], dst_end, &unused):
             return ldd_fail(detail, LDD_E_PARAM, b"tensor %zu reaches beyond the address space", t)
+    for i in range(out.num_runs):
+        total += out.runs[i].length
+    if out.num_runs == 0:
+        return LDD_OK
     if ldd_mul_overflows(out.num_runs, num_tensors, &needed):
         needed = UINT64_MAX
     status = ldd_desc_list_reserve(out, needed, detail)
@@ -379,9 +381,10 @@ cdef inline void _append_runs(ldd_desc_list* out, uint64_t remote, uint64_t loca
     cdef const ldd_run* run = out.runs
     cdef const ldd_run* end = run + out.num_runs
     cdef HixlOneSideOpDesc* desc = out.items + out.count
-    cdef HixlOneSideOpDesc* previous = desc - 1
+    cdef HixlOneSideOpDesc* previous
     # Runs of one tensor are never adjacent, so only the first can continue what is there.
-    if run != end and out.count:
+    if out.count:
+        previous = desc - 1
         if (<uint64_t>previous.remote_buf + previous.len == remote + (run.dst if put else run.src)
                 and <uint64_t>previous.local_buf + previous.len == local + (run.src if put else run.dst)):
             previous.len += run.length

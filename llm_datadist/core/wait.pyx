@@ -16,10 +16,10 @@ import os
 import threading
 
 from llm_datadist.core.cann cimport (
-    HIXL_ALREADY_CONNECTED, HIXL_COMPLETE_STATUS_COMPLETED, HIXL_COMPLETE_STATUS_TIMEOUT,
-    HIXL_COMPLETE_STATUS_WAITING, HIXL_NOT_CONNECTED, HIXL_PARAM_INVALID, HIXL_SUCCESS, HIXL_TIMEOUT,
-    HIXL_UNSUPPORTED, LDD_CAP_CANCEL, LDD_CAP_WAIT, CompleteHandle, HixlClientHandle, HixlCompleteStatus, HixlStatus,
-    Provider, aclError, ldd_provider,
+    ACL_ERROR_RT_DEVICE_MEM_ERROR, ACL_ERROR_RT_STREAM_SYNC_TIMEOUT, ACL_ERROR_RT_SUSPECT_REMOTE_ERROR,
+    HIXL_ALREADY_CONNECTED, HIXL_COMPLETE_STATUS_COMPLETED, HIXL_COMPLETE_STATUS_TIMEOUT, HIXL_COMPLETE_STATUS_WAITING,
+    HIXL_NOT_CONNECTED, HIXL_PARAM_INVALID, HIXL_SUCCESS, HIXL_TIMEOUT, HIXL_UNSUPPORTED, LDD_CAP_CANCEL, LDD_CAP_WAIT,
+    CompleteHandle, HixlClientHandle, HixlCompleteStatus, HixlStatus, Provider, aclError, ldd_provider,
 )
 from llm_datadist.core.status cimport (
     LDD_E_ALREADY_LINKED, LDD_E_DEVICE_MEM, LDD_E_FAILED, LDD_E_INTERRUPTED, LDD_E_NOT_ENABLED, LDD_E_NOT_LINKED,
@@ -45,13 +45,9 @@ cdef extern from *:
     void ldd_cpu_relax() noexcept nogil
 
 cdef enum:
-    ACL_STREAM_SYNC_TIMEOUT = 507046
-    ACL_DEVICE_MEM_ERROR = 507053
-    ACL_SUSPECT_REMOTE_ERROR = 507057
-
     PENDING = 1                     # an answer between "done" (0) and the errors (< 0)
 
-    SIGNAL_SLICE_NS = 50000000      # Ctrl-C is served within twice this, and nobody hears more than 20 wake-ups a second
+    SIGNAL_SLICE_NS = 50000000      # Ctrl-C is served within twice this, at no more than 20 wake-ups a second
     SPIN_NS = 50000                 # about what a small batch takes between two processes of one host
     MIN_NAP_NS = 2000
     MAX_NAP_NS = 100000
@@ -87,11 +83,11 @@ cdef ldd_status ldd_map_hixl(HixlStatus code) noexcept nogil:
 cdef ldd_status ldd_map_acl(aclError code) noexcept nogil:
     if code == 0:
         return LDD_OK
-    if code == ACL_STREAM_SYNC_TIMEOUT:
+    if code == ACL_ERROR_RT_STREAM_SYNC_TIMEOUT:
         return LDD_E_TIMEOUT
-    if code == ACL_DEVICE_MEM_ERROR:
+    if code == ACL_ERROR_RT_DEVICE_MEM_ERROR:
         return LDD_E_DEVICE_MEM
-    if code == ACL_SUSPECT_REMOTE_ERROR:
+    if code == ACL_ERROR_RT_SUSPECT_REMOTE_ERROR:
         return LDD_E_SUSPECT_REMOTE
     return LDD_E_FAILED
 
@@ -227,6 +223,7 @@ def map_code(str kind, code):
     return ldd_map_acl(code) if kind == "acl" else ldd_map_hixl(code)
 
 
+@cython.final
 cdef class TableProbe:
     """A function table for diagnostics and tests: that of a provider, with single slots replaced.
 

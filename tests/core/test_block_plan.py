@@ -154,7 +154,8 @@ def test_repeats_in_a_cache_too_large_for_the_kept_bitmap():
 
 @pytest.mark.parametrize("put", [False, True])
 @pytest.mark.parametrize("src, dst, name, bad, limit", [
-    ([0, 5], [0, 1], "src_blocks", 5, 5), ([0, 1], [0, 8], "dst_blocks", 8, 7), ([0, 1], [0, 2**62], "dst_blocks", 2**62, 7),
+    ([0, 5], [0, 1], "src_blocks", 5, 5), ([0, 1], [0, 8], "dst_blocks", 8, 7),
+    ([0, 1], [0, 2**62], "dst_blocks", 2**62, 7),
 ])
 def test_an_index_outside_names_list_position_and_range(put, src, dst, name, bad, limit):
     plan = PlanProbe()
@@ -181,7 +182,7 @@ def test_an_index_outside_names_list_position_and_range(put, src, dst, name, bad
     lambda plan: plan.slot_to_blocks([0], 0, 7, [0], [0], 4, 0, True),
 ])
 def test_nothing_wraps(call):
-    with pytest.raises(LLMParamInvalidError, match="address space|block size"):
+    with pytest.raises(LLMParamInvalidError, match=r"address space|block size"):
         call(PlanProbe())
 
 

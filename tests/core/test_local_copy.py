@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_datadist import status as public
+from llm_datadist.core.cann import HOST_LIBRARY
 from llm_datadist.core.local_copy import CopyProbe
 from llm_datadist.core.wait import TableProbe
 
@@ -28,7 +29,7 @@ class Runtime:
     It refuses copies that overlap themselves, as the real one does not define them.
     """
 
-    def __init__(self, copy_code=0, fail_at=0, sync_code=0, really=True, abort=True):
+    def __init__(self, copy_code=0, fail_at=0, sync_code=0, really=True, abort=True, only_async=False):
         self.calls, self.queue = [], []
         numbers = itertools.count()
 
@@ -40,7 +41,7 @@ class Runtime:
         def copy(dst, dst_max, src, count, kind):
             assert dst_max >= count > 0
             self.calls.append(("copy", kind, count))
-            if next(numbers) >= fail_at and copy_code:
+            if next(numbers) >= fail_at and copy_code and not only_async:
                 return copy_code
             move(dst, src, count)
             return 0
@@ -68,7 +69,8 @@ class Runtime:
             self.queue.clear()
             return 0
 
-        self.functions = {"memcpy": COPY(copy), "memcpy_async": COPY_ASYNC(copy_async), "synchronize": SYNC(synchronize)}
+        self.functions = {
+            "memcpy": COPY(copy), "memcpy_async": COPY_ASYNC(copy_async), "synchronize": SYNC(synchronize)}
         if abort:
             self.functions["abort"] = ABORT(stream_abort)
         self.probe = TableProbe(
@@ -144,7 +146,9 @@ def test_runs_are_merged_and_stay_merged_for_every_tensor():
 
 
 @pytest.mark.parametrize("src, dst, message", [
-    ([0, 9], [0, 1], r"src_blocks\[1\] is block 9, .*0\.\.8"), ([0, 1], [0, 9], r"dst_blocks\[1\] is block 9, .*0\.\.8")])
+    ([0, 9], [0, 1], r"src_blocks\[1\] is block 9, .*0\.\.8"),
+    ([0, 1], [0, 9], r"dst_blocks\[1\] is block 9, .*0\.\.8"),
+])
 def test_an_index_outside_is_named(src, dst, message):
     probe = CopyProbe()
     with pytest.raises(public.LLMParamInvalidError, match=message):
@@ -158,7 +162,7 @@ def test_an_index_outside_is_named(src, dst, message):
     ([0, 2**63 - 1], [0, 2**62], 2**64 - 1, [0, 0], [0, 1], 2, 2), ([0], [0], 1, [0], [0], 1, 0),
 ])
 def test_nothing_wraps(arguments):
-    with pytest.raises(public.LLMParamInvalidError, match="address space|block size"):
+    with pytest.raises(public.LLMParamInvalidError, match=r"address space|block size"):
         CopyProbe().swap_blocks(*arguments)
 
 
@@ -184,7 +188,8 @@ def test_copy_cache(dst_shape, src_shape, dst_slot, src_slot, offset, nbytes):
     ({"src_addrs": [1]}, "1 tensors and the destination 2"), ({"dst_slot": 4}, "index 4 of the destination.*size 4"),
     ({"src_slot": 3}, "index 3 of the source.*size 3"), ({"offset": 16}, "offset 16 .*stride 16 of the source"),
     ({"nbytes": 17}, "17 bytes from offset 0.*16.*32"), ({"nbytes": 0}, "size is 0"), ({"nbytes": -2}, "size is -2"),
-    ({"src_shape": (2**62, 8), "src_slot": 2**61}, "address space"), ({"src_addrs": [1, 2**63 - 1], "src_shape": (2, 2**62)}, None),
+    ({"src_shape": (2**62, 8), "src_slot": 2**61}, "address space"),
+    ({"src_addrs": [1, 2**63 - 1], "src_shape": (2, 2**62)}, None),
 ])
 def test_copy_cache_says_what_is_wrong(change, message):
     arguments = {"dst_addrs": [100, 200], "dst_shape": (4, 32), "dst_slot": 0, "src_addrs": [300, 400],
@@ -205,11 +210,9 @@ def buffers(nbytes):
 @pytest.mark.parametrize("kind", [H2D, D2H, D2D, DEFAULT])
 @pytest.mark.parametrize("nbytes, queued", [(2 * MIB - 1, False), (2 * MIB, True)])
 def test_large_copies_are_queued_on_the_stream(kind, nbytes, queued):
-    src, dst = buffers(nbytes)
+    src, dst = buffers(2 * nbytes)
     runtime = Runtime()
-    half = nbytes // 2
-    runtime.run([(dst.ctypes.data, src.ctypes.data, half),
-                 (dst.ctypes.data + half, src.ctypes.data + half, nbytes - half)], kind)
+    runtime.run([(dst.ctypes.data + i * nbytes, src.ctypes.data + i * nbytes, nbytes) for i in (0, 1)], kind)
     assert (src == dst).all()
     assert runtime.names() == (["async", "async", "sync"] if queued else ["copy", "copy"])
     assert all(call[1] == kind for call in runtime.calls if call[0] != "sync")
@@ -220,6 +223,19 @@ def test_host_to_host_is_never_queued():
     runtime = Runtime()
     runtime.run([(dst.ctypes.data, src.ctypes.data, 3 * MIB)], H2H)
     assert (src == dst).all() and runtime.names() == ["copy"]
+
+
+def test_what_the_runtime_refuses_to_queue_is_copied_after_what_it_queued():
+    memory = np.arange(2 * MIB, dtype=np.uint32)            # 8 MiB
+    expected = memory.copy()
+    half = MIB
+    expected[half:] = memory[:half]
+    expected[:64] = expected[half + 1000:half + 1064]       # reads what the first one writes
+    runtime = Runtime(copy_code=207000, fail_at=1, only_async=True)
+    base = memory.ctypes.data
+    runtime.run([(base + 4 * half, base, 4 * half), (base, base + 4 * (half + 1000), 256)], DEFAULT)
+    assert (memory == expected).all()
+    assert runtime.names() == ["async", "async", "sync", "copy"]
 
 
 def test_one_call_moves_at_most_4_gib():
@@ -268,16 +284,17 @@ def test_a_stream_that_does_not_finish_in_time_is_aborted(abort):
     assert runtime.names() == ["async", "sync"] + (["abort"] if abort else [])
 
 
-@pytest.mark.parametrize("code, error", [(507053, public.LLMDeviceError), (507057, public.LLMDeviceError), (1, public.LLMException)])
-@pytest.mark.parametrize("nbytes", [100, 2 * MIB])
+@pytest.mark.parametrize("code, error", [
+    (507053, public.LLMDeviceError), (507057, public.LLMDeviceError), (1, public.LLMException)])
+@pytest.mark.parametrize("nbytes", [99, 6 * MIB])
 def test_a_failed_copy_ends_the_call_with_nothing_in_flight(code, error, nbytes):
     src, dst = buffers(nbytes)
     third = nbytes // 3
     runtime = Runtime(copy_code=code, fail_at=1)
     with pytest.raises(error, match=str(code)) as info:
-        runtime.run([(dst.ctypes.data + i * third, src.ctypes.data + i * third, third + (nbytes % 3)) for i in range(3)])
+        runtime.run([(dst.ctypes.data + i * third, src.ctypes.data + i * third, third) for i in range(3)])
     assert info.value.provider_code == code
-    assert runtime.names() == (["copy", "copy"] if nbytes < 2 * MIB else ["async", "async", "sync"])
+    assert runtime.names() == (["copy", "copy"] if nbytes < MIB else ["async", "async", "sync"])
     assert runtime.queue == []
 
 
@@ -296,3 +313,63 @@ def test_nothing_to_do():
     runtime.run([])
     runtime.run([(5, 5, 100), (7, 9, 0)])
     assert runtime.calls == []
+
+
+@pytest.fixture
+def host():
+    """The embedded runtime with a current context: (probe, stream, allocate)."""
+    library = ctypes.CDLL(HOST_LIBRARY)
+    slots = {"memcpy": "aclrtMemcpy", "memcpy_async": "aclrtMemcpyAsync", "abort": "aclrtStreamAbort",
+             "synchronize": "aclrtSynchronizeStreamWithTimeout", "acl_text": "aclGetRecentErrMsg"}
+    probe = TableProbe(**{
+        slot: ctypes.cast(getattr(library, name), ctypes.c_void_p).value for slot, name in slots.items()})
+    stream, context, taken = ctypes.c_void_p(), ctypes.c_void_p(), []
+
+    def allocate(nbytes):
+        pointer = ctypes.c_void_p()
+        assert library.aclrtMalloc(ctypes.byref(pointer), ctypes.c_size_t(nbytes), 0) == 0
+        taken.append(pointer)
+        return np.ctypeslib.as_array(ctypes.cast(pointer, ctypes.POINTER(ctypes.c_uint8)), (nbytes,))
+
+    assert library.aclrtSetDevice(0) == 0
+    try:
+        assert library.aclrtCreateContext(ctypes.byref(context), 0) == 0
+        try:
+            assert library.aclrtCreateStream(ctypes.byref(stream)) == 0
+            yield probe, stream.value, allocate
+        finally:
+            if stream:
+                library.aclrtDestroyStream(stream)
+            for pointer in taken:
+                library.aclrtFree(pointer)
+            library.aclrtDestroyContext(context)
+    finally:
+        library.aclrtResetDevice(0)
+
+
+@pytest.mark.parametrize("block_bytes", [4096 + 64, 3 * MIB])
+@pytest.mark.parametrize("src_on_device, dst_on_device", list(itertools.product([True, False], repeat=2)))
+def test_bytes_through_the_host_runtime(host, block_bytes, src_on_device, dst_on_device):
+    """All placements, with the kind decided from the addresses, below and above the queueing threshold."""
+    probe, stream, allocate = host
+    nbytes = 4 * block_bytes
+    src, dst = (allocate(nbytes) if on_device else np.empty(nbytes, np.uint8)
+                for on_device in (src_on_device, dst_on_device))
+    src[:], dst[:] = buffers(nbytes)
+    expected = dst.copy()
+    pairs = [(0, 2), (1, 3), (3, 0), (2, 0)]
+    for s, d in pairs:
+        expected[d * block_bytes:(d + 1) * block_bytes] = src[s * block_bytes:(s + 1) * block_bytes]
+    copies = CopyProbe()
+    plan = copies.swap_blocks([src.ctypes.data], [s for s, _ in pairs], 4, [dst.ctypes.data],
+                              [d for _, d in pairs], 4, block_bytes)
+    copies.copy(probe, stream, plan, DEFAULT, 60_000_000_000)
+    assert (dst == expected).all()
+
+
+def test_the_host_runtime_explains_what_it_refuses(host):
+    probe, stream, allocate = host
+    memory = allocate(4096)
+    with pytest.raises(public.LLMException) as info:
+        CopyProbe().copy(probe, stream, [(memory.ctypes.data, 0, 100)], DEFAULT)
+    assert info.value.provider_code != 0 and "aclrtMemcpy" in str(info.value)

@@ -142,7 +142,7 @@ def test_a_timeout_cancels_what_can_be_cancelled(interruptible, caps):
 
 def test_a_failing_cancel_is_told_and_changes_nothing_else():
     client = Client(looks=10**9, caps=CANCEL, cancel_code=503900, text=b"it is stuck")
-    with pytest.raises(public.LLMTimeoutError, match="not cancelled.*503900.*it is stuck") as info:
+    with pytest.raises(public.LLMTimeoutError, match=r"not cancelled.*503900.*it is stuck") as info:
         client.wait(MS)
     assert info.value.provider_code == 503900 and client.cancels == 1
 
