@@ -186,6 +186,7 @@ def main() -> None:
             "llm_datadist": ["py.typed", "*.pyi"],
             "llm_datadist.core": ["*.pxd", "*.pyi"],
             "llm_datadist.include": ["*/*.h"],
+            "llm_datadist.tools.demo": ["*.txt"],
         },
         ext_modules=core_modules(context) + [host_library(context)],
         cmdclass={"build_ext": BuildExt},
