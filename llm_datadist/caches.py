@@ -73,7 +73,8 @@ def _views(cache: object, desc: CacheDesc, addresses: List[int], manager: Option
 def _check_cpu_desc(cache_desc: CacheDesc) -> None:
     check_isinstance("cache_desc", cache_desc, CacheDesc)
     if cache_desc.placement != Placement.HOST:
-        raise LLMParamInvalidError(f"cache_desc.placement={cache_desc.placement} is not allowed; a cpu cache is on HOST")
+        raise LLMParamInvalidError(
+            f"cache_desc.placement={cache_desc.placement} is not allowed; a cpu cache has placement HOST")
 
 
 def _check_count(name: str, addresses: List[int], cache_desc: CacheDesc) -> None:
@@ -276,7 +277,7 @@ class KvCache:
         check_isinstance("addrs", addrs, list, [int, list], allow_none=False)
         num_lists = sum(isinstance(element, list) for element in addrs)
         if not addrs or num_lists not in (0, len(addrs)):
-            raise LLMParamInvalidError(f"addrs={addrs} is not allowed; it must hold either numbers or lists, at least one")
+            raise LLMParamInvalidError(f"addrs={addrs} is not allowed; it must hold numbers alone or lists alone")
         per_device: Any = addrs if num_lists else [addrs]
         for device, device_addrs in enumerate(per_device):
             check_inner(f"addrs[{device}]", device_addrs, int)

@@ -70,6 +70,6 @@ def __getattr__(name: str) -> Any:
 
     to_numpy = {member: getattr(np, scalar) for member, (_, scalar) in _LAYOUT.items()}
     from_numpy = {np.dtype(to_numpy[member]): member for member in DataType if member is not DataType.DT_BF16}
-    globals().update(
-        dtype_to_np_dtype=to_numpy, np_dtype_to_dtype=from_numpy, valid_np_dtypes=list(dict.fromkeys(to_numpy.values())))
+    valid = list(dict.fromkeys(to_numpy.values()))
+    globals().update(dtype_to_np_dtype=to_numpy, np_dtype_to_dtype=from_numpy, valid_np_dtypes=valid)
     return globals()[name]

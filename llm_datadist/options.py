@@ -308,7 +308,7 @@ class _Parser:
             if isinstance(ip, int) and 0 <= ip <= UINT32_MAX:
                 ip = trans_int_ip(ip)
             if not isinstance(ip, str) or isinstance(port, bool) or not isinstance(port, int):
-                raise invalid(CLUSTER_INFO, text, "listen_ip_info needs ip, a text or 32-bit integer, and port, an integer")
+                raise invalid(CLUSTER_INFO, text, "listen_ip_info needs ip, a text or integer, and port, an integer")
             addresses.append(parse_address(CLUSTER_INFO, f"{ip}:{port}"))
         return tuple(addresses)
 

@@ -304,7 +304,8 @@ def _log_and_raise(fmt: str, args: Tuple[object, ...], kwargs: Dict[str, object]
 
 
 def raise_if_false(
-    pred: object, fmt: str, *args: object, status_code: LLMStatusCode = LLMStatusCode.LLM_PARAM_INVALID, **kwargs: object
+    pred: object, fmt: str, *args: object, status_code: LLMStatusCode = LLMStatusCode.LLM_PARAM_INVALID,
+    **kwargs: object,
 ) -> None:
     """Log and raise unless `pred` holds.
 
@@ -327,9 +328,10 @@ def raise_if_false(
 
 
 def raise_if_true(
-    pred: object, fmt: str, *args: object, status_code: LLMStatusCode = LLMStatusCode.LLM_PARAM_INVALID, **kwargs: object
+    pred: object, fmt: str, *args: object, status_code: LLMStatusCode = LLMStatusCode.LLM_PARAM_INVALID,
+    **kwargs: object,
 ) -> None:
-    """Log and raise if `pred` holds; the mirror image of `raise_if_false`.
+    """Log and raise if `pred` holds; `fmt` and `status_code` are those of `raise_if_false`.
 
     Raises
     ------

@@ -6,7 +6,7 @@ cache: the manager names that memory by a handle of `register_memory`, and ``Ten
 from __future__ import annotations
 
 import itertools
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -19,7 +19,10 @@ from llm_datadist.utils.utils import check_isinstance
 
 __all__ = ["TensorDesc", "Tensor", "register_memory"]
 
-_Array = np.ndarray[Any, Any]
+if TYPE_CHECKING:
+    _Array = np.ndarray[Any, Any]
+else:
+    _Array = np.ndarray
 
 
 class TensorDesc:

@@ -15,6 +15,7 @@ from llm_datadist.status import (
     LLMParamInvalidError, LLMStatusCode, LLMTimeoutError, Status, code_2_status, exception_for, handle_llm_status,
     raise_if_false, raise_if_true,
 )
+from llm_datadist.utils import log
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SUBCLASSES = {
@@ -144,19 +145,27 @@ def test_handle_llm_status():
     assert caught.value.status_code is LLMStatusCode.LLM_FAILED
 
 
+@pytest.fixture
+def records():
+    """The records that reach the logger of the package during a test."""
+    class Collector(logging.Handler):
+        def emit(self, record):
+            collected.append(record)
+
+    collected, collector, logger = [], Collector(), log.get_logger()
+    logger.addHandler(collector)
+    yield collected
+    logger.removeHandler(collector)
+
+
 @pytest.mark.parametrize("raiser, passes", [(raise_if_false, True), (raise_if_true, False)])
-def test_raise_if(raiser, passes, caplog):
+def test_raise_if(raiser, passes, records):
     assert raiser(passes, "never {missing}") is None
-    with caplog.at_level(logging.ERROR, "LLM_DATADIST"):
-        logging.getLogger("LLM_DATADIST").addHandler(caplog.handler)
-        try:
-            with pytest.raises(LLMParamInvalidError) as caught:
-                raiser(not passes, "{} of {total}", 3, total=5)
-        finally:
-            logging.getLogger("LLM_DATADIST").removeHandler(caplog.handler)
+    with pytest.raises(LLMParamInvalidError) as caught:
+        raiser(not passes, "{} of {total}", 3, total=5)
     assert str(caught.value) == "3 of 5" and caught.value.status_code is LLMStatusCode.LLM_PARAM_INVALID
-    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [("ERROR", "3 of 5")]
-    assert caplog.records[0].filename == "test_status.py"
+    assert [(record.levelname, record.getMessage(), record.filename) for record in records] == [
+        ("ERROR", "3 of 5", "test_status.py")]
     with pytest.raises(LLMMemoryError):
         raiser(not passes, "full", status_code=LLMStatusCode.LLM_OUT_OF_MEMORY)
 

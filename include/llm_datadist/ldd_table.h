@@ -171,8 +171,7 @@ static inline void *ldd_open_toolkit_library(const char *file, char *reason, siz
         lib = dlopen(file, RTLD_NOW | RTLD_LOCAL);
         if (lib == NULL && error == NULL) {
             error = dlerror();
-            snprintf(reason + used, reason_size - used, "%s%s%s", used ? "; " : "", error != NULL ? error : file,
-                     home == NULL || home[0] == '\0' ? " (ASCEND_HOME_PATH is not set)" : "");
+            snprintf(reason + used, reason_size - used, "%s%s", used ? "; " : "", error != NULL ? error : file);
         }
     }
     return lib;
@@ -243,6 +242,12 @@ static inline ldd_status ldd_provider_fill(ldd_provider *provider, ldd_detail *d
 
 #undef LDD_LOOK_UP
 
+static inline ldd_status ldd_no_toolkit_library(const char *file, const char *reason, ldd_detail *detail) {
+    const char *home = getenv("ASCEND_HOME_PATH");
+    return ldd_fail(detail, LDD_E_NOT_ENABLED, "CANN library %s is unavailable%s: %s", file,
+                    home == NULL || home[0] == '\0' ? " (ASCEND_HOME_PATH is not set)" : "", reason);
+}
+
 static inline ldd_status ldd_provider_open_cann(ldd_provider *provider, ldd_detail *detail) {
     char reason[320] = "";
 
@@ -252,12 +257,12 @@ static inline ldd_status ldd_provider_open_cann(ldd_provider *provider, ldd_deta
         provider->acl_lib = ldd_open_toolkit_library("libascendcl.so", reason, sizeof reason);
     }
     if (provider->acl_lib == NULL) {
-        return ldd_fail(detail, LDD_E_NOT_ENABLED, "CANN runtime library libacl_rt.so is unavailable: %s", reason);
+        return ldd_no_toolkit_library("libacl_rt.so", reason, detail);
     }
     reason[0] = '\0';
     provider->hixl_lib = ldd_open_toolkit_library("libcann_hixl.so", reason, sizeof reason);
     if (provider->hixl_lib == NULL) {
-        return ldd_fail(detail, LDD_E_NOT_ENABLED, "CANN transfer library libcann_hixl.so is unavailable: %s", reason);
+        return ldd_no_toolkit_library("libcann_hixl.so", reason, detail);
     }
     return ldd_provider_fill(provider, detail);
 }

@@ -354,13 +354,14 @@ cdef ldd_status ldd_table_register(ldd_table* table, const uint64_t* addrs, uint
     cdef ldd_cache cache
     cdef uint32_t slot, i
     cdef ldd_status st
-    for i in range(num_tensors):
-        if addrs[i] == 0 or tensor_bytes - 1 > UINT64_MAX - addrs[i]:
-            return ldd_fail(detail, LDD_E_PARAM, b"address %u is 0x%llx, no place for %llu bytes", i,
-                            <unsigned long long>addrs[i], <unsigned long long>tensor_bytes)
     st = ldd_cache_describe(&cache, num_tensors, num_slots, tensor_bytes, flags, keys, num_keys, detail)
     if st != LDD_OK:
         return st
+    for i in range(num_tensors):
+        if addrs[i] == 0 or tensor_bytes - 1 > UINT64_MAX - addrs[i]:
+            free(cache.addrs)
+            return ldd_fail(detail, LDD_E_PARAM, b"address %u is 0x%llx, no place for %llu bytes", i,
+                            <unsigned long long>addrs[i], <unsigned long long>tensor_bytes)
     memcpy(cache.addrs, addrs, num_tensors * sizeof(uint64_t))
     st = _lock(table, deadline_ns, detail)
     if st != LDD_OK:

@@ -287,6 +287,10 @@ cdef class Engine:
         self._device_memory = self._host_memory = self._stream = self.node.context = NULL
         self._device_set = False
 
+    def is_own_process(self):
+        """False in a forked child, which must leave the engine alone."""
+        return os.getpid() == self._pid
+
     cdef int require_open(self) except -1:
         cdef ldd_detail detail
         if self._open and os.getpid() == self._pid:
@@ -417,6 +421,11 @@ cdef class Engine:
                 status = ldd_table_remove_key(self.table, kind, id, model_id,
                                               ldd_now_ns() + self.node.sync_timeout_ns, &detail)
         self.raise_for(status, &detail, b"remove_cache_key")
+
+    @property
+    def is_host_addressable(self):
+        """Whether the CPU can read and write device memory of this provider."""
+        return self._provider.name == "host"
 
     def has_pool(self, host=None):
         """Whether a pool is configured: the host one, the device one, or any (None)."""

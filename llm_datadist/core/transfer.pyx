@@ -199,7 +199,7 @@ cdef ldd_status plan(const ldd_transfer* what, ldd_link* link, const ldd_cache_v
 cdef ldd_status move_steps(const ldd_transfer* what, ldd_link* link, const ldd_cache_view* local,
                            const ldd_remote_cache* remote, int64_t deadline_ns, ldd_selection* taken,
                            ldd_detail* detail) noexcept nogil:
-    cdef ldd_selection mine, theirs
+    cdef ldd_selection mine = [0, 0], theirs = [0, 0]
     cdef uint32_t step, at = 0, count
     cdef ldd_status status = check_layouts(link.node, what, local, remote, detail)
     if status == LDD_OK:

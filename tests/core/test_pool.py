@@ -108,7 +108,7 @@ def test_tensors_all_or_nothing():
     pool = PagePool(BASE, 20 * PAGE, 9)
     fragment(pool, {4, 10, 13})
     before = pool.runs()
-    with pytest.raises(LLMMemoryError, match="9 tensors of 1024 bytes.* 8704 are free, the largest run has 3072"):
+    with pytest.raises(LLMMemoryError, match=r"9 tensors of 1024 bytes.* 8704 are free, the largest run has 3072"):
         pool.alloc_tensors(9, 2 * PAGE)                         # 17 pages are free, but no nine pairs
     assert pool.runs() == before
 

@@ -1,0 +1,86 @@
+"""Addresses of caller-owned tensors: plain integers, or objects that hold memory.
+
+The original takes integers alone. Here every element may also be a tensor or a buffer, whose size is then held
+against the descriptor and which the manager keeps alive while the cache is registered.
+"""
+from __future__ import annotations
+
+import ctypes
+from typing import Any, List, Tuple
+
+from llm_datadist.status import LLMParamInvalidError
+
+__all__ = ["resolve_addresses"]
+
+
+def resolve_addresses(name: str, addrs: List[Any], tensor_bytes: int) -> Tuple[List[int], List[Any]]:
+    """Return one address per element, and what must stay alive for them.
+
+    Parameters
+    ----------
+    name : str
+        Name of the argument, for the texts.
+    addrs : list
+        Integers, or objects with ``data_ptr()``, ``__array_interface__``, the buffer protocol or ``__dlpack__``.
+    tensor_bytes : int
+        Bytes each object must hold, exactly.
+
+    Raises
+    ------
+    TypeError
+        `addrs` is no list, or an element is none of these.
+    LLMParamInvalidError
+        An object is not contiguous, read only, or of another size.
+    """
+    if not isinstance(addrs, list):
+        raise TypeError(f"{name} only support list, but got {type(addrs).__name__}")
+    addresses, owners = [], []
+    for index, element in enumerate(addrs):
+        if isinstance(element, int):
+            addresses.append(element)
+            continue
+        address, nbytes, owner = _memory_of(f"{name}[{index}]", element)
+        if nbytes != tensor_bytes:
+            raise LLMParamInvalidError(
+                f"{name}[{index}] holds {nbytes} bytes; the descriptor says {tensor_bytes} bytes per tensor")
+        addresses.append(address)
+        owners.append(owner)
+    return addresses, owners
+
+
+def _memory_of(name: str, element: Any) -> Tuple[int, int, Any]:
+    """Address, bytes and owner of one object."""
+    if callable(getattr(element, "data_ptr", None)):                    # torch, and what looks like it
+        if not element.is_contiguous():
+            raise LLMParamInvalidError(f"{name} is not contiguous")
+        return element.data_ptr(), element.numel() * element.element_size(), element
+    interface = getattr(element, "__array_interface__", None)
+    if interface is not None:
+        address, read_only = interface["data"]
+        if read_only:
+            raise LLMParamInvalidError(f"{name} is read only; peers must be able to write to a cache")
+        if interface.get("strides") is not None:
+            raise LLMParamInvalidError(f"{name} is not contiguous")
+        nbytes = int(interface["typestr"][2:]) * (4 if interface["typestr"][1] == "U" else 1)
+        for dimension in interface["shape"]:
+            nbytes *= dimension
+        return address, nbytes, element
+    try:
+        view = memoryview(element)
+    except TypeError:
+        return _dlpack_memory_of(name, element)
+    if view.readonly:
+        raise LLMParamInvalidError(f"{name} is read only; peers must be able to write to a cache")
+    if not view.c_contiguous:
+        raise LLMParamInvalidError(f"{name} is not contiguous")
+    anchor = ctypes.c_char.from_buffer(element) if view.nbytes else None
+    return (ctypes.addressof(anchor) if anchor is not None else 0), view.nbytes, view
+
+
+def _dlpack_memory_of(name: str, element: Any) -> Tuple[int, int, Any]:
+    if not hasattr(element, "__dlpack__"):
+        raise TypeError(f"{name} only support int, or an object that holds memory (data_ptr(), __array_interface__, "
+                        f"buffer or __dlpack__), but got {type(element).__name__}")
+    import numpy as np
+
+    return _memory_of(name, np.from_dlpack(element))

@@ -1,0 +1,735 @@
+"""`CacheManager`: the memory calls of the second generation of the API."""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple, Union
+
+from llm_datadist.addresses import resolve_addresses
+from llm_datadist.caches import CPU_CACHE_ID, Cache
+from llm_datadist.descriptors import CacheDesc, MemInfo, Memtype, Placement
+from llm_datadist.keys import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
+from llm_datadist.manager_base import (
+    ManagerBase, block_pairs, blocks_key_specs, check_desc, check_pull_key, key_specs, layers_of_pull, lazy_addresses,
+    remote_key, tensors_of,
+)
+from llm_datadist.status import LLMException, LLMParamInvalidError, LLMStatusCode
+from llm_datadist.task import CacheTask, start_transfer
+from llm_datadist.transfer_config import (
+    LayerSynchronizer, TransferConfig, TransferWithCacheKeyConfig, check_layer_range,
+)
+from llm_datadist.utils.utils import (
+    check_dict, check_int64, check_isinstance, check_uint32, check_uint64,
+)
+
+if TYPE_CHECKING:
+    from llm_datadist.core.engine import Engine
+
+__all__ = ["CacheManager"]
+
+_Keys = Union[Tuple[CacheKey, ...], List[CacheKey]]
+_Blocks = Sequence[int]
+
+
+def _check_size(size: int) -> None:
+    check_int64("size", size)
+    if size != -1 and size <= 0:
+        raise LLMParamInvalidError(f"size={size} is not allowed; it must be -1 or positive")
+
+
+class CacheManager(ManagerBase):
+    """Caches of one process, and the transfers to and from those of linked processes.
+
+    Obtained from ``LLMDataDist.cache_manager``. Every method may be called from any thread and releases the GIL
+    while it works. Transfers on one link take turns; different links run in parallel.
+
+    Parameters
+    ----------
+    llm_engine : Engine
+        The engine of the `LLMDataDist`.
+    """
+
+    def __init__(self, llm_engine: "Engine") -> None:
+        super().__init__(llm_engine)
+        self._remote_accessible = bool(llm_engine.options.remote_cache_accessible)
+        self._linked = False
+        self._owners: Dict[int, List[Any]] = {}     # what registered memory belongs to, until it is unregistered
+
+    def set_is_call_linked(self) -> None:
+        """Note that ``link`` was called: memory registered from now on is not remote accessible by default."""
+        self._linked = True
+
+    @staticmethod
+    def check_cache_key(cache_key: CacheKey) -> None:
+        """Check that a key of a pull names a request or a prefix, and not both.
+
+        Parameters
+        ----------
+        cache_key : CacheKey
+            The key.
+
+        Raises
+        ------
+        LLMParamInvalidError
+            Both or neither are set.
+        """
+        check_pull_key(cache_key)
+
+    # ---------------------------------------------------------------------------------------------- allocation
+
+    def allocate_cache(self, cache_desc: CacheDesc, cache_keys: _Keys = ()) -> Cache:
+        """Take a contiguous cache from the pool of its placement.
+
+        Parameters
+        ----------
+        cache_desc : CacheDesc
+            ``num_tensors`` tensors of ``shape``; ``shape[0]`` is the number of batch slots.
+        cache_keys : sequence of CacheKey, at most ``shape[0]``
+            The i-th key is bound to batch slot i. A padding key (``req_id`` 2**64 - 1) leaves its slot unbound.
+
+        Returns
+        -------
+        Cache
+            Its memory, not initialised, is kept until the handle is deallocated and every key was pulled or removed.
+
+        Raises
+        ------
+        TypeError
+            An argument has another type.
+        LLMParamInvalidError
+            No pool is configured, the descriptor is empty, there are more keys than slots, a key occurs twice or is
+            bound to another cache. Nothing was taken.
+        LLMMemoryError
+            LLM_OUT_OF_MEMORY: the pool has no room. Nothing was taken.
+        """
+        check_isinstance("cache_desc", cache_desc, CacheDesc)
+        check_isinstance("cache_keys", cache_keys, [list, tuple], CacheKey)
+        check_desc(cache_desc)
+        cache_id, addrs = self._allocate(cache_desc, key_specs(cache_desc, cache_keys), False)
+        return Cache(cache_id, cache_desc, lazy_addresses(addrs), self, False, False)
+
+    def deallocate_cache(self, cache: Cache) -> None:
+        """Drop the handle of a contiguous cache; the memory goes when no key is left and no transfer uses it.
+
+        Parameters
+        ----------
+        cache : Cache
+            From `allocate_cache`. Its ``tensor_addrs`` become empty at once. One that was deallocated already, or
+            that is registered, is left as it is.
+
+        Raises
+        ------
+        TypeError
+            `cache` is no Cache.
+        LLMParamInvalidError
+            It is a blocks cache.
+        LLMNotEnabledError
+            No pool is configured.
+        LLMTimeoutError
+            The cache table was busy longer than ``sync_kv_timeout``; nothing changed.
+
+        Notes
+        -----
+        Never waits for a peer: a transfer in flight keeps the bytes until it ends.
+        """
+        check_isinstance("cache", cache, Cache)
+        if cache.is_blocks_cache:
+            raise LLMParamInvalidError(f"{cache} is a blocks cache; use deallocate_blocks_cache")
+        self._deallocate(cache, "deallocate_cache")
+
+    def _deallocate(self, cache: Cache, operation: str) -> None:
+        if cache.cache_id == CPU_CACHE_ID:
+            cache._forget_memory()
+            return
+        self._require_pool(operation)
+        if not cache.is_registered:
+            self._llm_engine.deallocate(cache.cache_id)
+        cache._forget_memory()
+
+    def allocate_blocks_cache(self, cache_desc: CacheDesc, blocks_cache_key: Optional[BlocksCacheKey] = None) -> Cache:
+        """Take a blocks cache from the pool of its placement.
+
+        Parameters
+        ----------
+        cache_desc : CacheDesc
+            ``num_tensors`` tensors of ``shape``; ``shape[0]`` is the number of blocks.
+        blocks_cache_key : BlocksCacheKey, optional
+            The key by which peers find it; one blocks cache per ``model_id``.
+
+        Returns
+        -------
+        Cache
+
+        Raises
+        ------
+        TypeError
+            An argument has another type.
+        LLMParamInvalidError
+            No pool is configured, the descriptor is empty, or the key is bound to another cache.
+        LLMMemoryError
+            LLM_OUT_OF_MEMORY: the pool has no room. Nothing was taken.
+        """
+        check_isinstance("cache_desc", cache_desc, CacheDesc)
+        check_isinstance("blocks_cache_key", blocks_cache_key, BlocksCacheKey)
+        check_desc(cache_desc)
+        cache_id, addrs = self._allocate(cache_desc, blocks_key_specs(blocks_cache_key), True)
+        return Cache(cache_id, cache_desc, lazy_addresses(addrs), self, False, True)
+
+    def deallocate_blocks_cache(self, cache: Cache) -> None:
+        """Free a blocks cache and drop its key; a transfer in flight keeps the bytes until it ends.
+
+        Parameters
+        ----------
+        cache : Cache
+            From `allocate_blocks_cache`; one that was deallocated already, registered or made by
+            ``Cache.create_cpu_cache`` has nothing to free.
+
+        Raises
+        ------
+        TypeError
+            `cache` is no Cache.
+        LLMParamInvalidError
+            It is a contiguous cache.
+        LLMNotEnabledError
+            No pool is configured.
+        LLMTimeoutError
+            The cache table was busy longer than ``sync_kv_timeout``; nothing changed.
+        """
+        check_isinstance("cache", cache, Cache)
+        if not cache.is_blocks_cache:
+            raise LLMParamInvalidError(f"{cache} is a contiguous cache; use deallocate_cache")
+        self._deallocate(cache, "deallocate_blocks_cache")
+
+    def remove_cache_key(self, cache_key: CacheKey) -> None:
+        """Unbind a key on this side; its cache goes when nothing else holds it. An unknown key is a no-op.
+
+        Parameters
+        ----------
+        cache_key : CacheKey
+            ``cluster_id`` is ignored.
+
+        Raises
+        ------
+        TypeError
+            `cache_key` is no CacheKey.
+        LLMNotEnabledError
+            No pool is configured.
+        LLMTimeoutError
+            The cache table was busy longer than ``sync_kv_timeout``; nothing changed.
+        """
+        check_isinstance("cache_key", cache_key, CacheKey)
+        kind, id_, model_id, _ = remote_key(cache_key)
+        self._require_pool("remove_cache_key")
+        self._llm_engine.remove_key(kind, id_, model_id)
+
+    # -------------------------------------------------------------------------------------------- registration
+
+    def register_cache(
+        self, cache_desc: CacheDesc, addrs: List[Any], cache_keys: _Keys = (),
+        remote_accessible: Optional[bool] = None,
+    ) -> Cache:
+        """Describe memory of the caller as a contiguous cache.
+
+        Parameters
+        ----------
+        cache_desc : CacheDesc
+            What lies there.
+        addrs : list, length ``num_tensors``
+            First byte of each tensor, not 0; or an object that holds exactly one tensor (``data_ptr()``,
+            ``__array_interface__``, writable buffer, ``__dlpack__``), which is kept alive until
+            the cache is unregistered.
+        cache_keys : sequence of CacheKey, at most ``shape[0]``
+            The i-th key is bound to batch slot i. A key that is bound elsewhere stays there.
+        remote_accessible : bool, optional
+            Whether peers may read and write it directly. Default: placement DEVICE, and not once ``link`` was called.
+
+        Returns
+        -------
+        Cache
+            The memory stays the caller's: it is never freed, and pulls never release its keys.
+
+        Raises
+        ------
+        TypeError
+            An argument has another type.
+        LLMParamInvalidError
+            The number of addresses is not ``num_tensors``, an address is 0, an object has another size, there are
+            more keys than slots, or ``remote_accessible=True`` after ``link``.
+        """
+        check_isinstance("cache_desc", cache_desc, CacheDesc)
+        check_isinstance("cache_keys", cache_keys, [list, tuple], CacheKey)
+        return self._register(cache_desc, addrs, key_specs(cache_desc, cache_keys) if cache_keys else [],
+                              remote_accessible, False)
+
+    def register_blocks_cache(
+        self, cache_desc: CacheDesc, addrs: List[Any], blocks_cache_key: Optional[BlocksCacheKey] = None,
+        remote_accessible: Optional[bool] = None,
+    ) -> Cache:
+        """Describe memory of the caller as a blocks cache.
+
+        Parameters
+        ----------
+        cache_desc : CacheDesc
+            What lies there; ``shape[0]`` is the number of blocks.
+        addrs : list, length ``num_tensors``
+            As for `register_cache`.
+        blocks_cache_key : BlocksCacheKey, optional
+            The key by which peers find it. One that is bound already moves to this cache.
+        remote_accessible : bool, optional
+            As for `register_cache`.
+
+        Returns
+        -------
+        Cache
+
+        Raises
+        ------
+        TypeError
+            An argument has another type.
+        LLMParamInvalidError
+            As for `register_cache`.
+        """
+        check_isinstance("cache_desc", cache_desc, CacheDesc)
+        check_isinstance("blocks_cache_key", blocks_cache_key, BlocksCacheKey)
+        return self._register(cache_desc, addrs, blocks_key_specs(blocks_cache_key), remote_accessible, True)
+
+    def _register(self, cache_desc: CacheDesc, addrs: List[Any], specs: Sequence[Tuple[int, int, int, int]],
+                  remote_accessible: Optional[bool], is_blocks: bool) -> Cache:
+        check_isinstance("addrs", addrs, list, allow_none=False)
+        check_isinstance("remote_accessible", remote_accessible, bool)
+        if self._linked and remote_accessible:
+            raise LLMParamInvalidError("remote_accessible=True is not allowed once link() was called")
+        if not addrs:
+            raise LLMParamInvalidError("addrs=[] is not allowed; it must hold one address per tensor")
+        tensor_bytes = check_desc(cache_desc)
+        addresses, owners = resolve_addresses("addrs", addrs, tensor_bytes)
+        if len(addresses) != cache_desc.num_tensors:
+            raise LLMParamInvalidError(
+                f"addrs has {len(addresses)} addresses, but cache_desc.num_tensors={cache_desc.num_tensors}")
+        for index, address in enumerate(addresses):
+            if not 0 < address < 2**64:
+                raise LLMParamInvalidError(f"addrs[{index}]={address} is not allowed; an address is positive, 64 bits")
+        if remote_accessible is None:
+            remote_accessible = cache_desc.placement == Placement.DEVICE and not self._linked
+        self._require_initialized()
+        cache_id = self._llm_engine.register(
+            addresses, cache_desc.shape[0], tensor_bytes, cache_desc.placement == Placement.HOST, is_blocks, specs,
+            remote_accessible)
+        if owners:
+            self._owners[cache_id] = owners
+        return Cache(cache_id, cache_desc, addresses, self, True, is_blocks)
+
+    def unregister_cache(self, cache_id: int) -> None:
+        """Withdraw a registered cache; afterwards no peer touches its memory. An unknown id is a no-op.
+
+        Parameters
+        ----------
+        cache_id : int
+            Of a registered cache, int64.
+
+        Raises
+        ------
+        TypeError, ValueError
+            `cache_id` is no int64.
+        LLMTimeoutError
+            Peers still read or write it after ``sync_kv_timeout``. No new transfer starts; call again.
+        """
+        check_int64("cache_id", cache_id)
+        self._require_initialized()
+        self._llm_engine.unregister(cache_id)
+        self._owners.pop(cache_id, None)
+
+    def remap_registered_memory(self, mem_infos: Union[MemInfo, List[MemInfo]]) -> None:
+        """Map registered device memory anew after the device was repaired. Reserved; checks its arguments.
+
+        Parameters
+        ----------
+        mem_infos : MemInfo or list of MemInfo
+            Device memory: address not 0, size positive.
+
+        Raises
+        ------
+        LLMParamInvalidError
+            Anything about the argument is wrong, its type included.
+        LLMLinkError
+            LLM_NOT_YET_LINK: there is no link.
+        """
+        infos = [mem_infos] if isinstance(mem_infos, MemInfo) else mem_infos
+        if not isinstance(infos, list) or not infos or not all(isinstance(info, MemInfo) for info in infos):
+            raise LLMParamInvalidError(f"mem_infos={mem_infos!r} is not allowed; it must be a MemInfo or a list of them")
+        for info in infos:
+            if info.mem_type is not Memtype.MEM_TYPE_DEVICE or not info.addr or not info.size or info.size <= 0:
+                raise LLMParamInvalidError(f"{info} is not allowed; it must be device memory with an address and a size")
+        self._require_initialized()
+        if self._llm_engine.num_links() == 0:
+            raise LLMException("remap_registered_memory failed: there is no link",
+                               status_code=LLMStatusCode.LLM_NOT_YET_LINK)
+
+    # -------------------------------------------------------------------------------------------------- pulls
+
+    def pull_cache(
+        self, cache_key: Union[CacheKey, CacheKeyByIdAndIndex], cache: Cache, batch_index: int = 0, size: int = -1,
+        **kwargs: Any,
+    ) -> None:
+        """Read one batch slot of a peer's contiguous cache and wait until it is here.
+
+        Parameters
+        ----------
+        cache_key : CacheKey or CacheKeyByIdAndIndex
+            The source: its ``cluster_id`` selects the link. In remote-accessible mode by id only.
+        cache : Cache
+            The destination, contiguous.
+        batch_index : int
+            Destination slot, uint32.
+        size : int
+            Bytes per tensor; -1 takes the destination's stride.
+        src_layer_range, dst_layer_range : range, optional
+            Layers, step 1, of equal length. Default: all.
+        tensor_num_per_layer : int, default 2
+            Tensors per layer.
+
+        Raises
+        ------
+        TypeError, ValueError
+            An argument has another type, or is outside its integer range.
+        LLMParamInvalidError
+            Sizes, slots, layers or layouts do not fit, or the cluster is this one. Nothing moved.
+        LLMNotFoundError
+            LLM_KV_CACHE_NOT_EXIST: no such key or cache at the peer, or no such local cache. Nothing moved.
+        LLMLinkError
+            LLM_NOT_YET_LINK: no link, or a broken one.
+        LLMTimeoutError
+            ``sync_kv_timeout`` passed. The destination is undefined, nothing lands any more, the link is broken.
+
+        Notes
+        -----
+        In two-sided mode a successful pull by request key releases the key on the owner, once all of its tensors
+        were taken. Releases the GIL.
+        """
+        check_isinstance("cache_key", cache_key,
+                         CacheKeyByIdAndIndex if self._remote_accessible else [CacheKey, CacheKeyByIdAndIndex])
+        check_isinstance("cache", cache, Cache)
+        check_uint32("batch_index", batch_index)
+        _check_size(size)
+        if cache.is_blocks_cache:
+            raise LLMParamInvalidError(f"{cache} is a blocks cache; use pull_blocks")
+        src_tensors, dst_tensors = layers_of_pull(cache.cache_desc, kwargs)
+        if isinstance(cache_key, CacheKey):
+            check_pull_key(cache_key)
+        self._require_initialized()
+        self._llm_engine.pull_cache(
+            cache_key.cluster_id, remote_key(cache_key), cache.cache_id, batch_index, size, src_tensors, dst_tensors,
+            release=not self._remote_accessible)
+
+    def pull_blocks(
+        self, src_cache_key: Union[CacheKey, CacheKeyByIdAndIndex, BlocksCacheKey], dst_cache: Cache,
+        src_blocks: _Blocks = (), dst_blocks: _Blocks = (), **kwargs: Any,
+    ) -> None:
+        """Read blocks of a peer's cache into blocks of ours and wait until they are here.
+
+        Parameters
+        ----------
+        src_cache_key : BlocksCacheKey, CacheKey or CacheKeyByIdAndIndex
+            A blocks cache, or a batch slot of a contiguous one that is cut into blocks in order.
+        dst_cache : Cache
+            The destination, a blocks cache.
+        src_blocks : sequence of int, shape (n,)
+            Source blocks; empty unless the source is a blocks cache. Lists, tuples, ``array``, NumPy integers and
+            buffers of 32 or 64 bit integers are taken as they are.
+        dst_blocks : sequence of int, shape (n,), n >= 1
+            Destination blocks, paired by position. A contiguous source gives block i its bytes
+            ``[i*B, min((i+1)*B, stride))``.
+        src_layer_range, dst_layer_range : range, optional
+            Layers, step 1, of equal length. Default: all.
+        tensor_num_per_layer : int, default 2
+            Tensors per layer.
+
+        Raises
+        ------
+        TypeError, ValueError
+            An argument has another type, or a block number is negative.
+        LLMParamInvalidError
+            Lengths differ, a block number is outside its cache, block sizes or layouts differ. Nothing moved.
+        LLMNotFoundError, LLMLinkError, LLMTimeoutError
+            As for `pull_cache`.
+        """
+        check_isinstance("src_cache_key", src_cache_key, [CacheKey, CacheKeyByIdAndIndex, BlocksCacheKey])
+        check_isinstance("dst_cache", dst_cache, Cache)
+        if not dst_cache.is_blocks_cache:
+            raise LLMParamInvalidError(f"{dst_cache} is a contiguous cache; use pull_cache")
+        _check_blocks("src_blocks", src_blocks)
+        _check_blocks("dst_blocks", dst_blocks)
+        if len(dst_blocks) == 0:
+            raise LLMParamInvalidError("dst_blocks is empty; it must name at least one block")
+        if isinstance(src_cache_key, BlocksCacheKey) != (len(src_blocks) != 0):
+            raise LLMParamInvalidError(
+                f"src_blocks has {len(src_blocks)} entries; it must be empty unless the source is a blocks cache")
+        src_tensors, dst_tensors = layers_of_pull(dst_cache.cache_desc, kwargs)
+        if isinstance(src_cache_key, CacheKey):
+            check_pull_key(src_cache_key)
+        self._require_initialized()
+        self._llm_engine.pull_blocks(
+            src_cache_key.cluster_id, remote_key(src_cache_key), dst_cache.cache_id, src_blocks, dst_blocks,
+            src_tensors, dst_tensors, release=not self._remote_accessible)
+
+    # -------------------------------------------------------------------------------------------------- pushes
+
+    def push_cache(
+        self, dst_cache_key: CacheKeyByIdAndIndex, src_cache: Cache, src_batch_index: int = 0,
+        src_layer_range: Optional[range] = None, dst_layer_range: Optional[range] = None, size: int = -1,
+        tensor_num_per_layer: int = 2,
+    ) -> None:
+        """Write one batch slot into a peer's contiguous cache, layer by layer, and wait until it is there.
+
+        Parameters
+        ----------
+        dst_cache_key : CacheKeyByIdAndIndex
+            The destination slot; its stride must be the source's.
+        src_cache : Cache
+            The source, contiguous.
+        src_batch_index : int
+            Source slot, uint32.
+        src_layer_range, dst_layer_range : range, optional
+            Layers, step 1, of equal length. Default: all of the source.
+        size : int
+            Must be -1, one whole stride.
+        tensor_num_per_layer : int
+            Tensors per layer, uint32.
+
+        Raises
+        ------
+        TypeError, ValueError
+            An argument has another type, or is outside its integer range.
+        LLMParamInvalidError
+            Remote-accessible mode is off, or slots, layers, strides or layouts do not fit.
+        LLMNotFoundError, LLMLinkError, LLMTimeoutError
+            As for `pull_cache`; layers before the failing one are written.
+        """
+        check_isinstance("dst_cache_key", dst_cache_key, CacheKeyByIdAndIndex, allow_none=False)
+        check_isinstance("src_cache", src_cache, Cache, allow_none=False)
+        check_uint32("src_batch_index", src_batch_index)
+        self._check_push(src_layer_range, dst_layer_range, tensor_num_per_layer)
+        check_int64("size", size)
+        if size != -1:
+            raise LLMParamInvalidError(f"size={size} is not allowed; a push writes one whole stride, -1")
+        if src_cache.is_blocks_cache:
+            raise LLMParamInvalidError(f"{src_cache} is a blocks cache; use push_blocks")
+        src, dst = self._push_layers(src_cache, src_layer_range, dst_layer_range, tensor_num_per_layer)
+        self._require_initialized()
+        self._llm_engine.push_cache(
+            dst_cache_key.cluster_id, remote_key(dst_cache_key), src_cache.cache_id, src_batch_index, src, dst,
+            tensor_num_per_layer)
+
+    def push_blocks(
+        self, dst_cache_key: BlocksCacheKey, src_cache: Cache, src_blocks: _Blocks = (), dst_blocks: _Blocks = (),
+        src_layer_range: Optional[range] = None, dst_layer_range: Optional[range] = None,
+        tensor_num_per_layer: int = 2,
+    ) -> None:
+        """Write blocks into a peer's blocks cache, layer by layer, and wait until they are there.
+
+        Parameters
+        ----------
+        dst_cache_key : BlocksCacheKey
+            The destination.
+        src_cache : Cache
+            The source, a blocks cache with blocks of the same size.
+        src_blocks, dst_blocks : sequence of int, shape (n,), n >= 1
+            Blocks, paired by position.
+        src_layer_range, dst_layer_range : range, optional
+            Layers, step 1, of equal length. Default: all of the source.
+        tensor_num_per_layer : int
+            Tensors per layer, uint32.
+
+        Raises
+        ------
+        TypeError, ValueError
+            An argument has another type, or a block number is negative.
+        LLMParamInvalidError
+            Remote-accessible mode is off, lengths differ, or blocks, layers, sizes or layouts do not fit.
+        LLMNotFoundError, LLMLinkError, LLMTimeoutError
+            As for `pull_cache`; layers before the failing one are written.
+        """
+        check_isinstance("dst_cache_key", dst_cache_key, BlocksCacheKey, allow_none=False)
+        check_isinstance("src_cache", src_cache, Cache, allow_none=False)
+        _check_blocks("src_blocks", src_blocks)
+        _check_blocks("dst_blocks", dst_blocks)
+        self._check_push(src_layer_range, dst_layer_range, tensor_num_per_layer)
+        if not src_cache.is_blocks_cache:
+            raise LLMParamInvalidError(f"{src_cache} is a contiguous cache; use push_cache")
+        if len(dst_blocks) == 0 or len(src_blocks) == 0:
+            raise LLMParamInvalidError("src_blocks and dst_blocks must each name at least one block")
+        src, dst = self._push_layers(src_cache, src_layer_range, dst_layer_range, tensor_num_per_layer)
+        self._require_initialized()
+        self._llm_engine.push_blocks(
+            dst_cache_key.cluster_id, remote_key(dst_cache_key), src_cache.cache_id, src_blocks, dst_blocks, src, dst,
+            tensor_num_per_layer)
+
+    def _check_push(self, src_layers: Optional[range], dst_layers: Optional[range], tensors_per_layer: int) -> None:
+        if not self._remote_accessible:
+            raise LLMParamInvalidError("pushes need option llm.EnableRemoteCacheAccessible='1'")
+        check_layer_range("src_layer_range", src_layers)
+        check_layer_range("dst_layer_range", dst_layers)
+        check_uint32("tensor_num_per_layer", tensors_per_layer)
+        if tensors_per_layer == 0:
+            raise LLMParamInvalidError("tensor_num_per_layer=0 is not allowed; a layer has at least one tensor")
+
+    @staticmethod
+    def _push_layers(src_cache: Cache, src: Optional[range], dst: Optional[range], tensors_per_layer: int) -> Any:
+        num_tensors = src_cache.cache_desc.num_tensors
+        if src is None and dst is None and num_tensors % tensors_per_layer:
+            return (0, num_tensors), (0, num_tensors)       # whole caches, also those of no whole number of layers
+        every = range(num_tensors // tensors_per_layer)
+        src, dst = every if src is None else src, every if dst is None else dst
+        if len(src) != len(dst):
+            raise LLMParamInvalidError(f"src_layer_range={src} and dst_layer_range={dst} must have equal lengths")
+        return tensors_of(src, tensors_per_layer), tensors_of(dst, tensors_per_layer)
+
+    def transfer_cache_async(
+        self, src_cache: Cache, layer_synchronizer: LayerSynchronizer,
+        transfer_configs: Union[List[TransferConfig], Tuple[TransferConfig, ...], List[TransferWithCacheKeyConfig],
+                                Tuple[TransferWithCacheKeyConfig, ...]],
+        src_block_indices: Optional[_Blocks] = None, dst_block_indices: Optional[_Blocks] = None,
+        dst_block_memory_size: Optional[int] = None,
+    ) -> CacheTask:
+        """Write a cache to peers in the background, each layer as soon as the synchroniser says it is complete.
+
+        Parameters
+        ----------
+        src_cache : Cache
+            The source, on DEVICE, with two tensors per layer.
+        layer_synchronizer : LayerSynchronizer
+            Asked once per layer that a config wants, in ascending order, on a thread of ours.
+        transfer_configs : sequence of TransferConfig, or of TransferWithCacheKeyConfig in remote-accessible mode
+            One destination each. A ``src_layer_range`` of None is set to all layers.
+        src_block_indices, dst_block_indices : sequence of int, optional
+            Both: blocks to blocks, paired by position. Only the latter: a batch slot cut into blocks.
+        dst_block_memory_size : int, optional
+            Bytes of a destination block; needed for a batch slot cut into blocks.
+
+        Returns
+        -------
+        CacheTask
+            Reports the transfer; failures are its results, not exceptions.
+
+        Raises
+        ------
+        TypeError, ValueError
+            An argument has another type, or is outside its integer range.
+        LLMParamInvalidError
+            The arguments contradict each other or the source.
+        """
+        check_isinstance("src_cache", src_cache, Cache, allow_none=False)
+        config_type = TransferWithCacheKeyConfig if self._remote_accessible and not _are_addresses(transfer_configs) \
+            else TransferConfig
+        self._require_initialized()
+        return start_transfer(
+            self._llm_engine, src_cache.cache_id, src_cache.cache_desc, src_cache.is_blocks_cache, layer_synchronizer,
+            transfer_configs, config_type, src_block_indices, dst_block_indices, dst_block_memory_size,
+            LLMStatusCode.LLM_TIMEOUT)
+
+    # ---------------------------------------------------------------------------------------- local operations
+
+    def copy_cache(
+        self, dst: Cache, src: Cache, dst_batch_index: int = 0, src_batch_index: int = 0, offset: int = 0,
+        size: int = -1, req_id: Optional[int] = None,
+    ) -> None:
+        """Copy one batch slot to another within this process.
+
+        Parameters
+        ----------
+        dst, src : Cache
+            Contiguous caches with equally many tensors, of any placement.
+        dst_batch_index, src_batch_index : int
+            Slots, uint32.
+        offset : int
+            Bytes to leave out at the start of both slots, uint64.
+        size : int
+            Bytes per tensor; -1 takes the rest of the source slot.
+        req_id : int, optional
+            For logs, uint64.
+
+        Raises
+        ------
+        TypeError, ValueError
+            An argument has another type, or is outside its integer range.
+        LLMParamInvalidError
+            A blocks cache, or slots, offset or size do not fit. Nothing moved.
+        LLMNotFoundError
+            LLM_KV_CACHE_NOT_EXIST: a cache was freed.
+        """
+        check_isinstance("dst", dst, Cache)
+        check_isinstance("src", src, Cache)
+        check_uint32("dst_batch_index", dst_batch_index)
+        check_uint32("src_batch_index", src_batch_index)
+        check_uint64("offset", offset)
+        _check_size(size)
+        if req_id is not None:
+            check_uint64("req_id", req_id)
+        if dst.is_blocks_cache or src.is_blocks_cache:
+            raise LLMParamInvalidError("copy_cache takes contiguous caches; use copy_blocks or swap_blocks")
+        self._require_initialized()
+        self._llm_engine.copy_cache(dst.cache_id, src.cache_id, dst_batch_index, src_batch_index, offset, size)
+
+    def copy_blocks(self, cache: Cache, copy_block_info: Dict[int, List[int]]) -> None:
+        """Copy blocks to other blocks of the same cache.
+
+        Parameters
+        ----------
+        cache : Cache
+            A blocks cache.
+        copy_block_info : dict of int to list of int
+            Each source block and its destinations, carried out in this order: a later copy sees earlier ones.
+
+        Raises
+        ------
+        TypeError
+            An argument has another type.
+        LLMParamInvalidError
+            A contiguous cache, or a block number outside it. Nothing moved.
+        LLMNotFoundError
+            LLM_KV_CACHE_NOT_EXIST: the cache was freed.
+        """
+        check_isinstance("cache", cache, Cache)
+        check_dict("copy_block_info", copy_block_info, int, list, int)
+        if not cache.is_blocks_cache:
+            raise LLMParamInvalidError(f"{cache} is a contiguous cache; use copy_cache")
+        src, dst = block_pairs("copy_block_info", copy_block_info, cache.cache_desc.shape[0])
+        self._require_initialized()
+        self._llm_engine.copy_blocks(cache.cache_id, src, dst)
+
+    def swap_blocks(self, src_cache: Cache, dst_cache: Cache, src_to_dst: Dict[int, int]) -> None:
+        """Copy blocks between a HOST and a DEVICE cache; despite the name, one way.
+
+        Parameters
+        ----------
+        src_cache, dst_cache : Cache
+            Blocks caches, one on HOST and one on DEVICE, with equal block bytes and ``num_tensors``.
+        src_to_dst : dict of int to int
+            Source block to destination block.
+
+        Raises
+        ------
+        TypeError
+            An argument has another type.
+        LLMParamInvalidError
+            The caches do not fit each other, or a block number is outside its cache. Nothing moved.
+        """
+        check_isinstance("src_cache", src_cache, Cache)
+        check_isinstance("dst_cache", dst_cache, Cache)
+        check_dict("src_to_dst", src_to_dst, int, int)
+        if not src_cache.is_blocks_cache or not dst_cache.is_blocks_cache:
+            raise LLMParamInvalidError("swap_blocks takes blocks caches")
+        self._swap(src_cache.tensor_addrs, src_cache.cache_desc, dst_cache.tensor_addrs, dst_cache.cache_desc,
+                   src_to_dst)
+
+
+def _check_blocks(name: str, blocks: _Blocks) -> None:
+    """Lists and tuples of the API, and whatever offers integers as a buffer; elements are checked when they are read."""
+    if isinstance(blocks, (list, tuple, range)):
+        return
+    if blocks is None or isinstance(blocks, (str, bytes, bytearray)) or not hasattr(blocks, "__len__"):
+        raise TypeError(f"{name} only support list or tuple of int, or a buffer of integers, "
+                        f"but got {type(blocks).__name__}")
+
+
+def _are_addresses(transfer_configs: Any) -> bool:
+    return (isinstance(transfer_configs, (list, tuple)) and bool(transfer_configs)
+            and all(isinstance(config, TransferConfig) for config in transfer_configs))

@@ -1,0 +1,491 @@
+"""`LLMDataDist`: one process's engine, its links, and the way to its cache manager."""
+from __future__ import annotations
+
+import atexit
+import threading
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple, Union
+
+from llm_datadist.configs import LLMClusterInfo, LLMRole
+from llm_datadist.descriptors import RegisterMemStatus
+from llm_datadist.link_clusters import ClusterLinker
+from llm_datadist.options import LISTEN_IP_INFO, EngineOptions, parse_switch_listen
+from llm_datadist.rank_table import Member, parse_rank_table
+from llm_datadist.rendezvous import Rendezvous
+from llm_datadist.status import LLMException, LLMLinkError, LLMNotEnabledError, LLMParamInvalidError, LLMStatusCode
+from llm_datadist.utils import log
+from llm_datadist.utils.utils import check_dict, check_isinstance, check_uint32, check_uint64
+
+if TYPE_CHECKING:
+    from llm_datadist.cache_manager import CacheManager
+    from llm_datadist.core.engine import Engine
+    from llm_datadist.kv_cache_manager import KvCacheManager
+
+__all__ = ["LLMDataDist"]
+
+MAX_COMM_NAME = 128
+MAX_MEMBERS = 4
+MIN_MEMBERS = 2
+
+_instance_lock = threading.Lock()
+
+
+class LLMDataDist:
+    """One cluster: a process that owns caches and exchanges them with linked clusters.
+
+    Parameters
+    ----------
+    role : LLMRole
+        What the process does. It decides what is allowed in kv cache manager mode and is informational otherwise.
+    cluster_id : int
+        Name of the process among its peers, uint64.
+
+    Raises
+    ------
+    TypeError, ValueError
+        `role` is no LLMRole; `cluster_id` is no uint64.
+
+    Attributes
+    ----------
+    llm_engine_instance : LLMDataDist or None
+        The initialised instance of this process; there is at most one.
+    """
+
+    llm_engine_instance: "Optional[LLMDataDist]" = None
+
+    def __init__(self, role: LLMRole, cluster_id: int) -> None:
+        self._role = check_isinstance("role", role, LLMRole, allow_none=False)
+        self._cluster_id = check_uint64("cluster_id", cluster_id)
+        self._engine: "Optional[Engine]" = None
+        self._manager: "Union[CacheManager, KvCacheManager, None]" = None
+        self._linker: Optional[ClusterLinker] = None
+        self._rendezvous: Optional[Rendezvous] = None
+        self._options: Optional[EngineOptions] = None
+
+    # ---------------------------------------------------------------------------------------------- life cycle
+
+    def init(self, options: Dict[str, str]) -> None:
+        """Open the engine: bind the device, take the pools, start to listen. A second call does nothing.
+
+        Parameters
+        ----------
+        options : dict of str to str
+            As of ``LLMConfig.generate_options``, changed by hand or not. Unknown keys are ignored; it is not changed.
+
+        Raises
+        ------
+        TypeError, ValueError
+            `options`, or a value in it, has another type; the port of ``llm.listenIpInfo`` is no number.
+        LLMParamInvalidError
+            An option has a value that is not allowed, or contradicts another. The text names it.
+        LLMMemoryError
+            LLM_OUT_OF_MEMORY: the device pool cannot be had.
+        LLMException
+            LLM_FAILED: another instance is initialised in this process, the address is in use, or the host pool
+            cannot be had. Nothing is left behind; the call may be repeated.
+        """
+        with _instance_lock:
+            if self._engine is not None:
+                return
+            live = LLMDataDist.llm_engine_instance
+            if live is not None:
+                raise LLMException(f"init failed: cluster {live.cluster_id} is initialized in this process already",
+                                   status_code=LLMStatusCode.LLM_FAILED)
+            parsed = EngineOptions.parse(options, self._role, self._cluster_id)
+            self._open(parsed)
+            LLMDataDist.llm_engine_instance = self
+        log.info("cluster %s is initialized, role %s", self._cluster_id, self._role)
+
+    def _open(self, options: EngineOptions) -> None:
+        from llm_datadist.cache_manager import CacheManager
+        from llm_datadist.core.engine import Engine
+        from llm_datadist.kv_cache_manager import KvCacheManager
+
+        engine = Engine(options, self._cluster_id)
+        self._options = options
+        self._manager = CacheManager(engine) if options.generation == 2 else KvCacheManager(engine, self._role)
+        self._linker = ClusterLinker(engine)
+        self._rendezvous = Rendezvous(engine, self._cluster_id, options.link_base_port)
+        self._engine = engine
+
+    def finalize(self) -> None:
+        """Unlink everything, free the pools, stop listening. Without `init` it does nothing; `init` may follow.
+
+        Raises
+        ------
+        LLMException
+            Never for peers that are gone.
+        """
+        with _instance_lock:
+            engine, manager, rendezvous = self._engine, self._manager, self._rendezvous
+            if engine is None or manager is None or rendezvous is None:
+                return
+            self._engine = self._manager = self._linker = self._rendezvous = None
+            if LLMDataDist.llm_engine_instance is self:
+                LLMDataDist.llm_engine_instance = None
+            manager._finalize()
+            rendezvous.close()
+            engine.close()
+        log.info("cluster %s is finalized", self._cluster_id)
+
+    def _require_engine(self) -> "Engine":
+        if self._engine is None:
+            raise RuntimeError("llm datadist is not initialized")
+        return self._engine
+
+    def _require_generation(self, generation: int, what: str) -> "Engine":
+        engine = self._require_engine()
+        if engine.options.generation != generation:
+            mode = "cache manager" if generation == 2 else "kv cache manager"
+            raise LLMParamInvalidError(f"{what} is not allowed; it needs {mode} mode, see option llm.EnableCacheManager")
+        return engine
+
+    # ------------------------------------------------------------------------------------------------ accessors
+
+    @property
+    def cluster_id(self) -> int:
+        """Name of this process among its peers."""
+        return self._cluster_id
+
+    @property
+    def cache_manager(self) -> "CacheManager":
+        """The manager of caches, always the same object; needs cache manager mode (RuntimeError before `init`)."""
+        self._require_generation(2, "cache_manager")
+        return self._manager                        # type: ignore[return-value]  # by generation
+
+    @property
+    def kv_cache_manager(self) -> "KvCacheManager":
+        """The manager of kv caches, always the same object; needs kv cache manager mode (RuntimeError before `init`)."""
+        self._require_generation(1, "kv_cache_manager")
+        return self._manager                        # type: ignore[return-value]  # by generation
+
+    # ---------------------------------------------------------------------------------------- links by address
+
+    def link_clusters(
+        self, clusters: Union[List[LLMClusterInfo], Tuple[LLMClusterInfo, ...]], timeout: int = 3000,
+    ) -> Tuple[LLMStatusCode, List[LLMStatusCode]]:
+        """Link to clusters that listen; a link serves both directions.
+
+        Parameters
+        ----------
+        clusters : sequence of LLMClusterInfo
+            Peers, each with its id and one remote address.
+        timeout : int
+            Milliseconds for each cluster, positive.
+
+        Returns
+        -------
+        tuple of LLMStatusCode and list of LLMStatusCode
+            Overall code, and one per cluster. Failures are codes, not exceptions.
+
+        Raises
+        ------
+        TypeError, ValueError
+            An argument has another type, or is outside its integer range.
+        LLMParamInvalidError
+            `timeout` is not positive, or a local address is missing.
+        RuntimeError
+            Before `init`.
+        """
+        engine = self._require_engine()
+        assert self._linker is not None
+        if engine.options.generation == 1:
+            return self._linker.link_v1(clusters, timeout, self._role)
+        return self._linker.link(clusters, timeout)
+
+    def unlink_clusters(
+        self, clusters: Union[List[LLMClusterInfo], Tuple[LLMClusterInfo, ...]], timeout: int = 3000,
+        force: bool = False,
+    ) -> Tuple[LLMStatusCode, List[LLMStatusCode]]:
+        """End links made by `link_clusters`, from either side.
+
+        Parameters
+        ----------
+        clusters : sequence of LLMClusterInfo
+            Peers by id.
+        timeout : int
+            Milliseconds for each cluster, positive.
+        force : bool
+            Drop this side only, without telling the peer.
+
+        Returns
+        -------
+        tuple of LLMStatusCode and list of LLMStatusCode
+            Overall code, and one per cluster; a link that is gone already is LLM_SUCCESS (LLM_NOT_YET_LINK per
+            cluster in kv cache manager mode).
+
+        Raises
+        ------
+        TypeError, ValueError
+            An argument has another type, or is outside its integer range.
+        LLMParamInvalidError
+            `timeout` is not positive.
+        RuntimeError
+            Before `init`.
+        """
+        engine = self._require_engine()
+        assert self._linker is not None
+        if engine.options.generation == 1:
+            return self._linker.unlink_v1(clusters, timeout, force, self._role)
+        return self._linker.unlink(clusters, timeout, force)
+
+    def check_link_status(self, remote_cluster_id: int) -> None:
+        """Ask a PROMPT for a sign of life. DECODER in kv cache manager mode only.
+
+        Parameters
+        ----------
+        remote_cluster_id : int
+            The peer, uint64.
+
+        Raises
+        ------
+        TypeError, ValueError
+            `remote_cluster_id` is no uint64.
+        LLMParamInvalidError
+            Another mode or role.
+        LLMLinkError
+            LLM_NOT_YET_LINK: no such link; LLM_LINK_BUSY: another operation uses it.
+        LLMTimeoutError
+            LLM_WAIT_PROCESS_TIMEOUT: no answer within ``sync_kv_timeout``.
+        RuntimeError
+            Before `init`.
+        """
+        engine = self._require_generation(1, "check_link_status")
+        check_uint64("remote_cluster_id", remote_cluster_id)
+        if self._role is not LLMRole.DECODER:
+            raise LLMParamInvalidError(f"check_link_status is not allowed for {self._role}, only for {LLMRole.DECODER}")
+        engine.ping(remote_cluster_id, engine.options.sync_timeout_ms)
+
+    # ------------------------------------------------------------------------------------- links by rank table
+
+    def link(self, comm_name: str, cluster_rank_info: Dict[int, int], rank_table: str) -> int:
+        """Ask for links between 2 to 4 members that all call this; returns before the others have come.
+
+        Parameters
+        ----------
+        comm_name : str
+            Name of the communicator, 1 to 127 characters, the same at all members.
+        cluster_rank_info : dict of int to int
+            Cluster id (uint64) to rank (uint32) of every member, ranks ascending.
+        rank_table : str
+            JSON that says which server and device each rank is on; see ``llm_datadist/rank_table.py``.
+
+        Returns
+        -------
+        int
+            Id of the communicator, from 1 on. `query_register_mem_status` tells when it is usable.
+
+        Raises
+        ------
+        TypeError, ValueError
+            An argument has another type, or a number is outside its range.
+        LLMParamInvalidError
+            Another mode, a bad name, too few or too many members, ranks not ascending, this cluster is no member,
+            or the table does not fit.
+        LLMNotEnabledError
+            With option ``llm.TransferBackend``.
+        RuntimeError
+            Before `init`.
+
+        Notes
+        -----
+        Members on one host meet at a name in the abstract Unix name space; others at the first of ``host_ip``,
+        ``server_id`` and ``device_ip`` that is an address, and the base port (option ``llm.LinkBasePort``, variable
+        ``LLM_DATADIST_LINK_BASE_PORT``) plus the device id of the member of lower rank.
+        """
+        engine = self._require_generation(2, "link")
+        assert self._rendezvous is not None and self._manager is not None
+        _check_link_arguments(comm_name, cluster_rank_info, rank_table)
+        self._refuse_backend("link")
+        if self._cluster_id not in cluster_rank_info:
+            raise LLMParamInvalidError(
+                f"cluster_rank_info={cluster_rank_info} is not allowed; it must contain this cluster, {self._cluster_id}")
+        members = _members_of(cluster_rank_info, rank_table)
+        total_time_s = engine.options.link_total_time_s
+        comm_id = self._rendezvous.link(comm_name, cluster_rank_info, members, total_time_s)
+        self._manager.set_is_call_linked()          # type: ignore[union-attr]  # a CacheManager, by generation
+        return comm_id
+
+    def unlink(self, comm_id: int) -> None:
+        """Drop the links of a communicator on this side.
+
+        Parameters
+        ----------
+        comm_id : int
+            From `link`, uint64.
+
+        Raises
+        ------
+        TypeError, ValueError
+            `comm_id` is no uint64.
+        LLMParamInvalidError
+            Another mode.
+        LLMLinkError
+            LLM_NOT_YET_LINK: the id is unknown.
+        LLMNotEnabledError
+            With option ``llm.TransferBackend``.
+        RuntimeError
+            Before `init`.
+        """
+        self._require_generation(2, "unlink")
+        assert self._rendezvous is not None
+        check_uint64("comm_id", comm_id)
+        self._refuse_backend("unlink")
+        self._rendezvous.unlink(comm_id)
+
+    def query_register_mem_status(self, comm_id: int) -> RegisterMemStatus:
+        """Tell whether the members of a communicator have met.
+
+        Parameters
+        ----------
+        comm_id : int
+            From `link`, uint64.
+
+        Returns
+        -------
+        RegisterMemStatus
+            PREPARING until all have come, then OK; FAILED when the time of option ``llm.LinkTotalTime`` is up.
+
+        Raises
+        ------
+        TypeError, ValueError, LLMParamInvalidError, LLMLinkError, LLMNotEnabledError, RuntimeError
+            As for `unlink`.
+        """
+        self._require_generation(2, "query_register_mem_status")
+        assert self._rendezvous is not None
+        check_uint64("comm_id", comm_id)
+        self._refuse_backend("query_register_mem_status")
+        return self._rendezvous.status(comm_id)
+
+    def _refuse_backend(self, operation: str) -> None:
+        assert self._options is not None
+        if self._options.transfer_backend:
+            raise LLMNotEnabledError(f"{operation} is not available with option llm.TransferBackend="
+                                     f"{self._options.transfer_backend!r}; use link_clusters")
+
+    # ----------------------------------------------------------------------------------------------------- role
+
+    def switch_role(self, role: LLMRole, switch_options: Optional[Dict[str, str]] = None) -> None:
+        """Change the role, and with it whether and where this process listens. Caches and keys stay.
+
+        Parameters
+        ----------
+        role : LLMRole
+            The new role.
+        switch_options : dict of str to str, optional
+            ``llm.listenIpInfo`` says where to listen; without it the listener is closed. Other keys are ignored.
+
+        Raises
+        ------
+        TypeError, ValueError
+            An argument has another type; the port is no number.
+        LLMParamInvalidError
+            The address is malformed; in kv cache manager mode also the same role, or PROMPT without an address.
+        LLMLinkError
+            LLM_EXIST_LINK: a link exists.
+        LLMNotEnabledError
+            LLM_FEATURE_NOT_ENABLED: kv cache manager mode without option ``llm.EnableSwitchRole`` or with several
+            devices; or option ``llm.TransferBackend`` and another address.
+        LLMException
+            LLM_FAILED: the new address is in use; the old listener is closed then.
+        RuntimeError
+            Before `init`.
+        """
+        engine = self._require_engine()
+        check_isinstance("role", role, LLMRole, allow_none=False)
+        check_isinstance("switch_options", switch_options, dict)
+        if engine.options.generation == 1:
+            self._check_switch_v1(engine, role, switch_options)
+            address = parse_switch_listen(switch_options) if role is not LLMRole.DECODER else None
+        else:
+            address = parse_switch_listen(switch_options)
+            if engine.options.transfer_backend and address != engine.listener:
+                raise LLMNotEnabledError("switch_role to another address is not available with option "
+                                         f"llm.TransferBackend={engine.options.transfer_backend!r}")
+        if engine.num_links():
+            raise LLMLinkError(f"switch_role failed, error code is {LLMStatusCode.LLM_EXIST_LINK}, "
+                               f"{engine.num_links()} links exist.", status_code=LLMStatusCode.LLM_EXIST_LINK)
+        engine.set_listener(address)
+        if engine.options.generation == 1:
+            self._manager._switch_role(role)        # type: ignore[union-attr]  # a KvCacheManager, by generation
+        self._role = role
+
+    def _check_switch_v1(self, engine: "Engine", role: LLMRole, switch_options: Optional[Dict[str, str]]) -> None:
+        if role is self._role:
+            raise LLMParamInvalidError(f"role={role} is not allowed; it is the role already")
+        if role is LLMRole.PROMPT and LISTEN_IP_INFO not in (switch_options or {}):
+            raise LLMParamInvalidError(f"switch_options needs {LISTEN_IP_INFO} for {role}")
+        if not engine.options.enable_switch_role:
+            raise LLMNotEnabledError("switch_role needs option llm.EnableSwitchRole='1'")
+        if len(engine.options.device_ids) > 1:
+            raise LLMNotEnabledError("switch_role is not available with several devices")
+
+    # ------------------------------------------------------------------------------------------ for operators
+
+    def stats(self) -> Dict[str, Any]:
+        """What this process holds right now: ``caches``, ``keys``, ``pins``, ``device_pool``, ``host_pool``, ``links``.
+
+        Raises
+        ------
+        RuntimeError
+            Before `init`.
+        """
+        result: Dict[str, Any] = self._require_engine().stats()
+        return result
+
+    def links(self) -> List[Dict[str, Any]]:
+        """One dict per link: cluster id, state, who asked for it, bytes moved, and why it broke.
+
+        Raises
+        ------
+        RuntimeError
+            Before `init`.
+        """
+        rows: List[Dict[str, Any]] = self._require_engine().links()
+        return rows
+
+    @property
+    def listen_address(self) -> Optional[Tuple[str, int]]:
+        """Where this process listens; the port is the real one where port 0 was asked for. None for a pure client."""
+        address: Optional[Tuple[str, int]] = self._require_engine().listener
+        return address
+
+
+def _check_link_arguments(comm_name: str, cluster_rank_info: Dict[int, int], rank_table: str) -> None:
+    check_isinstance("comm_name", comm_name, str, allow_none=False)
+    if not 0 < len(comm_name) < MAX_COMM_NAME:
+        raise LLMParamInvalidError(
+            f"comm_name has {len(comm_name)} characters; 1 to {MAX_COMM_NAME - 1} are allowed")
+    check_isinstance("cluster_rank_info", cluster_rank_info, dict, allow_none=False)
+    check_dict("cluster_rank_info", cluster_rank_info, int, int)
+    if len(cluster_rank_info) > MAX_MEMBERS:
+        raise LLMParamInvalidError(f"cluster_rank_info has {len(cluster_rank_info)} members; {MAX_MEMBERS} at most")
+    for cluster, rank in cluster_rank_info.items():
+        check_uint64("cluster_rank_info key", cluster)
+        check_uint32(f"cluster_rank_info[{cluster}]", rank)
+    check_isinstance("rank_table", rank_table, str, allow_none=False)
+    ranks = list(cluster_rank_info.values())
+    if len(ranks) < MIN_MEMBERS or any(a >= b for a, b in zip(ranks, ranks[1:])):
+        raise LLMParamInvalidError(f"cluster_rank_info={cluster_rank_info} is not allowed; "
+                                   f"it must hold at least {MIN_MEMBERS} members with ascending ranks")
+
+
+def _members_of(cluster_rank_info: Dict[int, int], rank_table: str) -> Dict[int, Member]:
+    members = parse_rank_table(rank_table)
+    missing = sorted(set(cluster_rank_info.values()) - set(members))
+    if missing:
+        raise LLMParamInvalidError(f"rank_table has no device of rank {missing[0]}, which cluster_rank_info names")
+    return members
+
+
+def _shutdown_handler() -> None:
+    """Finalise the live instance when the interpreter ends."""
+    instance = LLMDataDist.llm_engine_instance
+    if instance is None or (instance._engine is not None and not instance._engine.is_own_process()):
+        return                                      # a forked child leaves its parent's engine alone
+    try:
+        instance.finalize()
+    except LLMException as error:
+        log.warn("finalize at exit failed: %s", error)
+
+
+atexit.register(_shutdown_handler)

@@ -1,0 +1,224 @@
+"""``link_clusters`` and ``unlink_clusters``: checks, one result per cluster, and the rules of either generation."""
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Callable, Dict, List, Optional, Sequence, Set, Tuple
+
+from llm_datadist.configs import LLMClusterInfo, LLMRole, trans_int_ip
+from llm_datadist.status import LLMParamInvalidError, LLMStatusCode
+from llm_datadist.utils import log
+from llm_datadist.utils.utils import check_int32, check_isinstance, check_uint64
+
+if TYPE_CHECKING:
+    from llm_datadist.core.engine import Engine
+
+__all__ = ["ClusterLinker"]
+
+MAX_PARALLEL = 16
+MAX_CLUSTERS_V1 = 16
+
+Codes = Tuple[LLMStatusCode, List[LLMStatusCode]]
+S = LLMStatusCode
+
+
+def _check_common(clusters: Sequence[LLMClusterInfo], timeout: int) -> None:
+    check_int32("timeout", timeout)
+    if timeout <= 0:
+        raise LLMParamInvalidError(f"timeout={timeout} is not allowed; it must be positive, in milliseconds")
+    check_isinstance("clusters", clusters, [list, tuple], LLMClusterInfo, allow_none=False)
+
+
+def _address(ip: object, port: int) -> Tuple[str, int]:
+    if not isinstance(ip, int):
+        raise TypeError(f"ip of remote_ip_info_list only support int, but got {type(ip).__name__}")
+    return trans_int_ip(ip), port
+
+
+class ClusterLinker:
+    """Links of one engine that one side asks for.
+
+    Parameters
+    ----------
+    engine : Engine
+    """
+
+    def __init__(self, engine: "Engine") -> None:
+        self._engine = engine
+        self._known: Set[int] = set()               # clusters this process ever had a link to
+        self._v1_busy = threading.Lock()
+
+    # ----------------------------------------------------------------------------------------- second generation
+
+    def link(self, clusters: Sequence[LLMClusterInfo], timeout: int) -> Codes:
+        """Link to each cluster, up to 16 at once."""
+        _check_common(clusters, timeout)
+        needs_local = not self._engine.options.local_comm_res
+        for cluster in clusters:
+            check_uint64("remote_cluster_id", cluster.remote_cluster_id)    # type: ignore[arg-type]
+            if needs_local and not cluster.local_ip_info_list:
+                raise LLMParamInvalidError("local_ip_info_list is empty; it must hold one address unless "
+                                           "option llm.LocalCommRes is set")
+        return self._for_each(clusters, lambda cluster: self._link_one(cluster, timeout), S.LLM_ALREADY_LINK)
+
+    def _link_one(self, cluster: LLMClusterInfo, timeout: int) -> LLMStatusCode:
+        remote = cluster.remote_ip_info_list
+        if len(remote) != 1:
+            log.error("link_clusters: cluster %s has %s remote addresses, exactly one is needed",
+                      cluster.remote_cluster_id, len(remote))
+            return S.LLM_PARAM_INVALID
+        if not self._engine.options.local_comm_res and len(cluster.local_ip_info_list) != 1:
+            log.error("link_clusters: cluster %s has %s local addresses, exactly one is needed",
+                      cluster.remote_cluster_id, len(cluster.local_ip_info_list))
+            return S.LLM_PARAM_INVALID
+        return self._open(cluster, timeout)
+
+    def _open(self, cluster: LLMClusterInfo, timeout: int) -> LLMStatusCode:
+        from llm_datadist.core.status import public_code
+
+        cluster_id: int = cluster.remote_cluster_id         # type: ignore[assignment]  # checked above
+        ip, port = _address(*cluster.remote_ip_info_list[0])
+        start = time.monotonic()
+        status, text = self._engine.link(cluster_id, ip, port, timeout)
+        code: LLMStatusCode = public_code(status, self._engine.options.generation == 1)
+        if code == S.LLM_LINK_FAILED and (time.monotonic() - start) * 1000 >= timeout:
+            code = public_code(-5, self._engine.options.generation == 1)
+        if code == S.LLM_SUCCESS:
+            self._known.add(cluster_id)
+            log.info("linked to cluster %s at %s:%s", cluster_id, ip, port)
+        else:
+            log.error("link_clusters: cluster %s at %s:%s: %s, %s", cluster_id, ip, port, code, text)
+        return code
+
+    def unlink(self, clusters: Sequence[LLMClusterInfo], timeout: int, force: bool) -> Codes:
+        """Unlink from each cluster, up to 16 at once."""
+        _check_common(clusters, timeout)
+        check_isinstance("force", force, bool, allow_none=False)
+        for cluster in clusters:
+            check_uint64("remote_cluster_id", cluster.remote_cluster_id)    # type: ignore[arg-type]
+        return self._for_each(clusters, lambda cluster: self._unlink_one(cluster, timeout, force), S.LLM_SUCCESS)
+
+    def _unlink_one(self, cluster: LLMClusterInfo, timeout: int, force: bool) -> LLMStatusCode:
+        from llm_datadist.core.status import public_code
+
+        cluster_id: int = cluster.remote_cluster_id         # type: ignore[assignment]  # checked above
+        num_addresses = len(cluster.remote_ip_info_list)
+        if not force and num_addresses > 1:
+            log.error("unlink_clusters: cluster %s has %s remote addresses, one at most", cluster_id, num_addresses)
+            return S.LLM_PARAM_INVALID
+        status, text, num_links = self._engine.unlink(cluster_id, timeout, force)
+        if num_links:
+            self._known.add(cluster_id)
+        elif not force and num_addresses == 0 and cluster_id not in self._known:
+            log.error("unlink_clusters: cluster %s was never linked, and no address is given", cluster_id)
+            return S.LLM_PARAM_INVALID
+        code: LLMStatusCode = public_code(status)
+        if code != S.LLM_SUCCESS:
+            log.error("unlink_clusters: cluster %s: %s, %s", cluster_id, code, text)
+        return code
+
+    def _for_each(self, clusters: Sequence[LLMClusterInfo], act: Callable[[LLMClusterInfo], LLMStatusCode],
+                  repeated: LLMStatusCode) -> Codes:
+        """Act on each cluster; the second mention of one in a call gets `repeated`."""
+        if not clusters:
+            return S.LLM_PARAM_INVALID, []
+        first: Dict[object, int] = {}
+        for index, cluster in enumerate(clusters):
+            first.setdefault(cluster.remote_cluster_id, index)
+        unique = list(first.values())
+        if len(unique) == 1:
+            results = [act(clusters[unique[0]])]
+        else:
+            with ThreadPoolExecutor(min(MAX_PARALLEL, len(unique)), "llm_datadist-link") as pool:
+                results = list(pool.map(lambda index: act(clusters[index]), unique))
+        by_index = dict(zip(unique, results))
+        codes = [by_index.get(index, repeated) for index in range(len(clusters))]
+        failures = [code for code in codes if code != S.LLM_SUCCESS]
+        return (failures[-1] if failures else S.LLM_SUCCESS), codes
+
+    # ------------------------------------------------------------------------------------------ first generation
+
+    def link_v1(self, clusters: Sequence[LLMClusterInfo], timeout: int, role: LLMRole) -> Codes:
+        """Link a DECODER to PROMPTs; a failure undoes the links this call made."""
+        _check_common(clusters, timeout)
+        if not clusters or role is not LLMRole.DECODER:
+            return S.LLM_PARAM_INVALID, []
+        return self._v1(clusters, lambda: self._link_all_v1(clusters, timeout))
+
+    def _v1(self, clusters: Sequence[LLMClusterInfo], act: Callable[[], Codes]) -> Codes:
+        if len(clusters) > MAX_CLUSTERS_V1:
+            return S.LLM_CLUSTER_NUM_EXCEED_LIMIT, [S.LLM_CLUSTER_NUM_EXCEED_LIMIT] * len(clusters)
+        if not self._v1_busy.acquire(timeout=0.01):
+            return S.LLM_PROCESSING_LINK, [S.LLM_PROCESSING_LINK] * len(clusters)
+        try:
+            return act()
+        finally:
+            self._v1_busy.release()
+
+    def _link_all_v1(self, clusters: Sequence[LLMClusterInfo], timeout: int) -> Codes:
+        num_devices = len(self._engine.options.device_ids)
+        seen: Set[Optional[int]] = set()
+        codes: List[LLMStatusCode] = []
+        for cluster in clusters:
+            cluster_id = cluster.remote_cluster_id
+            if cluster_id in seen:
+                codes.append(S.LLM_REPEAT_REQUEST)
+                continue
+            seen.add(cluster_id)
+            counts = len(cluster.remote_ip_info_list), len(cluster.local_ip_info_list)
+            if cluster_id is None or counts != (num_devices, num_devices):
+                codes.append(S.LLM_PARAM_INVALID)
+                continue
+            codes.append(self._open(cluster, timeout))
+        failed = [code for code in codes if code not in (S.LLM_SUCCESS, S.LLM_ALREADY_LINK)]
+        if not failed:
+            return S.LLM_SUCCESS, codes
+        if any(code in (S.LLM_LINK_FAILED, S.LLM_WAIT_PROCESS_TIMEOUT) for code in failed):
+            return S.LLM_LINK_FAILED, codes
+        return failed[-1], codes
+
+    def unlink_v1(self, clusters: Sequence[LLMClusterInfo], timeout: int, force: bool, role: LLMRole) -> Codes:
+        """Unlink; a PROMPT finds its peer by address and drops only its own side."""
+        _check_common(clusters, timeout)
+        check_isinstance("force", force, bool, allow_none=False)
+        for cluster in clusters:
+            check_uint64("remote_cluster_id", cluster.remote_cluster_id)    # type: ignore[arg-type]
+        if not clusters:
+            return S.LLM_PARAM_INVALID, []
+        return self._v1(clusters, lambda: self._unlink_all_v1(clusters, timeout, force, role))
+
+    def _unlink_all_v1(self, clusters: Sequence[LLMClusterInfo], timeout: int, force: bool, role: LLMRole) -> Codes:
+        seen: Set[Optional[int]] = set()
+        codes = []
+        for cluster in clusters:
+            if cluster.remote_cluster_id in seen:
+                codes.append(S.LLM_REPEAT_REQUEST)
+                continue
+            seen.add(cluster.remote_cluster_id)
+            codes.append(self._unlink_one_v1(cluster, timeout, force, role))
+        failed = [code for code in codes if code not in (S.LLM_SUCCESS, S.LLM_NOT_YET_LINK)]
+        return (S.LLM_UNLINK_FAILED if failed else S.LLM_SUCCESS), codes
+
+    def _unlink_one_v1(self, cluster: LLMClusterInfo, timeout: int, force: bool, role: LLMRole) -> LLMStatusCode:
+        from llm_datadist.core.status import public_code
+
+        cluster_id: int = cluster.remote_cluster_id         # type: ignore[assignment]  # checked above
+        if role is LLMRole.PROMPT:
+            addresses = {_address(ip, port)[0] for ip, port in cluster.remote_ip_info_list}
+            for row in self._engine.links():
+                if row["peer_ip"] in addresses:
+                    cluster_id = row["cluster_id"]
+            force = True
+        if any(row["cluster_id"] == cluster_id and row["running"] for row in self._engine.links()):
+            return S.LLM_LINK_BUSY
+        status, text, num_links = self._engine.unlink(cluster_id, timeout, force)
+        if num_links == 0:
+            return S.LLM_NOT_YET_LINK
+        if status < 0 and not force:
+            # The peer could not be told; this side is closed anyway.
+            log.error("unlink_clusters: cluster %s could not be told: %s", cluster_id, text)
+            self._engine.unlink(cluster_id, timeout, True)
+            code: LLMStatusCode = public_code(status, True)
+            return S.LLM_NOTIFY_PROMPT_UNLINK_FAILED if code == S.LLM_UNLINK_FAILED else code
+        return S.LLM_SUCCESS

@@ -1,0 +1,194 @@
+"""What both cache managers do alike: keys, ranges, and the calls into the engine.
+
+A manager of either generation checks arguments by the rules of its own API and hands numbers to the one engine.
+"""
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+
+from llm_datadist.descriptors import CacheDesc, Placement
+from llm_datadist.keys import INVALID_ID, BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex, is_invalid_id, is_valid_id
+from llm_datadist.status import LLMException, LLMParamInvalidError, LLMStatusCode
+from llm_datadist.utils.utils import check_dict, check_isinstance, check_uint32
+
+if TYPE_CHECKING:
+    from llm_datadist.core.engine import Engine
+
+KEY_REQ, KEY_PREFIX, KEY_BLOCKS, KEY_BY_ID = range(4)
+MAX_DIMS = 31
+
+KeySpec = Tuple[int, int, int, int]             # slot, kind, id, model id
+RemoteKey = Tuple[int, int, int, int]           # kind, id, model id, batch index
+TensorRange = Optional[Tuple[int, int]]
+
+
+def check_pull_key(cache_key: CacheKey) -> None:
+    """Check that a key of a pull names a request or a prefix, and not both."""
+    if is_valid_id(cache_key.req_id) == is_valid_id(cache_key.prefix_id):
+        raise LLMParamInvalidError(f"cache_key={cache_key} is not allowed; exactly one of req_id and prefix_id must be set")
+
+
+def key_specs(cache_desc: CacheDesc, cache_keys: Sequence[CacheKey]) -> List[KeySpec]:
+    """Bind the i-th key to batch slot i; padding keys occupy a slot and bind nothing."""
+    if len(cache_keys) > cache_desc.shape[0]:
+        raise LLMParamInvalidError(
+            f"cache_keys has {len(cache_keys)} keys, but the cache only {cache_desc.shape[0]} batch slots")
+    specs = []
+    for slot, key in enumerate(cache_keys):
+        if is_valid_id(key.prefix_id):
+            specs.append((slot, KEY_PREFIX, key.prefix_id, key.model_id))
+        elif is_valid_id(key.req_id):
+            specs.append((slot, KEY_REQ, key.req_id, key.model_id))
+    return specs
+
+
+def blocks_key_specs(blocks_cache_key: Optional[BlocksCacheKey]) -> List[KeySpec]:
+    """Bind the key of a blocks cache, if there is one."""
+    return [] if blocks_cache_key is None else [(0, KEY_BLOCKS, INVALID_ID, blocks_cache_key.model_id)]
+
+
+def remote_key(cache_key: Union[CacheKey, CacheKeyByIdAndIndex, BlocksCacheKey]) -> RemoteKey:
+    """Name of a cache on its owner."""
+    if isinstance(cache_key, CacheKeyByIdAndIndex):
+        return KEY_BY_ID, max(cache_key.cache_id, 0), 0, cache_key.batch_index      # no cache has id 0
+    if isinstance(cache_key, BlocksCacheKey):
+        return KEY_BLOCKS, INVALID_ID, cache_key.model_id, 0
+    if is_valid_id(cache_key.prefix_id):
+        return KEY_PREFIX, cache_key.prefix_id, cache_key.model_id, 0
+    return KEY_REQ, cache_key.req_id, cache_key.model_id, 0
+
+
+def check_desc(cache_desc: CacheDesc) -> int:
+    """Check a descriptor for use and return the bytes of one tensor."""
+    if cache_desc.num_tensors <= 0:
+        raise LLMParamInvalidError("cache_desc.num_tensors=0 is not allowed; a cache has at least one tensor")
+    if not 1 <= len(cache_desc.shape) <= MAX_DIMS:
+        raise LLMParamInvalidError(
+            f"cache_desc.shape has {len(cache_desc.shape)} dimensions; 1 to {MAX_DIMS} are allowed")
+    return cache_desc.size
+
+
+def pull_range(name: str, layer_range: Optional[range]) -> Optional[range]:
+    """Check a layer range of a pull; an empty one counts as not given."""
+    check_isinstance(name, layer_range, range)
+    if layer_range is None or len(layer_range) == 0:
+        return None
+    if layer_range.step != 1 or layer_range.start < 0:
+        raise LLMParamInvalidError(f"{name}={layer_range} is not allowed; it must have step 1 and start at 0 or later")
+    return layer_range
+
+
+def layers_of_pull(dst_desc: CacheDesc, kwargs: Mapping[str, Any]) -> Tuple[TensorRange, TensorRange]:
+    """Turn the layer arguments of a pull into tensor ranges of source and destination."""
+    tensors_per_layer = check_uint32("tensor_num_per_layer", kwargs.get("tensor_num_per_layer", 2))
+    if tensors_per_layer == 0:
+        raise LLMParamInvalidError("tensor_num_per_layer=0 is not allowed; a layer has at least one tensor")
+    src = pull_range("src_layer_range", kwargs.get("src_layer_range"))
+    dst = pull_range("dst_layer_range", kwargs.get("dst_layer_range"))
+    if src is not None and dst is not None and len(src) != len(dst):
+        raise LLMParamInvalidError(f"src_layer_range={src} and dst_layer_range={dst} must have equal lengths")
+    if (src is not None or dst is not None) and dst_desc.num_tensors % tensors_per_layer:
+        raise LLMParamInvalidError(f"the destination's num_tensors={dst_desc.num_tensors} is no multiple of "
+                                   f"tensor_num_per_layer={tensors_per_layer}")
+    return tensors_of(src, tensors_per_layer), tensors_of(dst, tensors_per_layer)
+
+
+def tensors_of(layers: Optional[range], tensors_per_layer: int) -> TensorRange:
+    """Tensor indices [start, stop) of a layer range."""
+    return None if layers is None else (layers.start * tensors_per_layer, layers.stop * tensors_per_layer)
+
+
+def lazy_addresses(addrs: Sequence[int]) -> Any:
+    """A list of addresses, or a callable that makes it where they are still a range."""
+    return addrs if isinstance(addrs, list) else partial(list, addrs)
+
+
+def block_pairs(name: str, mapping: Mapping[int, Any], num_blocks: int) -> Tuple[List[int], List[int]]:
+    """Flatten ``{src: [dst, ...]}`` in dict order, then list order."""
+    src: List[int] = []
+    dst: List[int] = []
+    for source, destinations in mapping.items():
+        src.extend([source] * len(destinations))
+        dst.extend(destinations)
+    check_block_numbers(f"{name} keys", src, num_blocks)
+    check_block_numbers(f"{name} values", dst, num_blocks)
+    return src, dst
+
+
+def check_block_numbers(name: str, numbers: Sequence[int], num_blocks: int) -> None:
+    """Refuse block numbers outside [0, num_blocks)."""
+    if numbers and not (0 <= min(numbers) and max(numbers) < num_blocks):
+        bad = next(number for number in numbers if not 0 <= number < num_blocks)
+        raise LLMParamInvalidError(f"{name}: block {bad} is not allowed; it must be in [0, {num_blocks})")
+
+
+def check_swap(src_desc: CacheDesc, dst_desc: CacheDesc, src_to_dst: Dict[int, int]) -> int:
+    """Check the arguments of a swap, and return the bytes of one block."""
+    check_dict("src_to_dst", src_to_dst, int, int)
+    src_bytes = src_desc.size // src_desc.batch_size
+    dst_bytes = dst_desc.size // dst_desc.batch_size
+    if src_bytes != dst_bytes:
+        raise LLMParamInvalidError(f"a block of the source has {src_bytes} bytes, one of the destination {dst_bytes}")
+    if src_desc.num_tensors != dst_desc.num_tensors:
+        raise LLMParamInvalidError(
+            f"num_tensors of the source is {src_desc.num_tensors}, that of the destination {dst_desc.num_tensors}")
+    if {src_desc.placement, dst_desc.placement} != {Placement.HOST, Placement.DEVICE}:
+        raise LLMParamInvalidError(f"placements {src_desc.placement} and {dst_desc.placement} are not allowed; "
+                                   f"one side must be HOST and the other DEVICE")
+    check_block_numbers("src_to_dst keys", list(src_to_dst), src_desc.batch_size)
+    check_block_numbers("src_to_dst values", list(src_to_dst.values()), dst_desc.batch_size)
+    return src_bytes
+
+
+class ManagerBase:
+    """The engine's memory calls, in the words of the handles."""
+
+    def __init__(self, llm_engine: "Engine") -> None:
+        self._llm_engine = llm_engine
+        self._initialized = True
+
+    def is_initialized(self) -> bool:
+        """Return whether the engine is up."""
+        return self._initialized
+
+    @property
+    def is_host_addressable(self) -> bool:
+        """Whether the CPU can read and write memory of placement DEVICE."""
+        return bool(self._llm_engine.is_host_addressable)
+
+    def _finalize(self) -> None:
+        """Called when the engine is closed."""
+        self._initialized = False
+
+    def _require_initialized(self) -> None:
+        if not self._initialized:
+            raise LLMException("the cache manager is not initialized: its engine was finalized",
+                               status_code=LLMStatusCode.LLM_FAILED)
+
+    def _allocate(self, cache_desc: CacheDesc, specs: Sequence[KeySpec], is_blocks: bool) -> Tuple[int, Sequence[int]]:
+        self._require_initialized()
+        host = cache_desc.placement == Placement.HOST
+        result: Tuple[int, Sequence[int]] = self._llm_engine.allocate(
+            cache_desc.num_tensors, cache_desc.shape[0], cache_desc.size, host, is_blocks, specs)
+        return result
+
+    def _require_pool(self, operation: str) -> None:
+        self._require_initialized()
+        if not self._llm_engine.has_pool():
+            raise LLMException(f"{operation} failed, error code is {LLMStatusCode.LLM_FEATURE_NOT_ENABLED}, "
+                               f"no memory pool is configured.", status_code=LLMStatusCode.LLM_FEATURE_NOT_ENABLED)
+
+    def _swap(self, src_addrs: Sequence[int], src_desc: CacheDesc, dst_addrs: Sequence[int], dst_desc: CacheDesc,
+              src_to_dst: Dict[int, int]) -> None:
+        block_bytes = check_swap(src_desc, dst_desc, src_to_dst)
+        self._require_initialized()
+        if len(src_addrs) != src_desc.num_tensors or len(dst_addrs) != dst_desc.num_tensors:
+            raise LLMException("swap_blocks failed: a cache was deallocated",
+                               status_code=LLMStatusCode.LLM_KV_CACHE_NOT_EXIST)
+        if src_to_dst:
+            self._llm_engine.swap_blocks(src_addrs, src_desc.batch_size, dst_addrs, dst_desc.batch_size, block_bytes,
+                                         list(src_to_dst), list(src_to_dst.values()))
+
+
+__all__ = ["ManagerBase"]

@@ -1,0 +1,34 @@
+"""Fixtures shared by the tests of the facade."""
+from __future__ import annotations
+
+import pytest
+
+from llm_datadist.status import LLMException, LLMStatusCode, exception_for
+
+_BUILTIN = {"TE": TypeError, "VE": ValueError, "AE": AttributeError, "RE": RuntimeError}
+_CODE = {
+    "PI": LLMStatusCode.LLM_PARAM_INVALID,
+    "NOT_EXIST": LLMStatusCode.LLM_KV_CACHE_NOT_EXIST,
+    "NOT_ENABLED": LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
+}
+
+
+@pytest.fixture
+def assert_raises():
+    """Assert that a call fails with the named kind of error, as the tables of the API name them.
+
+    A builtin kind (TE, VE, AE, RE) excludes an LLMException; the other kinds stand for a status code, and the
+    exception must have the class of that code. Returns the exception.
+    """
+    def check(kind, call, *args, **kwargs):
+        with pytest.raises(Exception) as caught:
+            call(*args, **kwargs)
+        error = caught.value
+        if kind in _BUILTIN:
+            assert isinstance(error, _BUILTIN[kind]) and not isinstance(error, LLMException), repr(error)
+        else:
+            assert isinstance(error, exception_for(_CODE[kind])), repr(error)
+            assert error.status_code is _CODE[kind]
+        return error
+
+    return check

@@ -1,0 +1,119 @@
+"""Every public name says what it does, names its parameters, and says what it raises."""
+import ast
+import enum
+import importlib
+import inspect
+import pkgutil
+import re
+import textwrap
+
+import pytest
+
+import llm_datadist
+
+SECTIONS = {"Parameters", "Returns", "Yields", "Raises", "Notes", "Examples", "See Also", "Attributes", "Warns"}
+# Compiled modules and programs have tests of their own.
+SKIPPED = ("llm_datadist.core", "llm_datadist.host", "llm_datadist.tools")
+
+
+def modules():
+    names = ["llm_datadist"]
+    for info in pkgutil.walk_packages(llm_datadist.__path__, "llm_datadist."):
+        if not info.name.startswith(SKIPPED):
+            names.append(info.name)
+    return names
+
+
+def public_names():
+    """Yield (qualified name, object, function whose parameters it takes or None) of all that modules define.
+
+    What a module with ``__all__`` leaves out of it is a helper.
+    """
+    for module_name in modules():
+        module = importlib.import_module(module_name)
+        yield module_name, module, None
+        public = getattr(module, "__all__", None)
+        for name, member in list(vars(module).items()):
+            if name.startswith("_") or public is not None and name not in public:
+                continue
+            if getattr(member, "__module__", None) != module_name:
+                continue
+            if inspect.isclass(member):
+                yield from of_class(f"{module_name}.{name}", member)
+            elif inspect.isroutine(member):
+                yield f"{module_name}.{name}", member, member
+
+
+def of_class(qualified, cls):
+    yield qualified, cls, None if issubclass(cls, enum.Enum) else vars(cls).get("__init__")
+    for name, member in vars(cls).items():
+        if name.startswith("_") or issubclass(cls, enum.Enum) and isinstance(member, cls):
+            continue
+        function = member.__func__ if isinstance(member, (classmethod, staticmethod)) else member
+        if inspect.isroutine(function):
+            yield f"{qualified}.{name}", function, function
+        elif isinstance(member, property) or inspect.isdatadescriptor(member) and not inspect.isclass(member):
+            yield f"{qualified}.{name}", member, None
+
+
+NAMES = {name: (member, function) for name, member, function in public_names()}
+
+
+def faults_of(member, function):
+    doc = inspect.cleandoc(member.__doc__ or "")
+    if not doc:
+        return ["has no docstring"]
+    faults = []
+    summary = doc.split("\n\n")[0]
+    if not summary.endswith((".", ":")) or not (summary[0].isupper() or summary[0] == "`"):
+        faults.append(f"summary should be a sentence: {summary!r}")
+    for heading, line in re.findall(r"^(\w[\w ]*)\n(-{3,})$", doc, re.M):
+        if heading not in SECTIONS or len(heading) != len(line):
+            faults.append(f"section {heading!r} is unknown or underlined wrongly")
+    if function is None:
+        return faults
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or parameter.name in ("self", "cls"):
+            continue
+        name = re.escape(parameter.name)
+        if not re.search(rf"^(\w+, )*{name}(, \w+)* : \S", doc, re.M) and not re.search(rf"`{name}`", doc):
+            faults.append(f"parameter {parameter.name} is not described")
+    if raises(function) and not re.search(r"\bRaises\b|Error\b|Exception\b", doc):
+        faults.append("does not say what it raises")
+    return faults
+
+
+def raises(function):
+    """Whether the body has a raise statement of its own."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):       # made at run time, like the constructor of a dataclass
+        return False
+    return any(isinstance(node, ast.Raise) for node in ast.walk(tree))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_docstring(name):
+    assert faults_of(*NAMES[name]) == []
+
+
+def test_the_walk_finds_the_public_names():
+    assert {"llm_datadist.configs.LlmConfig.device_id", "llm_datadist.caches.Cache.create_cpu_cache",
+            "llm_datadist.status.raise_if_false", "llm_datadist.options.EngineOptions"} <= set(NAMES)
+
+
+def undocumented(value):
+    return value
+
+
+def half_documented(value, other):
+    """return `value`
+
+    Raises
+    ---
+    """
+
+
+def test_the_check_sees_gaps():
+    assert faults_of(undocumented, undocumented) == ["has no docstring"]
+    assert len(faults_of(half_documented, half_documented)) == 3
