@@ -7,14 +7,16 @@ answers "no error, still waiting", and ``sem_post(client)`` a cancel whose calls
 import ctypes
 import os
 import signal
+import socket
 import threading
 import time
 import warnings
 
+import numpy as np
 import pytest
 
 from llm_datadist import status as public
-from llm_datadist.core.cann import CAPABILITIES
+from llm_datadist.core.cann import CAPABILITIES, HOST_LIBRARY, Provider
 from llm_datadist.core.status import STATUS_TABLE
 from llm_datadist.core.wait import TableProbe, map_code
 
@@ -295,3 +297,125 @@ def test_numbers_of_the_c_api(kind, code):
 def test_an_unknown_slot_is_refused():
     with pytest.raises(TypeError, match="nonsense"):
         TableProbe(nonsense=1)
+
+
+class ServerDesc(ctypes.Structure):
+    _fields_ = [("endpoints", ctypes.c_void_p), ("ip", ctypes.c_char_p), ("port", ctypes.c_uint32),
+                ("num_endpoints", ctypes.c_uint32), ("reserved", ctypes.c_uint8 * 104)]
+
+
+class ClientDesc(ctypes.Structure):
+    _fields_ = [("local", ctypes.c_void_p), ("remote", ctypes.c_void_p), ("ip", ctypes.c_char_p),
+                ("port", ctypes.c_uint32), ("tc", ctypes.c_uint8), ("sl", ctypes.c_uint8),
+                ("reserved", ctypes.c_uint8 * 98)]
+
+
+class Config(ctypes.Structure):
+    _fields_ = [("json", ctypes.c_char_p), ("reserved", ctypes.c_uint8 * 120)]
+
+
+class Mem(ctypes.Structure):
+    _fields_ = [("type", ctypes.c_int), ("addr", ctypes.c_void_p), ("size", ctypes.c_uint64)]
+
+
+class Op(ctypes.Structure):
+    _fields_ = [("remote", ctypes.c_void_p), ("local", ctypes.c_void_p), ("len", ctypes.c_uint64)]
+
+
+class Loop:
+    """A server of the host provider and a client of it in one process, with a source to read."""
+
+    SIZE = 32 << 20
+
+    def __init__(self):
+        self.library = ctypes.CDLL(HOST_LIBRARY)
+        self.source = np.random.default_rng(5).integers(0, 256, self.SIZE, dtype=np.uint8)
+        self.server, self.client = ctypes.c_void_p(), ctypes.c_void_p()
+
+    def open(self):
+        memory = Mem(1, self.source.ctypes.data, self.SIZE)
+        for _ in range(20):
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                self.port = probe.getsockname()[1]
+            desc = ServerDesc(ip=b"127.0.0.1", port=self.port)
+            self.call("HixlCSServerCreate", ctypes.byref(desc), ctypes.byref(Config()), ctypes.byref(self.server))
+            self.call("HixlCSServerRegMem", self.server, None, ctypes.byref(memory), ctypes.byref(ctypes.c_void_p()))
+            if self.library.HixlCSServerListen(self.server, ctypes.c_uint32(8)) == 0:
+                break
+            self.call("HixlCSServerDestroy", self.server)       # somebody else took the port in between
+        self.connect()
+
+    def connect(self):
+        desc = ClientDesc(ip=b"127.0.0.1", port=self.port)
+        self.call("HixlCSClientCreate", ctypes.byref(desc), ctypes.byref(Config()), ctypes.byref(self.client))
+        self.call("HixlCSClientConnect", self.client, ctypes.c_uint32(10_000))
+
+    def disconnect(self):
+        if self.client:
+            self.call("HixlCSClientDestroy", self.client)
+        self.client = ctypes.c_void_p()
+
+    def close(self):
+        self.disconnect()
+        if self.server:
+            self.call("HixlCSServerDestroy", self.server)
+
+    def call(self, name, *arguments):
+        assert getattr(self.library, name)(*arguments) == 0, name
+
+    def get(self, destination, sizes):
+        """Submit a batch that reads the source piece by piece into the same places, and return its handle."""
+        offsets = np.concatenate([[0], np.cumsum(sizes)]).tolist()
+        ops = (Op * len(sizes))(*[
+            Op(self.source.ctypes.data + at, destination.ctypes.data + at, size) for at, size in zip(offsets, sizes)])
+        handle = ctypes.c_void_p()
+        self.call("HixlCSClientBatchGetAsync", self.client, ctypes.c_uint32(len(ops)), ops, ctypes.byref(handle))
+        return handle.value or 0
+
+
+@pytest.fixture
+def loop():
+    loop = Loop()
+    try:
+        loop.open()
+        yield loop
+    finally:
+        loop.close()
+
+
+@pytest.mark.parametrize("interruptible", [False, True])
+@pytest.mark.parametrize("caps", [None, 0], ids=["provider waits", "polling"])
+@pytest.mark.parametrize("sizes", [[4096], [1 << 20] * 32, [16384] * 500 + [100]], ids=["small", "large", "scattered"])
+def test_real_batches(loop, interruptible, caps, sizes):
+    probe = TableProbe(Provider.open("host"), caps)
+    destination = np.zeros(loop.SIZE, np.uint8)
+    for timeout_ns in (None, 60_000 * MS):
+        destination[:] = 0
+        probe.wait(loop.client.value, loop.get(destination, sizes), timeout_ns, interruptible)
+        assert (destination[:sum(sizes)] == loop.source[:sum(sizes)]).all() and not destination[sum(sizes):].any()
+
+
+@pytest.mark.parametrize("interruptible", [False, True])
+@pytest.mark.parametrize("caps", [None, CANCEL], ids=["provider waits", "polling"])
+def test_no_byte_lands_after_a_timeout(loop, interruptible, caps):
+    probe = TableProbe(Provider.open("host"), caps)
+    destination = np.zeros(loop.SIZE, np.uint8)
+    for timeout_ns in (0, MS, 3 * MS):
+        destination[:] = 0
+        try:
+            probe.wait(loop.client.value, loop.get(destination, [1 << 20] * 32), timeout_ns, interruptible)
+        except public.LLMTimeoutError:
+            then = destination.copy()
+            time.sleep(0.03)
+            assert (destination == then).all()
+        else:
+            assert (destination == loop.source).all()
+        loop.disconnect()           # a batch that timed out poisons its client
+        loop.connect()
+
+
+def test_a_real_failure_says_why(loop):
+    probe = TableProbe(Provider.open("host"))
+    with pytest.raises(public.LLMParamInvalidError, match="completion handle"):
+        probe.wait(loop.client.value, 12345 << 12)
