@@ -34,7 +34,7 @@ def public_names():
         yield module_name, module, None
         public = getattr(module, "__all__", None)
         for name, member in list(vars(module).items()):
-            if name.startswith("_") or public is not None and name not in public:
+            if name.startswith("_") or (public is not None and name not in public):
                 continue
             if getattr(member, "__module__", None) != module_name:
                 continue
@@ -47,12 +47,12 @@ def public_names():
 def of_class(qualified, cls):
     yield qualified, cls, None if issubclass(cls, enum.Enum) else vars(cls).get("__init__")
     for name, member in vars(cls).items():
-        if name.startswith("_") or issubclass(cls, enum.Enum) and isinstance(member, cls):
+        if name.startswith("_") or (issubclass(cls, enum.Enum) and isinstance(member, cls)):
             continue
         function = member.__func__ if isinstance(member, (classmethod, staticmethod)) else member
         if inspect.isroutine(function):
             yield f"{qualified}.{name}", function, function
-        elif isinstance(member, property) or inspect.isdatadescriptor(member) and not inspect.isclass(member):
+        elif inspect.isdatadescriptor(member):
             yield f"{qualified}.{name}", member, None
 
 
