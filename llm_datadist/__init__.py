@@ -13,23 +13,39 @@ from llm_datadist.configs import LLMClusterInfo, LLMConfig, LlmConfig, LLMRole
 from llm_datadist.data_type import DataType
 from llm_datadist.status import LLMException, LLMStatusCode, Status
 from llm_datadist.types import (
-    BlocksCacheKey, Cache, CacheDesc, CacheKey, CacheKeyByIdAndIndex, KvCache, LayerSynchronizer, MemInfo, Memtype,
-    MemType, Placement, RegisterMemStatus, TransferConfig, TransferWithCacheKeyConfig,
+    BlocksCacheKey,
+    Cache,
+    CacheDesc,
+    CacheKey,
+    CacheKeyByIdAndIndex,
+    KvCache,
+    LayerSynchronizer,
+    MemInfo,
+    Memtype,
+    Placement,
+    RegisterMemStatus,
+    TransferConfig,
+    TransferWithCacheKeyConfig,
 )
+from llm_datadist.types import MemType as MemType
 
 if TYPE_CHECKING:
+    from llm_datadist.cache_manager import CacheManager as CacheManager
+    from llm_datadist.datadist import LLMDataDist
+    from llm_datadist.kv_cache_manager import KvCacheManager
+    from llm_datadist.task import CacheTask
     from llm_datadist.tensor import Tensor, TensorDesc
 
 # Read by the acl runtime when a provider opens it. Clients of the original package rely on this import to set it.
 os.environ.setdefault("AUTO_USE_UC_MEMORY", "0")
 
-v2_list = [
+__all__ = [
     "LLMClusterInfo", "LLMStatusCode", "LLMException", "LLMRole", "LlmConfig", "LLMConfig", "DataType", "Status",
     "CacheDesc", "CacheKey", "CacheKeyByIdAndIndex", "KvCache", "Cache", "BlocksCacheKey", "LLMDataDist", "Placement",
     "RegisterMemStatus", "LayerSynchronizer", "TransferConfig", "CacheTask", "TransferWithCacheKeyConfig", "Memtype",
-    "MemInfo",
+    "MemInfo", "TensorDesc", "Tensor", "KvCacheManager",
 ]
-__all__ = [*v2_list, "TensorDesc", "Tensor", "KvCacheManager"]
+v2_list = [name for name in __all__ if name not in ("TensorDesc", "Tensor", "KvCacheManager")]
 
 _LAZY = {
     "LLMDataDist": "llm_datadist.datadist",

@@ -7,7 +7,11 @@ from typing import List, Optional, Sequence, Tuple, Union
 from llm_datadist.data_type import DataType, element_size
 from llm_datadist.status import LLMParamInvalidError, NamedIntEnum
 from llm_datadist.utils.utils import (
-    check_int32, check_int64, check_isinstance, check_list_int64, check_uint32,
+    check_int32,
+    check_int64,
+    check_isinstance,
+    check_list_int64,
+    check_uint32,
 )
 
 __all__ = [

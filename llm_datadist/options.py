@@ -12,8 +12,22 @@ from typing import Any, Callable, Mapping, Optional, Tuple, TypeVar
 
 from llm_datadist.configs import LLMRole, trans_int_ip
 from llm_datadist.option_values import (
-    INT32_MAX, UINT32_MAX, Address, PoolOptions, check_buffers, check_comm_res, check_json_object, integer_in, invalid,
-    objects_of, one_of, parse_address, parse_flow_graph_bytes, parse_integer, parse_json_object, parse_listen_ip_info,
+    INT32_MAX,
+    UINT32_MAX,
+    Address,
+    PoolOptions,
+    check_buffers,
+    check_comm_res,
+    check_json_object,
+    integer_in,
+    invalid,
+    objects_of,
+    one_of,
+    parse_address,
+    parse_flow_graph_bytes,
+    parse_integer,
+    parse_json_object,
+    parse_listen_ip_info,
     parse_pool,
 )
 from llm_datadist.status import LLMParamInvalidError

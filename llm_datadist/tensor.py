@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence,
 import numpy as np
 
 from llm_datadist.data_type import (
-    DataType, dtype_to_np_dtype, get_python_dtype_from_wrapper_dtype, np_dtype_to_dtype,
+    DataType,
+    dtype_to_np_dtype,
+    get_python_dtype_from_wrapper_dtype,
+    np_dtype_to_dtype,
 )
 from llm_datadist.descriptors import calc_tensor_size
 from llm_datadist.tensor_view import TensorView
@@ -185,14 +188,14 @@ class Tensor:
         dtype, shape = self._tensor_desc.dtype, self._tensor_desc.shape
         if dtype is DataType.DT_STRING and not copy:
             raise RuntimeError("copy=False is not allowed for strings; they have no array to view")
-        bits = self._data.bits(dtype, shape) if isinstance(self._data, _Memory) else self._data
+        elements: _Array = self._data.bits(dtype, shape) if isinstance(self._data, _Memory) else self._data
         if dtype is DataType.DT_BF16:
-            return (bits.astype(np.uint32) << 16).view(np.float32)
-        elements = bits if dtype is DataType.DT_FLOAT16 else bits.reshape(shape)
-        if copy:
-            return elements.copy()
-        elements = elements.view()
-        elements.flags.writeable = False
+            elements = (elements.astype(np.uint32) << 16).view(np.float32)
+            return elements
+        if dtype is not DataType.DT_FLOAT16:
+            elements = elements.reshape(shape)
+        elements = elements.copy() if copy else elements.view()
+        elements.flags.writeable = copy
         return elements
 
     def __repr__(self) -> str:

@@ -3,11 +3,21 @@ from __future__ import annotations
 
 from llm_datadist.caches import Cache, KvCache
 from llm_datadist.descriptors import (
-    CacheDesc, MemInfo, Memtype, MemType, Placement, RegisterMemStatus, int_to_mem_status_dict,
+    CacheDesc,
+    MemInfo,
+    MemType,
+    Memtype,
+    Placement,
+    RegisterMemStatus,
+    int_to_mem_status_dict,
 )
 from llm_datadist.keys import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
 from llm_datadist.transfer_config import (
-    LayerSynchronizer, PushType, TransferConfig, TransferWithCacheKeyConfig, check_layer_range,
+    LayerSynchronizer,
+    PushType,
+    TransferConfig,
+    TransferWithCacheKeyConfig,
+    check_layer_range,
 )
 
 __all__ = [

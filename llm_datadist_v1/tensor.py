@@ -1,5 +1,10 @@
 """Older path of `llm_datadist.tensor`: the very same objects."""
+from typing import TYPE_CHECKING
+
 from llm_datadist._lazy import lazy_attributes
+
+if TYPE_CHECKING:
+    from llm_datadist.tensor import Tensor, TensorDesc
 
 __all__ = ["Tensor", "TensorDesc"]
 

@@ -29,10 +29,11 @@ UNSET = {
     "mem_utilization": 0.95,
 }
 BAD = [
-    ("ge_options", [], "TE"), ("ge_options", {"a": 1}, "TE"), ("ge_options", {1: "a"}, "TE"), ("ge_options", None, "AE"),
+    ("ge_options", [], "TE"), ("ge_options", {"a": 1}, "TE"), ("ge_options", {1: "a"}, "TE"),
+    ("ge_options", None, "AE"),
     ("device_id", "0", "TE"), ("device_id", 1.0, "TE"), ("device_id", None, "TE"), ("device_id", [0, "1"], "TE"),
-    ("device_id", (None,), "TE"), ("device_id", np.int32(1), "TE"), ("device_id", -1, "PI"), ("device_id", [0, -1], "PI"),
-    ("device_id", [], "PI"), ("device_id", 2**31, "VE"), ("device_id", [0, 2**31], "VE"),
+    ("device_id", (None,), "TE"), ("device_id", np.int32(1), "TE"), ("device_id", -1, "PI"),
+    ("device_id", [0, -1], "PI"), ("device_id", [], "PI"), ("device_id", 2**31, "VE"), ("device_id", [0, 2**31], "VE"),
     ("sync_kv_timeout", None, "TE"), ("sync_kv_timeout", 1.5, "TE"), ("sync_kv_timeout", [1], "TE"),
     ("sync_kv_timeout", "1s", "PI"), ("sync_kv_timeout", "-1", "PI"), ("sync_kv_timeout", "", "PI"),
     ("sync_kv_timeout", "0", "PI"), ("sync_kv_timeout", "\u00b2", "PI"), ("sync_kv_timeout", 0, "PI"),

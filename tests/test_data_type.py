@@ -9,7 +9,10 @@ import pytest
 
 from llm_datadist import data_type
 from llm_datadist.data_type import (
-    DataType, element_size, get_python_dtype_from_wrapper_dtype, python_dtype_2_dwrapper_dtype,
+    DataType,
+    element_size,
+    get_python_dtype_from_wrapper_dtype,
+    python_dtype_2_dwrapper_dtype,
 )
 
 NUMPY = {

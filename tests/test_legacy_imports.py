@@ -1,7 +1,9 @@
 """Every import path that clients use gives the one object, and resolves late what needs the compiled core."""
+import importlib
 import json
 import subprocess
 import sys
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -9,30 +11,43 @@ import pytest
 import llm_datadist
 
 ROOT = Path(__file__).resolve().parent.parent
-PUBLIC = """LLMClusterInfo LLMStatusCode LLMException LLMRole LlmConfig LLMConfig DataType Status CacheDesc CacheKey
-CacheKeyByIdAndIndex KvCache Cache BlocksCacheKey LLMDataDist Placement RegisterMemStatus LayerSynchronizer TransferConfig
-CacheTask TransferWithCacheKeyConfig Memtype MemInfo TensorDesc Tensor KvCacheManager""".split()
+PUBLIC = """
+LLMClusterInfo LLMStatusCode LLMException LLMRole LlmConfig LLMConfig DataType Status CacheDesc CacheKey
+CacheKeyByIdAndIndex KvCache Cache BlocksCacheKey LLMDataDist Placement RegisterMemStatus LayerSynchronizer
+TransferConfig CacheTask TransferWithCacheKeyConfig Memtype MemInfo TensorDesc Tensor KvCacheManager
+""".split()
+DATADIST = "LLMDataDist _shutdown_handler"
+CONFIG = "EngineConfig ClusterConfig"
 CONFIGS = "LLMRole LLMClusterInfo LlmConfig trans_str_ip"
 STATUS = "LLMStatusCode LLMException Status code_2_status handle_llm_status raise_if_false raise_if_true"
-DATA_TYPE = """DataType get_python_dtype_from_wrapper_dtype python_dtype_2_dwrapper_dtype dtype_to_np_dtype valid_np_dtypes
-np_dtype_to_dtype"""
-UTILS = """check_isinstance check_dict check_inner check_uint8 check_uint16 check_uint32 check_uint64 check_int32 check_int64
-check_list_int32 check_list_int64 check_list_uint64 check_positive_or_set_default check_type"""
+DATA_TYPE = """
+DataType get_python_dtype_from_wrapper_dtype python_dtype_2_dwrapper_dtype dtype_to_np_dtype valid_np_dtypes
+np_dtype_to_dtype
+"""
+UTILS = """
+check_isinstance check_dict check_inner check_uint8 check_uint16 check_uint32 check_uint64 check_int32 check_int64
+check_list_int32 check_list_int64 check_list_uint64 check_positive_or_set_default check_type
+"""
 LOG = "get_logger info warn error"
-TYPES = """Placement RegisterMemStatus Memtype MemInfo CacheDesc Cache KvCache CacheKey CacheKeyByIdAndIndex BlocksCacheKey
-LayerSynchronizer TransferConfig TransferWithCacheKeyConfig CacheTask PushType check_layer_range int_to_mem_status_dict"""
-LLM_UTILS = """pack_cache_desc pack_cache_key pack_cache_key_by_id pack_block_cache_key pack_mem_info parse_listen_ip_info
+TYPES = """
+Placement RegisterMemStatus Memtype MemInfo CacheDesc Cache KvCache CacheKey CacheKeyByIdAndIndex BlocksCacheKey
+LayerSynchronizer TransferConfig TransferWithCacheKeyConfig CacheTask PushType check_layer_range
+int_to_mem_status_dict
+"""
+LLM_UTILS = """
+pack_cache_desc pack_cache_key pack_cache_key_by_id pack_block_cache_key pack_mem_info parse_listen_ip_info
 layer_range_to_tensor_indices transfer_cache_async TransferCacheParameters TransferCacheJob TransferAsyncThread
-clone_cache_desc calc_tensor_size CacheDescParser is_valid_id is_invalid_id"""
+clone_cache_desc calc_tensor_size CacheDescParser is_valid_id is_invalid_id
+"""
 MODULES = {
     "llm_datadist.configs": CONFIGS, "llm_datadist.status": STATUS, "llm_datadist.data_type": DATA_TYPE,
     "llm_datadist.utils.utils": UTILS, "llm_datadist.utils.log": LOG, "llm_datadist.v2.llm_types": TYPES,
-    "llm_datadist.v2.llm_datadist": "LLMDataDist _shutdown_handler", "llm_datadist.v2.cache_manager": "CacheManager",
-    "llm_datadist.v2.llm_utils": LLM_UTILS, "llm_datadist.v2.config": "EngineConfig ClusterConfig",
-    "llm_datadist_v1.configs": CONFIGS, "llm_datadist_v1.config": "EngineConfig ClusterConfig",
-    "llm_datadist_v1.status": STATUS, "llm_datadist_v1.data_type": DATA_TYPE,
-    "llm_datadist_v1.kv_cache_manager": "KvCacheManager", "llm_datadist_v1.llm_datadist": "LLMDataDist _shutdown_handler",
-    "llm_datadist_v1.llm_types": TYPES, "llm_datadist_v1.llm_utils": LLM_UTILS, "llm_datadist_v1.tensor": "Tensor TensorDesc",
+    "llm_datadist.v2.llm_datadist": DATADIST, "llm_datadist.v2.cache_manager": "CacheManager",
+    "llm_datadist.v2.llm_utils": LLM_UTILS, "llm_datadist.v2.config": CONFIG,
+    "llm_datadist_v1.configs": CONFIGS, "llm_datadist_v1.config": CONFIG, "llm_datadist_v1.status": STATUS,
+    "llm_datadist_v1.data_type": DATA_TYPE, "llm_datadist_v1.kv_cache_manager": "KvCacheManager",
+    "llm_datadist_v1.llm_datadist": DATADIST, "llm_datadist_v1.llm_types": TYPES,
+    "llm_datadist_v1.llm_utils": LLM_UTILS, "llm_datadist_v1.tensor": "Tensor TensorDesc",
     "llm_datadist_v1.utils.utils": UTILS, "llm_datadist_v1.utils.log": LOG,
 }
 # Stand-ins for the modules that need the compiled core: they show that a path resolves to the one object there.
@@ -54,8 +69,8 @@ for name, attributes in {standins!r}.items():
 def run(code, with_standins=True):
     """Run `code` in a fresh interpreter and return what it prints, as JSON."""
     prelude = PRELUDE.format(standins=STANDINS) if with_standins else "import importlib, json, sys\n"
-    done = subprocess.run([sys.executable, "-W", "error", "-c", prelude + code], cwd=ROOT, capture_output=True, text=True,
-                          timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", prelude + code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -71,7 +86,7 @@ def test_public_names():
                                     "llm_datadist.v2.llm_utils", "llm_datadist.data_type"])
 def test_unknown_attribute(module):
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
-        getattr(__import__(module, fromlist=["x"]), "nothing")
+        attrgetter("nothing")(importlib.import_module(module))
 
 
 def test_star_import_and_the_first_generation_package():

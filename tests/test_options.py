@@ -21,6 +21,10 @@ ENDPOINT = {"protocol": "roce", "comm_id": "1.2.3.4", "placement": "host"}
 BUFFER = {"total_size": 4 << 20, "blk_size": 4096, "max_buf_size": 1 << 20}
 
 
+def as_text(value):
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 def parse(options, role=LLMRole.PROMPT, cluster_id=7, environ=None):
     before = dict(options) if isinstance(options, dict) else options
     try:
@@ -44,8 +48,10 @@ def test_least_options():
     ({"ge.exec.deviceId": "3"}, {"device_id": 3, "device_ids": (3,)}),
     ({"llm.SyncKvCacheWaitTime": "2147483647"}, {"sync_timeout_ms": 2147483647}),
     ({"llm.MemPoolConfig": '{"memory_size": 65536}'}, {"device_pool": PoolOptions(65536, 16)}),
-    ({"llm.MemPoolConfig": '{"memory_size": 1025, "page_shift": 10, "more": 1}'}, {"device_pool": PoolOptions(1025, 10)}),
-    ({"llm.HostMemPoolConfig": '{"memory_size": 1073741824, "page_shift": 30}'}, {"host_pool": PoolOptions(1 << 30, 30)}),
+    ({"llm.MemPoolConfig": '{"memory_size": 1025, "page_shift": 10, "more": 1}'},
+     {"device_pool": PoolOptions(1025, 10)}),
+    ({"llm.HostMemPoolConfig": '{"memory_size": 1073741824, "page_shift": 30}'},
+     {"host_pool": PoolOptions(1 << 30, 30)}),
     ({"llm.EnableRemoteCacheAccessible": "1"}, {"remote_cache_accessible": True}),
     ({"llm.listenIpInfo": "127.0.0.1:26000"}, {"listen": LISTEN}),
     ({"llm.listenIpInfo": "127.0.0.1:0"}, {"listen": ("127.0.0.1", 0)}),
@@ -71,10 +77,12 @@ def test_accepted(options, expected):
 
 
 @pytest.mark.parametrize("options, generation, remote", [
-    (V1, 1, False), ({**V1, "llm.EnableCacheManager": "0"}, 1, False), ({**V1, "llm.EnableCacheManager": "yes"}, 1, False),
-    ({**V1, "llm.EnableRemoteCacheAccessible": "1"}, 1, False), (V2, 2, False), ({"llm.LocalCommRes": ""}, 2, True),
-    ({"llm.LocalCommRes": "", "llm.EnableRemoteCacheAccessible": "0"}, 2, False), ({**V2, "llm.LocalCommRes": ""}, 2, True),
-    (HIXL, 2, True), ({**HIXL, "llm.TransferBackend": ""}, 2, True), ({**HIXL, "llm.EnableRemoteCacheAccessible": "1"}, 2, True),
+    (V1, 1, False), ({**V1, "llm.EnableCacheManager": "0"}, 1, False),
+    ({**V1, "llm.EnableCacheManager": "yes"}, 1, False), ({**V1, "llm.EnableRemoteCacheAccessible": "1"}, 1, False),
+    (V2, 2, False), ({"llm.LocalCommRes": ""}, 2, True), ({**V2, "llm.LocalCommRes": ""}, 2, True),
+    ({"llm.LocalCommRes": "", "llm.EnableRemoteCacheAccessible": "0"}, 2, False),
+    (HIXL, 2, True), ({**HIXL, "llm.TransferBackend": ""}, 2, True),
+    ({**HIXL, "llm.EnableRemoteCacheAccessible": "1"}, 2, True),
 ])
 def test_mode(options, generation, remote):
     parsed = parse(options)
@@ -101,10 +109,12 @@ def test_local_comm_res_versions(comm_res):
     (LLMRole.PROMPT, {"ge.exec.deviceId": "0", "llm.ClusterInfo":
                       '{"cluster_id": 7, "listen_ip_info": [{"ip": 16777343, "port": 26000}]}'},
      {"listen": LISTEN, "listen_all": (LISTEN,)}),
-    (LLMRole.PROMPT, {"ge.exec.deviceId": "0", "llm.ClusterInfo": '{"listen_ip_info": [{"ip": "127.0.0.1", "port": 26000}]}'},
+    (LLMRole.PROMPT, {"ge.exec.deviceId": "0", "llm.ClusterInfo":
+                      '{"listen_ip_info": [{"ip": "127.0.0.1", "port": 26000}]}'},
      {"listen": LISTEN, "listen_all": (LISTEN,)}),
     (LLMRole.PROMPT, {**V1, "ge.flowGraphMemMaxSize": "4096"}, {"device_pool": PoolOptions(4096, 9)}),
-    (LLMRole.PROMPT, {**V1, "llm.MemPoolConfig": '{"memory_size": 65536}', "llm.HostMemPoolConfig": '{"memory_size": 65536}'},
+    (LLMRole.PROMPT, {**V1, "llm.MemPoolConfig": '{"memory_size": 65536}',
+                      "llm.HostMemPoolConfig": '{"memory_size": 65536}'},
      {"device_pool": PoolOptions(65536, 16), "host_pool": None}),
 ])
 def test_first_generation(role, options, expected):
@@ -114,7 +124,8 @@ def test_first_generation(role, options, expected):
 
 @pytest.mark.parametrize("options, kind, named", [
     (None, "AE", ""), ([], "TE", "options"), ("llm", "TE", "options"), (5, "TE", "options"),
-    ({**V2, "llm.X": 1}, "TE", "llm.X"), ({**V2, 1: "1"}, "TE", "options"), ({**V2, "llm.SyncKvCacheWaitTime": 100}, "TE", "Sync"),
+    ({**V2, "llm.X": 1}, "TE", "llm.X"), ({**V2, 1: "1"}, "TE", "options"),
+    ({**V2, "llm.SyncKvCacheWaitTime": 100}, "TE", "llm.SyncKvCacheWaitTime"),
     ({**V2, "llm.LocalCommRes": None}, "TE", "llm.LocalCommRes"),
     *(({**V2, "ge.flowGraphMemMaxSize": value}, kind, "ge.flowGraphMemMaxSize") for value, kind in [
         (1, "TE"), (None, "TE"), ("1,2", "PI"), ("1k", "PI"), ("", "PI"), ("-1", "PI"), ("0", "PI"), ("511", "PI"),
@@ -124,10 +135,12 @@ def test_first_generation(role, options, expected):
     ({"llm.TransferBackend": "hixl", "llm.listenIpInfo": "127.0.0.1:1"}, "PI", "llm.TransferBackend"),
     ({**HIXL, "llm.EnableRemoteCacheAccessible": "0"}, "PI", "llm.EnableRemoteCacheAccessible"),
     ({**V2, "llm.TransferBackend": "hixl"}, "PI", "llm.listenIpInfo"),
-    *(({**V2, "llm.EnableRemoteCacheAccessible": value}, "PI", "llm.EnableRemoteCacheAccessible") for value in ("2", "", "true")),
+    *(({**V2, "llm.EnableRemoteCacheAccessible": value}, "PI", "llm.EnableRemoteCacheAccessible")
+      for value in ("2", "", "true")),
     ({**V1, "llm.EnableRemoteCacheAccessible": "2"}, "PI", "llm.EnableRemoteCacheAccessible"),
     *(({**V2, "llm.listenIpInfo": value}, kind, "llm.listenIpInfo") for value, kind in [
-        ("127.0.0.1", "PI"), ("", "PI"), ("1.2.3.4:1:2", "PI"), ("::1", "PI"), ("[::1]:26000", "PI"), ("1.2.3.4:", "VE"),
+        ("127.0.0.1", "PI"), ("", "PI"), ("1.2.3.4:1:2", "PI"), ("::1", "PI"), ("[::1]:26000", "PI"),
+        ("1.2.3.4:", "VE"),
         ("1.2.3.4:port", "VE"), ("1.2.3.4:1;2.2.2.2:2", "PI"), (":26000", "PI"), ("1.2.3.4:65536", "PI"),
         ("1.2.3.4:-1", "PI")]),
     ({**V2, "llm.ListenIp": "1.2.3.4", "llm.ListenPort": "x"}, "VE", "llm.ListenIp"),
@@ -143,14 +156,14 @@ def test_first_generation(role, options, expected):
         '{"memory_size": 65536, "page_shift": null}', '{"memory_size": 1023, "page_shift": 10}',
         json.dumps({"memory_size": (2**32 - 1) << 10, "page_shift": 10}), '{"memory_size": 9223372036854775808}',
         "[" * 100000)),
-    *(({**V2, "llm.BufPoolCfg": value if isinstance(value, str) else json.dumps(value)}, "PI", "llm.BufPoolCfg") for value in (
+    *(({**V2, "llm.BufPoolCfg": as_text(value)}, "PI", "llm.BufPoolCfg") for value in (
         "{", [], {}, {"buf_cfg": {}}, {"buf_cfg": [1]}, {"buf_cfg": [{}]},
         {"buf_cfg": [{**BUFFER, "total_size": (4 << 20) + 1}]}, {"buf_cfg": [{**BUFFER, "total_size": 1 << 33}]},
         {"buf_cfg": [{**BUFFER, "total_size": 0}]}, {"buf_cfg": [{**BUFFER, "blk_size": 0}]},
         {"buf_cfg": [{**BUFFER, "blk_size": 3000}]}, {"buf_cfg": [{**BUFFER, "blk_size": 4 << 20}]},
         {"buf_cfg": [{**BUFFER, "blk_size": 1 << 21}]}, {"buf_cfg": [{**BUFFER, "max_buf_size": 4 << 20}]},
         {"buf_cfg": [{**BUFFER, "max_buf_size": "1"}]}, {"buf_cfg": [BUFFER, BUFFER]})),
-    *(({"llm.LocalCommRes": value if isinstance(value, str) else json.dumps(value)}, "PI", "llm.LocalCommRes") for value in (
+    *(({"llm.LocalCommRes": as_text(value)}, "PI", "llm.LocalCommRes") for value in (
         "{", "[]", " ", {}, {"version": "1.1"}, {"version": 1.3}, {"version": ["1.3"]}, {"version": "1.0"},
         {"version": "1.0", "server_list": []}, {"version": "1.2", "server_list": [{"server_id": "0"}]},
         {"version": "1.3", "endpoint_list": []}, {"version": "1.3", "endpoint_list": [{"protocol": "roce"}]})),
@@ -166,8 +179,7 @@ def test_first_generation(role, options, expected):
     ({"ge.exec.deviceId": "0;1", "llm.listenIpInfo": "127.0.0.1:26000"}, "PI", "llm.listenIpInfo"),
     ({"ge.exec.deviceId": "0", "llm.listenIpInfo": "127.0.0.1:1;127.0.0.1:2"}, "PI", "llm.listenIpInfo"),
     ({"ge.exec.deviceId": "0", "llm.listenIpInfo": "127.0.0.1"}, "PI", "llm.listenIpInfo"),
-    *(({"ge.exec.deviceId": "0", "llm.ClusterInfo": value if isinstance(value, str) else json.dumps(value)}, "PI",
-       "llm.ClusterInfo") for value in (
+    *(({"ge.exec.deviceId": "0", "llm.ClusterInfo": as_text(value)}, "PI", "llm.ClusterInfo") for value in (
         "{", "[]", {}, {"listen_ip_info": []}, {"cluster_id": 8, "listen_ip_info": [{"ip": 1, "port": 1}]},
         {"listen_ip_info": [{"ip": None, "port": 1}]}, {"listen_ip_info": [{"ip": 1, "port": "1"}]},
         {"listen_ip_info": [{"ip": -1, "port": 1}]}, {"listen_ip_info": [{"ip": 1, "port": 65536}]},
@@ -218,8 +230,8 @@ def test_everything_a_config_can_emit_is_accepted():
     assert parsed == EngineOptions(
         generation=2, role="Prompt", device_id=1, device_ids=(1,), sync_timeout_ms=500, remote_cache_accessible=True,
         device_pool=PoolOptions(1 << 20, 12), host_pool=PoolOptions(1 << 20, 12), listen=LISTEN, link_total_time_s=30,
-        link_retry_count=3, local_comm_res="", transfer_backend="hixl", enable_switch_role=True, rdma_traffic_class=100,
-        rdma_service_level=3)
+        link_retry_count=3, local_comm_res="", transfer_backend="hixl", enable_switch_role=True,
+        rdma_traffic_class=100, rdma_service_level=3)
 
 
 FIELDS = ["memory_size", "page_shift", "version", "server_list", "buf_cfg", "device", "listen_ip_info", "ip", "port"]
@@ -228,7 +240,8 @@ KEYS = ["llm.EnableCacheManager", "llm.LocalCommRes", "llm.listenIpInfo", "ge.ex
         "llm.EnableRemoteCacheAccessible"]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(FIELDS), inner, max_size=4), max_leaves=8)
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(FIELDS), inner, max_size=4),
+    max_leaves=8)
 TEXT = st.text(max_size=20) | st.sampled_from(["0", "1", "1.2.3.4:5"]) | JSON.map(json.dumps)
 
 
@@ -285,12 +298,14 @@ def test_cache_desc_parser(options, expected):
 
 
 @pytest.mark.parametrize("changes, named", [
-    ({"llm.RefInputShapes": None}, "Shapes"), ({"llm.RefInputShapes": ""}, "Shapes"), ({"llm.RefInputShapes": "2,8;2,9"}, "Shapes"),
+    ({"llm.RefInputShapes": None}, "Shapes"), ({"llm.RefInputShapes": ""}, "Shapes"),
+    ({"llm.RefInputShapes": "2,8;2,9"}, "Shapes"),
     ({"llm.RefInputShapes": "2,x;2,x"}, "Shapes"), ({"llm.RefInputShapes": "-1,8;-1,8"}, "Shapes"),
     ({"llm.RefInputShapes": "2,-1,-1;2,-1,-1"}, "Shapes"), ({"llm.RefInputShapes": "2,0;2,0"}, "Shapes"),
     ({"llm.RefInputShapes": "2,-2;2,-2"}, "Shapes"), ({"llm.RefInputShapes": "2,8;"}, "Shapes"),
-    ({"llm.RefInputDtypes": None}, "Dtypes"), ({"llm.RefInputDtypes": ""}, "Dtypes"), ({"llm.RefInputDtypes": "5;5"}, "Dtypes"),
-    ({"llm.RefInputDtypes": "1"}, "Dtypes"), ({"llm.RefInputDtypes": "1;0"}, "Dtypes"), ({"llm.RefInputDtypes": "a;a"}, "Dtypes"),
+    ({"llm.RefInputDtypes": None}, "Dtypes"), ({"llm.RefInputDtypes": ""}, "Dtypes"),
+    ({"llm.RefInputDtypes": "5;5"}, "Dtypes"), ({"llm.RefInputDtypes": "1"}, "Dtypes"),
+    ({"llm.RefInputDtypes": "1;0"}, "Dtypes"), ({"llm.RefInputDtypes": "a;a"}, "Dtypes"),
     ({"llm.RefInputSeqLenDimIndex": "2"}, "SeqLen"), ({"llm.RefInputSeqLenDimIndex": "-2"}, "SeqLen"),
     ({"llm.RefInputSeqLenDimIndex": "x"}, "SeqLen"), ({"llm.RefInputSeqLenDimIndex": "0;1"}, "SeqLen"),
     ({"llm.RefInputShapes": "2,-1;2,-1", "llm.RefInputSeqLenDimIndex": "0"}, "SeqLen"),

@@ -11,9 +11,21 @@ import pytest
 
 from llm_datadist import status
 from llm_datadist.status import (
-    LLMDeviceError, LLMException, LLMLinkError, LLMMemoryError, LLMNotEnabledError, LLMNotFoundError,
-    LLMParamInvalidError, LLMStatusCode, LLMTimeoutError, Status, code_2_status, exception_for, handle_llm_status,
-    raise_if_false, raise_if_true,
+    LLMDeviceError,
+    LLMException,
+    LLMLinkError,
+    LLMMemoryError,
+    LLMNotEnabledError,
+    LLMNotFoundError,
+    LLMParamInvalidError,
+    LLMStatusCode,
+    LLMTimeoutError,
+    Status,
+    code_2_status,
+    exception_for,
+    handle_llm_status,
+    raise_if_false,
+    raise_if_true,
 )
 from llm_datadist.utils import log
 
@@ -27,7 +39,8 @@ SUBCLASSES = {
     LLMNotEnabledError: (RuntimeError, LLMStatusCode.LLM_FEATURE_NOT_ENABLED),
     LLMDeviceError: (RuntimeError, LLMStatusCode.LLM_DEVICE_MEM_ERROR),
 }
-FIELDS = dict(operation="pull_blocks", peer=7, stage="transfer", provider_code=507046, recoverable=False, hint="wait")
+FIELDS = {"operation": "pull_blocks", "peer": 7, "stage": "transfer", "provider_code": 507046, "recoverable": False,
+          "hint": "wait"}
 
 
 class ClientError(LLMTimeoutError):
@@ -40,7 +53,7 @@ class ClientError(LLMTimeoutError):
 
 @pytest.mark.parametrize("code", LLMStatusCode)
 def test_code_text_names_the_member(code):
-    assert str(code) == f"{code}" == "%s" % code == f"LLMStatusCode.{code.name}"
+    assert str(code) == f"{code}" == f"LLMStatusCode.{code.name}"
     assert f"{code:d}" == str(int(code)) and f"{code:>40}" == str(code).rjust(40)
     assert code_2_status(int(code)) is code
     assert pickle.loads(pickle.dumps(code)) is code
@@ -171,7 +184,7 @@ def test_raise_if(raiser, passes, records):
 
 
 def test_raise_if_formats_only_with_arguments():
-    with pytest.raises(LLMParamInvalidError, match="final {text} {0}"):
+    with pytest.raises(LLMParamInvalidError, match=r"^final \{text\} \{0\}$"):
         raise_if_false(False, "final {text} {0}")
 
 
@@ -182,7 +195,8 @@ def test_log_level_comes_from_the_environment(value, level):
     code = ("from llm_datadist.utils import log; logger = log.get_logger(); print(logger.name, logger.level); "
             "log.error('shown %d', 1); log.warn('maybe'); log.info('maybe')")
     environ = {"PYTHONPATH": str(ROOT), **({} if value is None else {"ASCEND_GLOBAL_LOG_LEVEL": value})}
-    run = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=60, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=60, check=True)
     lines = run.stdout.splitlines()
     assert lines[0] == f"LLM_DATADIST {level}" and lines[1].endswith("shown 1") and not run.stderr
     assert len(lines) == 2 + (level <= logging.WARNING) + (level <= logging.INFO)
@@ -191,7 +205,8 @@ def test_log_level_comes_from_the_environment(value, level):
 def test_logger_of_the_application_is_left_alone():
     code = ("import logging; mine = logging.NullHandler(); logger = logging.getLogger('LLM_DATADIST'); "
             "logger.addHandler(mine); logger.setLevel(5); from llm_datadist.utils import log; log.error('x'); "
-            "assert log.get_logger() is logger and logger.handlers == [mine] and logger.level == 5 and logger.propagate")
+            "assert log.get_logger() is logger and logger.handlers == [mine]; "
+            "assert logger.level == 5 and logger.propagate")
     subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(ROOT)}, timeout=60, check=True)
 
 

@@ -11,8 +11,21 @@ import numpy as np
 import pytest
 
 from llm_datadist import (
-    BlocksCacheKey, Cache, CacheDesc, CacheKey, CacheKeyByIdAndIndex, DataType, KvCache, LayerSynchronizer, MemInfo,
-    Memtype, MemType, Placement, RegisterMemStatus, TransferConfig, TransferWithCacheKeyConfig,
+    BlocksCacheKey,
+    Cache,
+    CacheDesc,
+    CacheKey,
+    CacheKeyByIdAndIndex,
+    DataType,
+    KvCache,
+    LayerSynchronizer,
+    MemInfo,
+    MemType,
+    Memtype,
+    Placement,
+    RegisterMemStatus,
+    TransferConfig,
+    TransferWithCacheKeyConfig,
 )
 from llm_datadist.descriptors import calc_tensor_size, clone_cache_desc
 from llm_datadist.keys import is_invalid_id, is_valid_id
@@ -53,7 +66,8 @@ def test_enum(enum, members):
 
 def test_enum_helpers():
     assert MemType is Memtype
-    assert int_to_mem_status_dict == {0: RegisterMemStatus.OK, 1: RegisterMemStatus.PREPARING, 2: RegisterMemStatus.FAILED}
+    assert int_to_mem_status_dict == {
+        0: RegisterMemStatus.OK, 1: RegisterMemStatus.PREPARING, 2: RegisterMemStatus.FAILED}
 
 
 # CacheDesc
@@ -74,8 +88,9 @@ def test_cache_desc_properties():
 
 @pytest.mark.parametrize("name, value, kind", [
     *named("num_tensors", NOT_UINT32),
-    ("shape", None, "TE"), ("shape", 3, "TE"), ("shape", "22", "TE"), ("shape", {2: 2}, "TE"), ("shape", [2, None], "TE"),
-    ("shape", [2, 1.0], "TE"), ("shape", [np.int64(2)], "TE"), ("shape", [2, 2**63], "VE"), ("shape", (-2**63 - 1,), "VE"),
+    ("shape", None, "TE"), ("shape", 3, "TE"), ("shape", "22", "TE"), ("shape", {2: 2}, "TE"),
+    ("shape", [2, None], "TE"), ("shape", [2, 1.0], "TE"), ("shape", [np.int64(2)], "TE"), ("shape", [2, 2**63], "VE"),
+    ("shape", (-2**63 - 1,), "VE"),
     ("shape", [], "PI"), ("shape", (), "PI"),
     ("data_type", 1, "TE"), ("data_type", "DT_FLOAT", "TE"), ("placement", 1, "TE"), ("placement", "HOST", "TE"),
     ("batch_dim_index", None, "TE"), ("batch_dim_index", "0", "TE"), ("batch_dim_index", -1, "PI"),
@@ -84,7 +99,7 @@ def test_cache_desc_properties():
     ("kv_tensor_format", 1, "TE"),
 ])
 def test_bad_cache_desc(name, value, kind, assert_raises):
-    good = dict(num_tensors=1, shape=[2, 8], data_type=DataType.DT_FLOAT16)
+    good = {"num_tensors": 1, "shape": [2, 8], "data_type": DataType.DT_FLOAT16}
     error = assert_raises(kind, CacheDesc, **{**good, name: value})
     assert name in str(error) or name == "shape"
 
@@ -284,7 +299,8 @@ def test_cpu_cache():
 
 @pytest.mark.parametrize("cls", [Cache, KvCache])
 @pytest.mark.parametrize("cache_desc, addrs, kind", [
-    (None, [1, 2], "AE"), ("desc", [1, 2], "TE"), (desc(), None, "TE"), (desc(), (1, 2), "TE"), (desc(), ["1", 2], "TE"),
+    (None, [1, 2], "AE"), ("desc", [1, 2], "TE"), (desc(), None, "TE"), (desc(), (1, 2), "TE"),
+    (desc(), ["1", 2], "TE"),
     (desc(), [1.0, 2], "TE"), (desc(), [None, None], "TE"), (desc(), [np.int64(1), 2], "TE"), (desc(), [1], "PI"),
     (desc(), [], "PI"), (desc(), [1, 2, 3], "PI"), (desc(placement=Placement.DEVICE), [1, 2], "PI"),
 ])
@@ -328,7 +344,8 @@ def test_kv_cache_finaliser_keeps_still():
     assert manager.deallocated == [3]
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")   # the runner may have a thread; the child exits at once
+# The runner may have a thread of its own; the child exits at once.
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_kv_cache_finaliser_in_a_forked_child_does_nothing():
     manager = Manager()
     cache = KvCache(3, desc(), [[10, 20]], manager)
@@ -358,8 +375,9 @@ cache = KvCache(1, CacheDesc(1, [2], DataType.DT_INT8), [[1]], Manager())
 cycle = [cache]; cycle.append(cycle)
 sys.modules["keep"] = cycle
 """
-    run = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True,
-                         timeout=60, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=60,
+        check=True)
     assert run.stderr == "" and run.stdout == ""
 
 
@@ -475,8 +493,8 @@ def test_bad_transfer_config(name, value, kind, assert_raises):
 
 
 def test_transfer_with_cache_key_config():
-    config = TransferWithCacheKeyConfig(CacheKeyByIdAndIndex(1, 2), range(0, 2), range(3, 5), 4)
-    assert (config.src_layer_range, config.dst_layer_range, config.src_batch_index) == (range(0, 2), range(3, 5), 4)
+    config = TransferWithCacheKeyConfig(CacheKeyByIdAndIndex(1, 2), range(2), range(3, 5), 4)
+    assert (config.src_layer_range, config.dst_layer_range, config.src_batch_index) == (range(2), range(3, 5), 4)
     assert config.dst_cluster_id == 1 and "CacheKeyByIdAndIndex(cluster_id=1" in repr(config)
     config.cache_key = key = BlocksCacheKey(9)
     assert config.dst_cluster_id == 9 and config.cache_key is key

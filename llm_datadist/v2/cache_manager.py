@@ -1,5 +1,10 @@
-"""Older path of ``llm_datadist.cache_manager``."""
+"""Older path of `llm_datadist.cache_manager`: the very same object."""
+from typing import TYPE_CHECKING
+
 from llm_datadist._lazy import lazy_attributes
+
+if TYPE_CHECKING:
+    from llm_datadist.cache_manager import CacheManager
 
 __all__ = ["CacheManager"]
 

@@ -1,10 +1,29 @@
 """Older path of the types: `llm_datadist.types` and ``llm_datadist.task``."""
+from typing import TYPE_CHECKING
+
 from llm_datadist._lazy import lazy_attributes
 from llm_datadist.types import (
-    BlocksCacheKey, Cache, CacheDesc, CacheKey, CacheKeyByIdAndIndex, KvCache, LayerSynchronizer, MemInfo, Memtype,
-    MemType, Placement, PushType, RegisterMemStatus, TransferConfig, TransferWithCacheKeyConfig, check_layer_range,
+    BlocksCacheKey,
+    Cache,
+    CacheDesc,
+    CacheKey,
+    CacheKeyByIdAndIndex,
+    KvCache,
+    LayerSynchronizer,
+    MemInfo,
+    MemType,
+    Memtype,
+    Placement,
+    PushType,
+    RegisterMemStatus,
+    TransferConfig,
+    TransferWithCacheKeyConfig,
+    check_layer_range,
     int_to_mem_status_dict,
 )
+
+if TYPE_CHECKING:
+    from llm_datadist.task import CacheTask
 
 __all__ = [
     "Placement", "RegisterMemStatus", "Memtype", "MemType", "MemInfo", "CacheDesc", "Cache", "KvCache", "CacheKey",
