@@ -128,6 +128,18 @@ static HixlStatus configure(hixl_client *client, const HixlClientDesc *desc, con
     return status;
 }
 
+/* Copies of descriptors only: mappings are not inherited, and an abort would end the parent's connections. */
+static void after_fork_in_child(void *object) {
+    hixl_client *client = object;
+    int i;
+    for (i = 0; i < HIXL_MAX_STREAMS; i++) {
+        hixl_close_fd(&client->streams[i].fd);
+    }
+    hixl_link_close(client);
+}
+
+static const hixl_fork_ops fork_ops = {NULL, NULL, after_fork_in_child};
+
 LDD_EXPORT HixlStatus HixlCSClientCreate(const HixlClientDesc *desc, const HixlClientConfig *config,
                                          HixlClientHandle *out_client) {
     hixl_error *error = hixl_thread_error();
@@ -160,6 +172,7 @@ LDD_EXPORT HixlStatus HixlCSClientCreate(const HixlClientDesc *desc, const HixlC
     copy_pool_retain();
     client->pid = getpid();
     client->magic = HIXL_CLIENT_MAGIC;
+    hixl_fork_watch(&client->fork_node, &fork_ops, client);
     *out_client = client;
     return HIXL_SUCCESS;
 }
@@ -316,6 +329,7 @@ LDD_EXPORT HixlStatus HixlCSClientDestroy(HixlClientHandle handle) {
     if (client == NULL) {
         return error->status;
     }
+    hixl_fork_forget(&client->fork_node);
     client->magic = 0;
     free_batches(client); /* first: pieces in flight use mappings and the pid */
     hixl_tcp_close(client);

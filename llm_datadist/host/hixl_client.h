@@ -20,6 +20,7 @@
 
 #include "copy_pool.h"
 #include "hixl_error.h"
+#include "hixl_fork.h"
 #include "hixl_socket.h"
 #include "hixl_time.h"
 #include "hixl_wire.h"
@@ -132,6 +133,7 @@ typedef struct hixl_local_memory {
 struct hixl_client {
     uint32_t magic;
     pid_t pid; /* a forked child must not touch any of this */
+    hixl_fork_node fork_node;
     pthread_mutex_t lock;
     hixl_address address;
     uint8_t client_id[16];

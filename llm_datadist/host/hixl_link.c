@@ -108,10 +108,7 @@ static void open_local(hixl_client *client, const hixl_wire_welcome *admin, int6
     }
     if (greet(client, fd, HIXL_KIND_LOCAL, deadline_ns, &welcome, &ignored) != HIXL_SUCCESS) {
         close(fd);
-        if (client->pid_fd >= 0) {
-            close(client->pid_fd);
-            client->pid_fd = -1;
-        }
+        hixl_close_fd(&client->pid_fd);
         return;
     }
     client->local_fd = fd;
@@ -149,14 +146,9 @@ HixlStatus hixl_link_open(hixl_client *client, int64_t deadline_ns, hixl_error *
 }
 
 void hixl_link_close(hixl_client *client) {
-    int *fds[] = {&client->admin_fd, &client->local_fd, &client->pid_fd};
-    size_t i;
-    for (i = 0; i < sizeof fds / sizeof fds[0]; i++) {
-        if (*fds[i] >= 0) {
-            close(*fds[i]);
-            *fds[i] = -1;
-        }
-    }
+    hixl_close_fd(&client->admin_fd);
+    hixl_close_fd(&client->local_fd);
+    hixl_close_fd(&client->pid_fd);
     client->can_cma = false;
 }
 

@@ -395,8 +395,8 @@ void hixl_tcp_abort(hixl_client *client) {
             /* A thread may be polling it: wake that before the number can mean something else. A reset also tells
              * the server to drop what it has received of a put and not yet put in place. */
             shutdown(stream->fd, SHUT_RD);
-            hixl_abort_socket(stream->fd);
-            stream->fd = -1;
+            hixl_reset_on_close(stream->fd);
+            hixl_close_fd(&stream->fd);
         }
     }
     client->tcp_started = false;
