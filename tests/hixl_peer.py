@@ -4,6 +4,7 @@ Run as a program it is that process: it reads one JSON command per line from sta
 line. Tests import it for the bindings and for :class:`Peer`, which starts and drives it.
 """
 import ctypes
+import hashlib
 import json
 import os
 import select
@@ -20,6 +21,7 @@ SUCCESS = 0
 PARAM_INVALID = 103900
 TIMEOUT = 103901
 NOT_CONNECTED = 103902
+UNSUPPORTED = 103905
 ALREADY_CONNECTED = 103903
 RESOURCE_EXHAUSTED = 203900
 FAILED = 503900
@@ -315,6 +317,17 @@ class Owner:
 
     def bytes_at(self, addr, size):
         return ctypes.string_at(addr, size).hex()
+
+    def digest(self, addr, size):
+        return hashlib.sha256(ctypes.string_at(addr, size)).hexdigest()
+
+    def fork(self):
+        """Start a child that does nothing until it is killed; its pid."""
+        child = os.fork()
+        if child == 0:
+            while True:
+                signal.pause()
+        return child
 
     def drop(self, token):
         self.api.check(self.api.lib.LddServerDropPeer(self.handle, bytes.fromhex(token)))

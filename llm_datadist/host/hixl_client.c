@@ -2,7 +2,6 @@
 #define _GNU_SOURCE
 #include "hixl_client.h"
 
-#include <errno.h>
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -119,13 +118,7 @@ static HixlStatus configure(hixl_client *client, const HixlClientDesc *desc, con
     if (status == HIXL_SUCCESS) {
         status = parse_streams(client, error);
     }
-    if (status == HIXL_SUCCESS) {
-        status = parse_token(client, config->global_resource_config, error);
-    }
-    if (status == HIXL_SUCCESS && !hixl_random_bytes(client->client_id, sizeof client->client_id)) {
-        status = hixl_fail(error, HIXL_FAILED, "getrandom: %s", strerror(errno));
-    }
-    return status;
+    return status == HIXL_SUCCESS ? parse_token(client, config->global_resource_config, error) : status;
 }
 
 /* Copies of descriptors only: mappings are not inherited, and an abort would end the parent's connections. */

@@ -136,7 +136,7 @@ struct hixl_client {
     hixl_fork_node fork_node;
     pthread_mutex_t lock;
     hixl_address address;
-    uint8_t client_id[16];
+    uint8_t client_id[16]; /* new with each attempt to connect: the server may not have seen the last one end */
     uint8_t token[16];
     hixl_path paths[HIXL_NUM_PATHS]; /* in order of preference; tcp is among them */
     unsigned num_paths;

@@ -35,18 +35,17 @@ static void fill_hello(const hixl_client *client, uint16_t kind, hixl_wire_hello
 HixlStatus hixl_check_welcome(const hixl_client *client, const hixl_wire_welcome *welcome, bool first,
                               hixl_error *error) {
     if (welcome->magic != HIXL_WIRE_HELLO_MAGIC) {
-        return hixl_fail(error, HIXL_NOT_CONNECTED, "%s is not a transfer server", client->address.text);
+        return hixl_fail(error, HIXL_NOT_CONNECTED, "this is not a transfer server");
     }
     if (welcome->version != HIXL_WIRE_VERSION) {
-        return hixl_fail(error, HIXL_UNSUPPORTED, "%s speaks version %u of the transfer protocol, this is version %u",
-                         client->address.text, welcome->version, HIXL_WIRE_VERSION);
+        return hixl_fail(error, HIXL_UNSUPPORTED, "the server speaks version %u of the transfer protocol, not %u",
+                         welcome->version, HIXL_WIRE_VERSION);
     }
     if (welcome->status != HIXL_SUCCESS) {
-        return hixl_fail(error, HIXL_NOT_CONNECTED, "%s refused the connection (%u)", client->address.text,
-                         welcome->status);
+        return hixl_fail(error, HIXL_NOT_CONNECTED, "the server refused the connection (%u)", welcome->status);
     }
     if (!first && memcmp(welcome->server_nonce, client->server_nonce, sizeof client->server_nonce) != 0) {
-        return hixl_fail(error, HIXL_NOT_CONNECTED, "another server answers at %s now", client->address.text);
+        return hixl_fail(error, HIXL_NOT_CONNECTED, "another server answers now");
     }
     return HIXL_SUCCESS;
 }
@@ -121,6 +120,10 @@ HixlStatus hixl_link_open(hixl_client *client, int64_t deadline_ns, hixl_error *
     HixlStatus status;
     int code;
 
+    memset(client->server_nonce, 0, sizeof client->server_nonce);
+    if (!hixl_random_bytes(client->client_id, sizeof client->client_id)) {
+        return hixl_fail(error, HIXL_FAILED, "getrandom: %s", strerror(errno));
+    }
     client->admin_fd = hixl_start_connect(&client->address);
     if (client->admin_fd < 0) {
         return hixl_fail(error, errno == EMFILE || errno == ENFILE ? HIXL_RESOURCE_EXHAUSTED : HIXL_NOT_CONNECTED,

@@ -268,7 +268,9 @@ static stream_state receive_answer(const hixl_client *client, hixl_stream *strea
         if (state != STREAM_DONE) {
             return state;
         }
-        if (hixl_check_welcome(client, &stream->welcome, false, error) != HIXL_SUCCESS) {
+        hixl_error refusal;
+        if (hixl_check_welcome(client, &stream->welcome, false, &refusal) != HIXL_SUCCESS) {
+            hixl_fail(error, refusal.status, "data connection to %s: %.200s", client->address.text, refusal.text);
             return STREAM_FAILED;
         }
     }
