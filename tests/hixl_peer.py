@@ -229,8 +229,9 @@ class Peer:
 
     def __init__(self, env=None, port=None):
         self.port = port or free_port()
-        self.process = subprocess.Popen([sys.executable, __file__, library_path(), str(self.port)], stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, env={**os.environ, **(env or {})})
+        self.process = subprocess.Popen([sys.executable, __file__, library_path(), str(self.port)],
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        env={**os.environ, **(env or {})})
         try:
             self.read()
         except BaseException:

@@ -169,7 +169,8 @@ def test_frames_in_one_write(data):
 
 
 BIG = 2**64
-OUTSIDE = [(SIZE, 1), (SIZE - 1, 2), (0, SIZE + 1), (BIG - 1, 1), (BIG - 1, 2), (1, BIG - 1), (BIG - SIZE, SIZE), (5, 0)]
+OUTSIDE = [(SIZE, 1), (SIZE - 1, 2), (0, SIZE + 1), (BIG - 1, 1), (BIG - 1, 2), (1, BIG - 1),
+           (BIG - SIZE, SIZE), (5, 0)]
 
 
 @pytest.mark.parametrize("op, offset, size", [(GET, *span) for span in OUTSIDE]
