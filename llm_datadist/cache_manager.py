@@ -11,7 +11,7 @@ from llm_datadist.manager_base import (
     ManagerBase, block_pairs, blocks_key_specs, check_desc, check_pull_key, key_specs, layers_of_pull, lazy_addresses,
     remote_key, tensors_of,
 )
-from llm_datadist.status import LLMException, LLMParamInvalidError, LLMStatusCode
+from llm_datadist.status import LLMLinkError, LLMParamInvalidError, LLMStatusCode
 from llm_datadist.task import CacheTask, start_transfer
 from llm_datadist.transfer_config import (
     LayerSynchronizer, TransferConfig, TransferWithCacheKeyConfig, check_layer_range,
@@ -360,7 +360,7 @@ class CacheManager(ManagerBase):
                 raise LLMParamInvalidError(f"{info} is not allowed; it must be device memory with an address and a size")
         self._require_initialized()
         if self._llm_engine.num_links() == 0:
-            raise LLMException("remap_registered_memory failed: there is no link",
+            raise LLMLinkError("remap_registered_memory failed: there is no link",
                                status_code=LLMStatusCode.LLM_NOT_YET_LINK)
 
     # -------------------------------------------------------------------------------------------------- pulls
@@ -711,6 +711,8 @@ class CacheManager(ManagerBase):
             An argument has another type.
         LLMParamInvalidError
             The caches do not fit each other, or a block number is outside its cache. Nothing moved.
+        LLMNotFoundError
+            LLM_KV_CACHE_NOT_EXIST: a cache was deallocated.
         """
         check_isinstance("src_cache", src_cache, Cache)
         check_isinstance("dst_cache", dst_cache, Cache)

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, 
 
 from llm_datadist.descriptors import CacheDesc, Placement
 from llm_datadist.keys import INVALID_ID, BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex, is_invalid_id, is_valid_id
-from llm_datadist.status import LLMException, LLMParamInvalidError, LLMStatusCode
+from llm_datadist.status import (
+    LLMException, LLMNotEnabledError, LLMNotFoundError, LLMParamInvalidError, LLMStatusCode,
+)
 from llm_datadist.utils.utils import check_dict, check_isinstance, check_uint32
 
 if TYPE_CHECKING:
@@ -176,16 +178,15 @@ class ManagerBase:
     def _require_pool(self, operation: str) -> None:
         self._require_initialized()
         if not self._llm_engine.has_pool():
-            raise LLMException(f"{operation} failed, error code is {LLMStatusCode.LLM_FEATURE_NOT_ENABLED}, "
-                               f"no memory pool is configured.", status_code=LLMStatusCode.LLM_FEATURE_NOT_ENABLED)
+            raise LLMNotEnabledError(f"{operation} failed, error code is {LLMStatusCode.LLM_FEATURE_NOT_ENABLED}, "
+                                     f"no memory pool is configured.")
 
     def _swap(self, src_addrs: Sequence[int], src_desc: CacheDesc, dst_addrs: Sequence[int], dst_desc: CacheDesc,
               src_to_dst: Dict[int, int]) -> None:
         block_bytes = check_swap(src_desc, dst_desc, src_to_dst)
         self._require_initialized()
         if len(src_addrs) != src_desc.num_tensors or len(dst_addrs) != dst_desc.num_tensors:
-            raise LLMException("swap_blocks failed: a cache was deallocated",
-                               status_code=LLMStatusCode.LLM_KV_CACHE_NOT_EXIST)
+            raise LLMNotFoundError("swap_blocks failed: a cache was deallocated")
         if src_to_dst:
             self._llm_engine.swap_blocks(src_addrs, src_desc.batch_size, dst_addrs, dst_desc.batch_size, block_bytes,
                                          list(src_to_dst), list(src_to_dst.values()))

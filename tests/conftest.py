@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import pytest
+from peer import Peers
 
 from llm_datadist.status import LLMException, LLMStatusCode, exception_for
 
@@ -32,3 +33,17 @@ def assert_raises():
         return error
 
     return check
+
+
+@pytest.fixture
+def peers():
+    """Processes with one engine each, for one test; see ``peer.py``. Nothing may be left in them at the end."""
+    with Peers() as group:
+        yield group
+
+
+@pytest.fixture(scope="module")
+def module_peers():
+    """The same for all tests of a module."""
+    with Peers() as group:
+        yield group
