@@ -12,6 +12,7 @@ from libc.string cimport memcpy, memset
 from .cann cimport CommMem, HixlClientConfig, HixlClientDesc
 from .net cimport net_recv, net_send
 from .node cimport ldd_link_break
+from .region cimport ldd_regions_register_client
 from .status cimport LDD_E_FAILED, LDD_E_LINK_FAILED, LDD_E_NO_MEMORY, LDD_E_TIMEOUT, LDD_OK, ldd_fail
 from .sync cimport ldd_now_ns
 from .wait cimport ldd_hixl_result
@@ -205,9 +206,11 @@ cdef ldd_status connect_client(ldd_link* link, int64_t deadline_ns, ldd_detail* 
     if status < 0:
         link.client = NULL
         return status
-    status = ldd_hixl_result(link.node.provider,
-                             link.node.provider.hixl.HixlCSClientConnect(link.client, timeout_ms),
-                             b"connect the data path", detail)
+    status = ldd_regions_register_client(&link.node.regions, link.client, detail)
+    if status == LDD_OK:
+        status = ldd_hixl_result(link.node.provider,
+                                 link.node.provider.hixl.HixlCSClientConnect(link.client, timeout_ms),
+                                 b"connect the data path", detail)
     if status < 0:
         link.node.provider.hixl.HixlCSClientDestroy(link.client)
         link.client = NULL
