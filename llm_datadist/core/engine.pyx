@@ -30,7 +30,7 @@ from .node cimport (ORIGIN_COMM, ldd_link, ldd_link_begin, ldd_link_end, ldd_lin
 from .peek cimport ldd_board_name
 from .pool cimport ldd_pool_create, ldd_pool_destroy, ldd_pool_free_bytes, ldd_pool_largest_bytes
 from .region cimport (ldd_regions_add, ldd_regions_close, ldd_regions_epoch, ldd_regions_init, ldd_regions_remove,
-                      ldd_regions_serve)
+                      ldd_regions_serve, ldd_regions_set_endpoints)
 from .service cimport ldd_service_listen, ldd_service_start, ldd_service_stop, ldd_service_unlisten
 from .status cimport (LDD_E_FAILED, LDD_E_INTERRUPTED, LDD_E_LINK_BUSY, LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_OK, check,
                       ldd_fail, raise_status)
@@ -169,6 +169,10 @@ cdef class Engine:
         with nogil:
             status = ldd_table_create(&self.table, &detail)
         self.node.table = self.table
+        self.raise_for(status, &detail, b"init")
+        endpoints = b"".join(options.endpoints)
+        status = ldd_regions_set_endpoints(&self.node.regions, <const char*>endpoints,
+                                           <uint32_t>len(options.endpoints))
         self.raise_for(status, &detail, b"init")
         self._open_device()
         if options.device_pool is not None:

@@ -58,6 +58,7 @@ ctypedef struct ldd_link:
     HixlClientHandle client
     char data_ip[64]
     uint32_t data_port
+    uint8_t endpoint[160]                       # the peer's EndpointDesc; all zero where there is none
     uint64_t seen_epoch                         # of the peer's regions
     ldd_desc_list descs
     ldd_peek* peek                              # the peer's shared table, see peek.pyx
