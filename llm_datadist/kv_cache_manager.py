@@ -446,6 +446,8 @@ class KvCacheManager(ManagerBase):
             An argument has another type.
         LLMParamInvalidError
             The caches do not fit each other, or a block number is outside its cache. Nothing moved.
+        LLMNotFoundError
+            LLM_KV_CACHE_NOT_EXIST: a cache was deallocated.
         """
         check_isinstance("src", src, KvCache)
         check_isinstance("dst", dst, KvCache)

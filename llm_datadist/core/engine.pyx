@@ -16,7 +16,7 @@ from .ask cimport ldd_ask_ping
 from .cache_table cimport (LDD_CACHE_BLOCKS, LDD_CACHE_HOST, LDD_CACHE_LAST_KEY_WINS, LDD_CACHE_REMOTE,
                            ldd_cache_row, ldd_cache_view, ldd_key_spec, ldd_table_allocate, ldd_table_clear,
                            ldd_table_counts, ldd_table_create, ldd_table_deallocate, ldd_table_destroy,
-                           ldd_table_pin_local, ldd_table_register, ldd_table_remove_key, ldd_table_snapshot,
+                           ldd_table_pin_local, ldd_table_register, ldd_table_remove_key, ldd_table_set_epoch, ldd_table_snapshot,
                            ldd_table_stats, ldd_table_unpin, ldd_table_unregister)
 from .cann cimport ACL_MEM_MALLOC_HUGE_FIRST, ACL_MEMCPY_DEFAULT, aclrtContext
 from .connect cimport ldd_link_close, ldd_link_open, ldd_random
@@ -27,8 +27,10 @@ from .local_copy cimport (ldd_local_copy, ldd_op_list_clear, ldd_op_list_free, l
 from .net cimport net_listen
 from .node cimport (ORIGIN_COMM, ldd_link, ldd_link_begin, ldd_link_end, ldd_links_drop, ldd_links_wait_idle, ldd_node_destroy,
                     ldd_node_init)
+from .peek cimport ldd_board_name
 from .pool cimport ldd_pool_create, ldd_pool_destroy, ldd_pool_free_bytes, ldd_pool_largest_bytes
-from .region cimport ldd_regions_add, ldd_regions_close, ldd_regions_init, ldd_regions_remove, ldd_regions_serve
+from .region cimport (ldd_regions_add, ldd_regions_close, ldd_regions_epoch, ldd_regions_init, ldd_regions_remove,
+                      ldd_regions_serve)
 from .service cimport ldd_service_listen, ldd_service_start, ldd_service_stop, ldd_service_unlisten
 from .status cimport (LDD_E_FAILED, LDD_E_INTERRUPTED, LDD_E_LINK_BUSY, LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_OK, check,
                       ldd_fail, raise_status)
@@ -167,9 +169,11 @@ cdef class Engine:
     def _open_all(self, options):
         cdef ldd_detail detail
         cdef ldd_status status
+        cdef char name[80]
         start_detail(&detail)
         ldd_random(self.node.instance, sizeof(self.node.instance))
         self.node.sync_timeout_ns = <int64_t>options.sync_timeout_ms * 1000000
+        self.node.shares_table = shares_table(os.environ)
         self.node.mode = LDD_MODE_REMOTE_ACCESSIBLE if options.remote_cache_accessible else 0
         with nogil:
             status = ldd_table_create(&self.table, &detail)
@@ -183,6 +187,9 @@ cdef class Engine:
         with nogil:
             status = ldd_service_start(&self.service, &self.node, &detail)
         self.raise_for(status, &detail, b"init")
+        if self.node.shares_table:
+            ldd_board_name(self.node.instance, name, sizeof(name))
+            self.listen_at(name.decode(), 0)
         if options.listen is not None:
             self.set_listener(options.listen)
 
@@ -242,6 +249,7 @@ cdef class Engine:
                 status = ldd_pool_create(<uint64_t>memory[0], nbytes, page_shift, pool, &detail)
                 if status == LDD_OK:
                     status = ldd_regions_add(&self.node.regions, <uint64_t>memory[0], nbytes, host, &detail)
+                    ldd_table_set_epoch(self.table, ldd_regions_epoch(&self.node.regions))
             ldd_context_leave(&self.node, before)
         self.raise_for(status, &detail, b"init")
 
@@ -389,6 +397,8 @@ cdef class Engine:
                     if status < 0:
                         break
                     done += 1
+                # Before the cache can be found: a peer that finds it must know that there are new regions.
+                ldd_table_set_epoch(self.table, ldd_regions_epoch(&self.node.regions))
                 if status == LDD_OK:
                     status = ldd_table_register(self.table, array, num_tensors, num_slots, tensor_bytes, flags,
                                                 specs, num_keys, &cache_id,
@@ -417,6 +427,7 @@ cdef class Engine:
         for addr in addrs:
             with nogil:
                 ldd_regions_remove(&self.node.regions, addr, nbytes)
+        ldd_table_set_epoch(self.table, ldd_regions_epoch(&self.node.regions))
 
     def remove_key(self, uint32_t kind, uint64_t id, uint64_t model_id):
         """Unbind a key; its cache is freed when nothing else holds it. Unknown keys are no-ops."""
@@ -840,6 +851,18 @@ cdef ldd_status ping_link(ldd_node* node, uint64_t cluster_id, int64_t deadline_
         ldd_unlock(&link.lock)
     ldd_link_end(link)
     return status
+
+
+def shares_table(environ):
+    """Whether processes on this host look up each other's caches in shared memory.
+
+    Variable ``LLM_DATADIST_SHARED_TABLE``: 1 (default) or 0; it goes with the shared mapping, so it is off where
+    ``LLM_DATADIST_HOST_PATHS`` leaves "shm" out.
+    """
+    paths = environ.get("LLM_DATADIST_HOST_PATHS", "")
+    if paths and "shm" not in paths.replace("|", ",").split(","):
+        return False
+    return environ.get("LLM_DATADIST_SHARED_TABLE", "1") != "0"
 
 
 cdef void fill_slots(ldd_slots* out, const ldd_cache_view* view) noexcept nogil:

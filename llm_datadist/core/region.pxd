@@ -1,7 +1,7 @@
 """Memory that peers may reach, and the data servers that announce it."""
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
-from .cann cimport HixlServerHandle, MemHandle, ldd_provider
+from .cann cimport HixlClientHandle, HixlServerHandle, MemHandle, ldd_provider
 from .status cimport ldd_detail, ldd_status
 from .sync cimport ldd_mutex
 
@@ -44,6 +44,9 @@ cdef void ldd_regions_remove(ldd_regions* regions, uint64_t addr, uint64_t nbyte
 # The port of the data server at this local address, which is started when there is none.
 cdef ldd_status ldd_regions_serve(ldd_regions* regions, const char* ip, uint32_t* port,
                                   ldd_detail* detail) noexcept nogil
+# Register all regions with a client that is about to connect, for a provider that wants local memory registered too.
+cdef ldd_status ldd_regions_register_client(ldd_regions* regions, HixlClientHandle client,
+                                            ldd_detail* detail) noexcept nogil
 # Returns once no server moves bytes for the link of this token any more.
 cdef void ldd_regions_drop_peer(ldd_regions* regions, const uint8_t* token) noexcept nogil
 cdef uint64_t ldd_regions_epoch(ldd_regions* regions) noexcept nogil

@@ -9,7 +9,7 @@ from libc.stdlib cimport free, realloc
 from libc.string cimport memset, strcmp, strlen, memcpy
 
 from .cann cimport (COMM_MEM_TYPE_DEVICE, COMM_MEM_TYPE_HOST, CommMem, HixlServerConfig, HixlServerDesc,
-                    LDD_CAP_DROP_PEER, LDD_CAP_LATE_REGISTRATION)
+                    LDD_CAP_ANY_LOCAL, LDD_CAP_DROP_PEER, LDD_CAP_LATE_REGISTRATION)
 from .net cimport net_free_port
 from .status cimport LDD_OK, LDD_E_FAILED, LDD_E_NO_MEMORY, LDD_E_NOT_ENABLED, ldd_fail
 from .sync cimport ldd_lock, ldd_unlock, ldd_mutex_init, ldd_mutex_destroy
@@ -48,13 +48,17 @@ cdef void ldd_regions_close(ldd_regions* regions) noexcept nogil:
     ldd_mutex_destroy(&regions.lock)
 
 
-cdef ldd_status announce(ldd_regions* regions, ldd_region* region, uint32_t server,
-                         ldd_detail* detail) noexcept nogil:
-    cdef CommMem mem
-    memset(&mem, 0, sizeof(mem))
+cdef void describe(const ldd_region* region, CommMem* mem) noexcept nogil:
+    memset(mem, 0, sizeof(CommMem))
     mem.type = COMM_MEM_TYPE_HOST if region.host else COMM_MEM_TYPE_DEVICE
     mem.addr = <void*>region.addr
     mem.size = region.nbytes
+
+
+cdef ldd_status announce(ldd_regions* regions, ldd_region* region, uint32_t server,
+                         ldd_detail* detail) noexcept nogil:
+    cdef CommMem mem
+    describe(region, &mem)
     return ldd_hixl_result(
         regions.provider,
         regions.provider.hixl.HixlCSServerRegMem(regions.servers[server].handle, NULL, &mem, &region.handles[server]),
@@ -182,6 +186,25 @@ cdef ldd_status ldd_regions_serve(ldd_regions* regions, const char* ip, uint32_t
     if status == LDD_OK:
         regions.num_servers += 1
         port[0] = regions.servers[s].port
+    ldd_unlock(&regions.lock)
+    return status
+
+
+cdef ldd_status ldd_regions_register_client(ldd_regions* regions, HixlClientHandle client,
+                                            ldd_detail* detail) noexcept nogil:
+    cdef CommMem mem
+    cdef MemHandle handle                       # goes with the client
+    cdef uint32_t i
+    cdef ldd_status status = LDD_OK
+    if regions.provider.caps & LDD_CAP_ANY_LOCAL:
+        return LDD_OK
+    ldd_lock(&regions.lock)
+    for i in range(regions.count):
+        if regions.items[i].refs and status == LDD_OK:
+            describe(&regions.items[i], &mem)
+            status = ldd_hixl_result(regions.provider,
+                                     regions.provider.hixl.HixlCSClientRegMem(client, NULL, &mem, &handle),
+                                     b"register memory with the data client", detail)
     ldd_unlock(&regions.lock)
     return status
 

@@ -19,6 +19,9 @@ cdef extern from "llm_datadist/ldd_wire.h" nogil:
         LDD_FRAME_PING
         LDD_HELLO_FORWARD
         LDD_HELLO_REVERSE
+        LDD_HELLO_BOARD
+        LDD_HELLO_FRAME_BYTES
+        LDD_WELCOME_FRAME_BYTES
         LDD_MODE_REMOTE_ACCESSIBLE
         LDD_ACCESS_READ
         LDD_ACCESS_WRITE

@@ -18,7 +18,7 @@ def no_toolkit(monkeypatch):
 
 
 def open_elsewhere(which, home="", library_path=""):
-    """Open a provider in a new process, where nothing is loaded yet; return (name, libraries, capabilities) or the text."""
+    """Open a provider in a new process, where nothing is loaded yet; return what it is, or the error, as lines."""
     code = (
         "import sys\n"
         "from llm_datadist.core.cann import Provider\n"
@@ -75,7 +75,7 @@ def test_many_opens_share_the_library():
 
 
 def test_an_unknown_name_is_a_parameter_error():
-    with pytest.raises(LLMParamInvalidError, match="'cuda'.*auto, host, cann"):
+    with pytest.raises(LLMParamInvalidError, match=r"'cuda'.*auto, host, cann"):
         Provider.open("cuda")
     with pytest.raises(TypeError):
         Provider.open(None)
@@ -141,10 +141,10 @@ def test_a_missing_symbol_is_named_with_library_and_version(tmp_path):
 
 def test_a_library_that_does_not_load_is_reported_with_its_own_reason(tmp_path):
     broken = tmp_path / "broken.so"
-    broken.write_bytes(b"this is no library")
+    broken.write_bytes(b"this is no library" * 100)
     home = toolkit(tmp_path / "cann", libacl_rt=broken)
     text = open_elsewhere("cann", home)[2]
-    assert f"{home}/lib64/libacl_rt.so" in text and "file too short" in text or "invalid ELF header" in text
+    assert f"{home}/lib64/libacl_rt.so: invalid ELF header" in text
 
 
 def test_a_copy_that_is_loaded_already_is_taken_first(tmp_path):
