@@ -49,6 +49,15 @@ cdef enum:
     CLOSE_GRACE_NS = 2000000000                 # on top of the time running transfers may still take
 
 
+# One side of swap_blocks: a cache of the table, or memory of the caller.
+ctypedef struct ldd_swap_end:
+    int64_t cache_id                            # of the table, unless `own`
+    uint64_t* own                               # addresses of caller memory
+    bint pinned
+    ldd_cache_view view
+    ldd_slots slots
+
+
 cdef inline void start_detail(ldd_detail* detail) noexcept nogil:
     detail.provider_code = 0
     detail.text[0] = 0
@@ -595,30 +604,47 @@ cdef class Engine:
                 ldd_table_unpin(self.table, view.slot, view.generation)
         self.raise_for(status, &detail, b"copy_blocks")
 
-    def swap_blocks(self, src_addrs, uint64_t num_src_blocks, dst_addrs, uint64_t num_dst_blocks, uint64_t block_bytes,
-                    src_blocks, dst_blocks):
-        """Copy blocks between two blocks caches given by their addresses, pair after pair."""
+    def swap_blocks(self, src, dst, uint32_t num_tensors, uint64_t block_bytes, src_blocks, dst_blocks):
+        """Copy blocks between two caches, pair after pair.
+
+        `src` and `dst` are each a cache id, or addresses of caller memory and how many blocks lie there. What a cache
+        id names is pinned meanwhile, and its own record bounds the copy.
+        """
         cdef ldd_detail detail
-        cdef ldd_status status
-        cdef IndexList src = IndexList.parse(src_blocks, "src_to_dst keys")
-        cdef IndexList dst = IndexList.parse(dst_blocks, "src_to_dst values")
-        cdef size_t num_tensors = len(src_addrs)
-        cdef uint64_t* src_array = NULL
-        cdef uint64_t* dst_array = NULL
+        cdef ldd_status status = LDD_OK
+        cdef IndexList pair_src = IndexList.parse(src_blocks, "src_to_dst keys")
+        cdef IndexList pair_dst = IndexList.parse(dst_blocks, "src_to_dst values")
+        cdef ldd_swap_end ends[2]
+        cdef uint32_t i
         self.require_open()
         start_detail(&detail)
+        memset(ends, 0, sizeof(ends))
         try:
-            src_array = address_array(src_addrs)
-            dst_array = address_array(dst_addrs)
+            for i, end in enumerate((src, dst)):
+                if isinstance(end, int):
+                    ends[i].cache_id = end
+                else:
+                    addrs, ends[i].slots.num_slots = end
+                    ends[i].slots.addrs = ends[i].own = address_array(addrs)
+                    ends[i].slots.num_tensors = <size_t>len(addrs)
+                    ends[i].slots.stride = block_bytes
             with nogil:
-                ldd_lock(&self._copy_lock)
-                status = ldd_plan_swap_blocks(&self._ops, src_array, src.data, num_src_blocks, dst_array, dst.data,
-                                              num_dst_blocks, num_tensors, block_bytes, src.length, &detail)
-                status = self._copy_planned(status, ldd_now_ns() + self.node.sync_timeout_ns, &detail)
+                for i in range(2):
+                    if status == LDD_OK:
+                        status = open_end(self.table, &ends[i], num_tensors, block_bytes, &detail)
+                if status == LDD_OK:
+                    ldd_lock(&self._copy_lock)
+                    status = ldd_plan_swap_blocks(
+                        &self._ops, ends[0].slots.addrs, pair_src.data, ends[0].slots.num_slots, ends[1].slots.addrs,
+                        pair_dst.data, ends[1].slots.num_slots, num_tensors, block_bytes, pair_src.length, &detail)
+                    status = self._copy_planned(status, ldd_now_ns() + self.node.sync_timeout_ns, &detail)
+                for i in range(2):
+                    if ends[i].pinned:
+                        ldd_table_unpin(self.table, ends[i].view.slot, ends[i].view.generation)
             self.raise_for(status, &detail, b"swap_blocks")
         finally:
-            free(src_array)
-            free(dst_array)
+            free(ends[0].own)
+            free(ends[1].own)
 
     # ----------------------------------------------------------------------------------------------- links
 
@@ -848,6 +874,23 @@ cdef void fill_slots(ldd_slots* out, const ldd_cache_view* view) noexcept nogil:
     out.num_tensors = view.num_tensors
     out.num_slots = view.num_slots
     out.stride = view.stride
+
+
+cdef ldd_status open_end(ldd_table* table, ldd_swap_end* end, uint32_t num_tensors, uint64_t block_bytes,
+                         ldd_detail* detail) noexcept nogil:
+    """Pin what a cache id names, and hold either end against what the pairs will be planned with."""
+    cdef ldd_status status
+    if end.own == NULL:
+        status = ldd_table_pin_local(table, end.cache_id, &end.view, detail)
+        if status < 0:
+            return status
+        end.pinned = True
+        fill_slots(&end.slots, &end.view)
+    if end.slots.num_tensors != num_tensors or end.slots.stride != block_bytes:
+        return ldd_fail(detail, LDD_E_PARAM,
+                        b"%u tensors with blocks of %llu bytes were described, but there are %zu with %llu", num_tensors,
+                        <unsigned long long>block_bytes, end.slots.num_tensors, <unsigned long long>end.slots.stride)
+    return LDD_OK
 
 
 cdef bint ip_is_specific(const char* ip) noexcept nogil:
