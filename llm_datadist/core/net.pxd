@@ -9,6 +9,10 @@ cdef ldd_status net_listen(const char* ip, int port, int backlog, int* fd, int* 
 cdef ldd_status net_send(int fd, const void* data, size_t nbytes, int64_t deadline_ns,
                          ldd_detail* detail) noexcept nogil
 cdef ldd_status net_recv(int fd, void* data, size_t nbytes, int64_t deadline_ns, ldd_detail* detail) noexcept nogil
+cdef enum:
+    SIGNAL_SLICE_MS = 50                        # how long a wait may go without looking for signals
+# Run pending signal handlers if this is the main thread; nonzero when one raised.
+cdef int net_check_signals() noexcept with gil
 cdef void net_tune(int fd) noexcept nogil
 cdef void net_local_ip(int fd, char* text, size_t size) noexcept nogil
 cdef void net_peer_ip(int fd, char* text, size_t size) noexcept nogil

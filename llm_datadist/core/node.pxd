@@ -71,6 +71,11 @@ ctypedef struct ldd_link:
     uint64_t pushed_bytes
     uint64_t num_transfers
 
+# A thread of ours that links to a cluster just now.
+ctypedef struct ldd_attempt:
+    ldd_attempt* next
+    uint64_t cluster_id
+
 ctypedef struct ldd_node:
     const ldd_provider* provider
     aclrtContext context
@@ -86,6 +91,8 @@ ctypedef struct ldd_node:
     ldd_link* links
     uint32_t num_links
     uint32_t num_ops                            # running operations of all links, dropped ones included
+    ldd_attempt* attempts                       # of link_clusters, at most one per cluster
+    ldd_cond attempted                          # signalled when one of them ends
 
 cdef void ldd_node_init(ldd_node* node, const ldd_provider* provider, uint64_t cluster_id) noexcept nogil
 # All links must be gone.

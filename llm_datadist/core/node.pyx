@@ -27,11 +27,13 @@ cdef void ldd_node_init(ldd_node* node, const ldd_provider* provider, uint64_t c
     node.cluster_id = cluster_id
     ldd_mutex_init(&node.lock)
     ldd_cond_init(&node.idle)
+    ldd_cond_init(&node.attempted)
 
 
 cdef void ldd_node_destroy(ldd_node* node) noexcept nogil:
     ldd_mutex_destroy(&node.lock)
     ldd_cond_destroy(&node.idle)
+    ldd_cond_destroy(&node.attempted)
 
 
 cdef ldd_link* ldd_link_new(ldd_node* node, uint64_t cluster_id, ldd_link_origin origin) noexcept nogil:
