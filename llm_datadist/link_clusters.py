@@ -46,7 +46,6 @@ class ClusterLinker:
 
     def __init__(self, engine: "Engine") -> None:
         self._engine = engine
-        self._known: Set[int] = set()               # clusters this process ever had a link to
         self._v1_busy = threading.Lock()
 
     # ----------------------------------------------------------------------------------------- second generation
@@ -85,7 +84,6 @@ class ClusterLinker:
         if code == S.LLM_LINK_FAILED and (time.monotonic() - start) * 1000 >= timeout:
             code = public_code(-5, self._engine.options.generation == 1)
         if code == S.LLM_SUCCESS:
-            self._known.add(cluster_id)
             log.info("linked to cluster %s at %s:%s", cluster_id, ip, port)
         else:
             log.error("link_clusters: cluster %s at %s:%s: %s, %s", cluster_id, ip, port, code, text)
@@ -107,12 +105,11 @@ class ClusterLinker:
         if not force and num_addresses > 1:
             log.error("unlink_clusters: cluster %s has %s remote addresses, one at most", cluster_id, num_addresses)
             return S.LLM_PARAM_INVALID
-        status, text, num_links = self._engine.unlink(cluster_id, timeout, force)
-        if num_links:
-            self._known.add(cluster_id)
-        elif not force and num_addresses == 0 and cluster_id not in self._known:
+        if not force and num_addresses == 0 and not self._engine.was_linked(cluster_id):
             log.error("unlink_clusters: cluster %s was never linked, and no address is given", cluster_id)
             return S.LLM_PARAM_INVALID
+        address = _address(*cluster.remote_ip_info_list[0]) if num_addresses and not force else None
+        status, text, _ = self._engine.unlink(cluster_id, timeout, force, address)
         code: LLMStatusCode = public_code(status)
         if code != S.LLM_SUCCESS:
             log.error("unlink_clusters: cluster %s: %s, %s", cluster_id, code, text)
@@ -140,7 +137,7 @@ class ClusterLinker:
     # ------------------------------------------------------------------------------------------ first generation
 
     def link_v1(self, clusters: Sequence[LLMClusterInfo], timeout: int, role: LLMRole) -> Codes:
-        """Link a DECODER to PROMPTs; a failure undoes the links this call made."""
+        """Link a DECODER to PROMPTs, one after the other; a failure leaves no link to that cluster, and those to others."""
         _check_common(clusters, timeout)
         if not clusters or role is not LLMRole.DECODER:
             return S.LLM_PARAM_INVALID, []
@@ -179,7 +176,7 @@ class ClusterLinker:
         return failed[-1], codes
 
     def unlink_v1(self, clusters: Sequence[LLMClusterInfo], timeout: int, force: bool, role: LLMRole) -> Codes:
-        """Unlink; a PROMPT finds its peer by address and drops only its own side."""
+        """Unlink; a PROMPT finds its peer by id or else by address, and drops only its own side."""
         _check_common(clusters, timeout)
         check_isinstance("force", force, bool, allow_none=False)
         for cluster in clusters:
@@ -204,15 +201,17 @@ class ClusterLinker:
         from llm_datadist.core.status import public_code
 
         cluster_id: int = cluster.remote_cluster_id         # type: ignore[assignment]  # checked above
+        rows = self._engine.links()
+        addresses = [_address(ip, port) for ip, port in cluster.remote_ip_info_list]
         if role is LLMRole.PROMPT:
-            addresses = {_address(ip, port)[0] for ip, port in cluster.remote_ip_info_list}
-            for row in self._engine.links():
-                if row["peer_ip"] in addresses:
-                    cluster_id = row["cluster_id"]
+            ips = {ip for ip, _ in addresses}
+            at_address = {row["cluster_id"] for row in rows if row["peer_ip"] in ips}
+            if len(at_address) == 1 and all(row["cluster_id"] != cluster_id for row in rows):
+                cluster_id = at_address.pop()
             force = True
-        if any(row["cluster_id"] == cluster_id and row["running"] for row in self._engine.links()):
+        if any(row["cluster_id"] == cluster_id and row["running"] for row in rows):
             return S.LLM_LINK_BUSY
-        status, text, num_links = self._engine.unlink(cluster_id, timeout, force)
+        status, text, num_links = self._engine.unlink(cluster_id, timeout, force, addresses[0] if addresses else None)
         if num_links == 0:
             return S.LLM_NOT_YET_LINK
         if status < 0 and not force:

@@ -12,7 +12,7 @@ from .node cimport (LINK_ACTIVE, LINK_CLOSED, ORIGIN_COMM, ORIGIN_LOCAL, ldd_att
                     ldd_link_end, ldd_link_new, ldd_link_publish, ldd_link_unref)
 from .region cimport ldd_regions_serve
 from .service cimport ldd_service_serve
-from .status cimport (LDD_E_ALREADY_LINKED, LDD_E_FAILED, LDD_E_LINK_BUSY, LDD_E_LINK_FAILED, LDD_E_NO_MEMORY,
+from .status cimport (LDD_E_ALREADY_LINKED, LDD_E_FAILED, LDD_E_LINK_FAILED, LDD_E_NO_MEMORY,
                       LDD_E_TIMEOUT, LDD_E_UNLINK_FAILED, LDD_E_INTERRUPTED, LDD_OK, ldd_fail)
 from .sync cimport ldd_cond_broadcast, ldd_cond_wait_until, ldd_lock, ldd_lock_until, ldd_now_ns, ldd_unlock
 from .wire cimport *
@@ -201,7 +201,19 @@ cdef ldd_link* next_to_close(ldd_node* node, uint64_t cluster_id) noexcept nogil
     return link
 
 
-cdef ldd_status ldd_link_close(ldd_node* node, uint64_t cluster_id, int64_t deadline_ns,
+cdef ldd_status tell_listener(const char* ip, int port, int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
+    """A broken link cannot be asked on. The peer drops its side when it sees ours end, if it is alive."""
+    cdef int fd = -1
+    cdef ldd_status status
+    if ip == NULL:
+        return LDD_OK
+    status = net_connect(ip, port, deadline_ns, &fd, detail)
+    if status == LDD_OK:
+        close(fd)
+    return status
+
+
+cdef ldd_status ldd_link_close(ldd_node* node, const char* ip, int port, uint64_t cluster_id, int64_t deadline_ns,
                                ldd_detail* detail) noexcept nogil:
     cdef ldd_link* link
     cdef ldd_status status
@@ -213,13 +225,12 @@ cdef ldd_status ldd_link_close(ldd_node* node, uint64_t cluster_id, int64_t dead
         if status < 0:
             ldd_fail(detail, status, b"the link to cluster %llu is in use", <unsigned long long>cluster_id)
             ldd_link_end(link)
-            return LDD_E_LINK_BUSY if status == LDD_E_TIMEOUT else status
+            return status
         status = LDD_OK
         if link.state == LINK_ACTIVE:
             status = ldd_ask_unlink(link, deadline_ns, detail)
         elif not link_closed(link):
-            status = ldd_fail(detail, LDD_E_UNLINK_FAILED, b"cluster %llu cannot be told: %s",
-                              <unsigned long long>cluster_id, link.reason)
+            status = tell_listener(ip, port, deadline_ns, detail)
         ldd_unlock(&link.lock)
         if status < 0 and link_closed(link):
             status = LDD_OK                     # the peer unlinked at the same time

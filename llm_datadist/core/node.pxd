@@ -10,6 +10,7 @@ from .sync cimport ldd_cond, ldd_mutex
 
 cdef enum:
     MAX_LINKS = 4096
+    MAX_PAST = 16384                            # clusters that are remembered after their links have gone
 
 cdef enum ldd_link_origin:
     ORIGIN_LOCAL                                # link_clusters called here
@@ -93,6 +94,10 @@ ctypedef struct ldd_node:
     uint32_t num_ops                            # running operations of all links, dropped ones included
     ldd_attempt* attempts                       # of link_clusters, at most one per cluster
     ldd_cond attempted                          # signalled when one of them ends
+    uint64_t* past                              # clusters of earlier and present links of link_clusters
+    uint32_t num_past
+    uint32_t past_capacity
+    uint32_t next_past                          # the oldest entry, once no more are kept
 
 cdef void ldd_node_init(ldd_node* node, const ldd_provider* provider, uint64_t cluster_id) noexcept nogil
 # All links must be gone.
@@ -111,6 +116,8 @@ cdef void ldd_link_end(ldd_link* link) noexcept nogil
 cdef void ldd_link_break(ldd_link* link, const char* reason) noexcept nogil
 # Take it out of the set.
 cdef void ldd_link_drop(ldd_link* link) noexcept nogil
+# Whether a link of link_clusters to this cluster exists or existed, as far back as MAX_PAST clusters.
+cdef bint ldd_link_existed(ldd_node* node, uint64_t cluster_id) noexcept nogil
 # Drop all that match; -1 for any origin or communicator. Returns how many there were.
 cdef uint32_t ldd_links_drop(ldd_node* node, int origin, int64_t comm_id, bint any_cluster,
                              uint64_t cluster_id) noexcept nogil
