@@ -23,6 +23,10 @@ cdef extern from "<unistd.h>" nogil:
     int close(int fd)
 
 
+cdef enum:
+    ANSWER_GRACE_NS = 5000000000
+
+
 cdef void ldd_random(void* data, size_t nbytes) noexcept nogil:
     cdef size_t done = 0
     cdef ssize_t count
@@ -64,6 +68,8 @@ cdef ldd_status start_attempt(ldd_node* node, ldd_attempt* attempt, int64_t dead
     ldd_lock(&node.lock)
     while True:
         status = already_linked_locked(node, attempt.cluster_id, detail)
+        if status == LDD_OK and node.closing:
+            status = ldd_fail(detail, LDD_E_FAILED, b"the engine is being finalized")
         if status < 0 or not is_attempted_locked(node, attempt.cluster_id):
             break
         slice_ns = ldd_now_ns() + <int64_t>SIGNAL_SLICE_MS * 1000000
@@ -78,6 +84,7 @@ cdef ldd_status start_attempt(ldd_node* node, ldd_attempt* attempt, int64_t dead
     if status == LDD_OK:
         attempt.next = node.attempts
         node.attempts = attempt
+        node.num_ops += 1                       # the engine's parts stay while we use them
     ldd_unlock(&node.lock)
     return status
 
@@ -88,6 +95,9 @@ cdef void end_attempt(ldd_node* node, ldd_attempt* attempt) noexcept nogil:
     while at[0] != attempt:
         at = &at[0].next
     at[0] = attempt.next
+    node.num_ops -= 1
+    if node.num_ops == 0:
+        ldd_cond_broadcast(&node.idle)
     ldd_cond_broadcast(&node.attempted)
     ldd_unlock(&node.lock)
 
@@ -147,6 +157,9 @@ cdef ldd_status open_parts(ldd_link* link, const char* ip, int port, const uint8
     status = net_connect(ip, port, deadline_ns, serve_fd, detail)
     if status < 0:
         return LDD_E_LINK_FAILED if status == LDD_E_FAILED else status
+    if comm != NULL:
+        # With its answer the peer counts the communicator as made: one that is just late must not be given up.
+        deadline_ns = max(deadline_ns, ldd_now_ns() + ANSWER_GRACE_NS)
     return greet(link, serve_fd[0], LDD_HELLO_REVERSE, comm, data_port, &answer, deadline_ns, detail)
 
 

@@ -25,7 +25,7 @@ from .key_index cimport KEY_BLOCKS as _BLOCKS, KEY_BY_ID as _BY_ID, KEY_PREFIX a
 from .local_copy cimport (ldd_local_copy, ldd_op_list_clear, ldd_op_list_free, ldd_plan_copy_blocks,
                           ldd_plan_copy_cache, ldd_plan_swap_blocks, ldd_slots)
 from .net cimport net_listen
-from .node cimport (ORIGIN_COMM, ldd_link, ldd_link_begin, ldd_link_end, ldd_link_existed, ldd_links_drop, ldd_links_wait_idle,
+from .node cimport (ORIGIN_COMM, ldd_link, ldd_link_begin, ldd_link_end, ldd_link_existed, ldd_links_drop, ldd_node_close,
                     ldd_node_destroy, ldd_node_init)
 from .pool cimport ldd_pool_create, ldd_pool_destroy, ldd_pool_free_bytes, ldd_pool_largest_bytes
 from .region cimport ldd_regions_add, ldd_regions_close, ldd_regions_init, ldd_regions_remove, ldd_regions_serve
@@ -250,8 +250,7 @@ cdef class Engine:
             return                              # a forked child: all of this is the parent's
         start_detail(&detail)
         with nogil:
-            ldd_links_drop(&self.node, -1, -1, True, 0)
-            idle = ldd_links_wait_idle(&self.node, ldd_now_ns() + 2 * self.node.sync_timeout_ns + CLOSE_GRACE_NS)
+            idle = ldd_node_close(&self.node, ldd_now_ns() + 2 * self.node.sync_timeout_ns + CLOSE_GRACE_NS)
             ldd_service_stop(&self.service)
             status = LDD_OK
             if self.table != NULL:

@@ -91,7 +91,8 @@ ctypedef struct ldd_node:
     ldd_cond idle                         # signalled when a link's last operation ends
     ldd_link* links
     uint32_t num_links
-    uint32_t num_ops                            # running operations of all links, dropped ones included
+    uint32_t num_ops                            # running operations of all links, dropped ones included, and attempts
+    bint closing                                # no new link is taken in
     ldd_attempt* attempts                       # of link_clusters, at most one per cluster
     ldd_cond attempted                          # signalled when one of them ends
     uint64_t* past                              # clusters of earlier and present links of link_clusters
@@ -123,5 +124,5 @@ cdef uint32_t ldd_links_drop(ldd_node* node, int origin, int64_t comm_id, bint a
                              uint64_t cluster_id) noexcept nogil
 # An operation on a link that is already known; False when it is no longer active.
 cdef bint ldd_link_resume(ldd_link* link) noexcept nogil
-# Wait until no operation runs, also on links that were dropped.
-cdef ldd_status ldd_links_wait_idle(ldd_node* node, int64_t deadline_ns) noexcept nogil
+# Drop all links, take in no new ones, and wait until no operation runs, also on links that were dropped earlier.
+cdef ldd_status ldd_node_close(ldd_node* node, int64_t deadline_ns) noexcept nogil

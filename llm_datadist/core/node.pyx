@@ -118,6 +118,9 @@ cdef void remember_locked(ldd_node* node, uint64_t cluster_id) noexcept nogil:
 cdef ldd_status ldd_link_publish(ldd_link* link, ldd_detail* detail) noexcept nogil:
     cdef ldd_node* node = link.node
     ldd_lock(&node.lock)
+    if node.closing:
+        ldd_unlock(&node.lock)
+        return ldd_fail(detail, LDD_E_FAILED, b"the engine is being finalized")
     if node.num_links >= MAX_LINKS:
         ldd_unlock(&node.lock)
         return ldd_fail(detail, LDD_E_FAILED, b"%d links exist, which is the most one engine holds", <int>MAX_LINKS)
@@ -245,8 +248,12 @@ cdef uint32_t ldd_links_drop(ldd_node* node, int origin, int64_t comm_id, bint a
     return count
 
 
-cdef ldd_status ldd_links_wait_idle(ldd_node* node, int64_t deadline_ns) noexcept nogil:
+cdef ldd_status ldd_node_close(ldd_node* node, int64_t deadline_ns) noexcept nogil:
     cdef ldd_status status = LDD_OK
+    ldd_lock(&node.lock)
+    node.closing = True
+    ldd_unlock(&node.lock)
+    ldd_links_drop(node, -1, -1, True, 0)
     ldd_lock(&node.lock)
     while node.num_ops and status == LDD_OK:
         status = ldd_cond_wait_until(&node.idle, &node.lock, deadline_ns)
