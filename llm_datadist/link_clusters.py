@@ -40,6 +40,14 @@ def _check_addresses(clusters: Sequence[LLMClusterInfo]) -> None:
                 raise TypeError(f"ip of remote_ip_info_list only support int, but got {type(ip).__name__}")
 
 
+def _remote_address(cluster: LLMClusterInfo) -> Optional[Tuple[str, int]]:
+    """Where the cluster listens, if the caller says so."""
+    if not cluster.remote_ip_info_list:
+        return None
+    address, port = cluster.remote_ip_info_list[0]
+    return trans_int_ip(address), port                      # type: ignore[arg-type]  # checked by the caller
+
+
 class ClusterLinker:
     """Links of one engine that one side asks for.
 
@@ -51,7 +59,6 @@ class ClusterLinker:
 
     def __init__(self, engine: "Engine") -> None:
         self._engine = engine
-        self._known: Set[int] = set()               # clusters this process ever had a link to
         self._busy = threading.Lock()               # an operation of the first generation, or a switch of the second
 
     # ----------------------------------------------------------------------------------------- second generation
@@ -93,7 +100,6 @@ class ClusterLinker:
         if code == S.LLM_LINK_FAILED and (time.monotonic() - start) * 1000 >= timeout:
             code = S.LLM_WAIT_PROCESS_TIMEOUT if is_v1 else S.LLM_TIMEOUT
         if code == S.LLM_SUCCESS:
-            self._known.add(cluster_id)
             log.info("linked to cluster %s at %s:%s", cluster_id, ip, port)
         else:
             log.error("link_clusters: cluster %s at %s:%s: %s, %s", cluster_id, ip, port, code, text)
@@ -115,12 +121,11 @@ class ClusterLinker:
         if not force and num_addresses > 1:
             log.error("unlink_clusters: cluster %s has %s remote addresses, one at most", cluster_id, num_addresses)
             return S.LLM_PARAM_INVALID
-        status, text, num_links = self._engine.unlink(cluster_id, timeout, force)
-        if num_links:
-            self._known.add(cluster_id)
-        elif not force and num_addresses == 0 and cluster_id not in self._known:
+        if not force and num_addresses == 0 and not self._engine.was_linked(cluster_id):
             log.error("unlink_clusters: cluster %s was never linked, and no address is given", cluster_id)
             return S.LLM_PARAM_INVALID
+        address = None if force else _remote_address(cluster)
+        status, text, _ = self._engine.unlink(cluster_id, timeout, force, address)
         code = public_code(status)
         if code != S.LLM_SUCCESS:
             log.error("unlink_clusters: cluster %s: %s, %s", cluster_id, code, text)
@@ -194,7 +199,7 @@ class ClusterLinker:
         return failed[-1], codes
 
     def unlink_v1(self, clusters: Sequence[LLMClusterInfo], timeout: int, force: bool, role: LLMRole) -> Codes:
-        """Unlink; a PROMPT finds its peer by address and drops only its own side."""
+        """Unlink; a PROMPT finds its peer by id or else by address, and drops only its own side."""
         _check_common(clusters, timeout)
         check_isinstance("force", force, bool, allow_none=False)
         for cluster in clusters:
@@ -220,12 +225,13 @@ class ClusterLinker:
         from llm_datadist.core.status import public_code
 
         cluster_id: int = cluster.remote_cluster_id         # type: ignore[assignment]  # checked above
+        rows = self._engine.links()
         if role is LLMRole.PROMPT:
             cluster_id = self._peer_at(cluster, cluster_id)
             force = True
-        if any(row["cluster_id"] == cluster_id and row["running"] for row in self._engine.links()):
+        if any(row["cluster_id"] == cluster_id and row["running"] for row in rows):
             return S.LLM_LINK_BUSY
-        status, text, num_links = self._engine.unlink(cluster_id, timeout, force)
+        status, text, num_links = self._engine.unlink(cluster_id, timeout, force, _remote_address(cluster))
         if num_links == 0:
             return S.LLM_NOT_YET_LINK
         if status < 0 and not force:

@@ -25,8 +25,8 @@ from .key_index cimport KEY_BLOCKS as _BLOCKS, KEY_BY_ID as _BY_ID, KEY_PREFIX a
 from .local_copy cimport (ldd_local_copy, ldd_op_list_clear, ldd_op_list_free, ldd_plan_copy_blocks,
                           ldd_plan_copy_cache, ldd_plan_swap_blocks, ldd_slots)
 from .net cimport net_listen
-from .node cimport (ORIGIN_COMM, ldd_link, ldd_link_begin, ldd_link_end, ldd_links_drop, ldd_links_wait_idle, ldd_node_destroy,
-                    ldd_node_init)
+from .node cimport (ORIGIN_COMM, ldd_link, ldd_link_begin, ldd_link_end, ldd_link_existed, ldd_links_drop, ldd_node_close,
+                    ldd_node_destroy, ldd_node_init)
 from .peek cimport ldd_board_name
 from .pool cimport ldd_pool_create, ldd_pool_destroy, ldd_pool_free_bytes, ldd_pool_largest_bytes
 from .region cimport (ldd_regions_add, ldd_regions_close, ldd_regions_epoch, ldd_regions_init, ldd_regions_remove,
@@ -271,8 +271,7 @@ cdef class Engine:
             return                              # a forked child: all of this is the parent's
         start_detail(&detail)
         with nogil:
-            ldd_links_drop(&self.node, -1, -1, True, 0)
-            idle = ldd_links_wait_idle(&self.node, ldd_now_ns() + 2 * self.node.sync_timeout_ns + CLOSE_GRACE_NS)
+            idle = ldd_node_close(&self.node, ldd_now_ns() + 2 * self.node.sync_timeout_ns + CLOSE_GRACE_NS)
             ldd_service_stop(&self.service)
             status = LDD_OK
             if self.table != NULL:
@@ -702,13 +701,22 @@ cdef class Engine:
             self.raise_for(status, &detail, b"link")
         return status, detail.text.decode("utf-8", "replace") if status < 0 else ""
 
-    def unlink(self, uint64_t cluster_id, int timeout_ms, bint force):
-        """End the links to a cluster that `link_clusters` made. Returns (internal status, text, how many there were)."""
+    def unlink(self, uint64_t cluster_id, int timeout_ms, bint force, address=None):
+        """End the links to a cluster that `link_clusters` made. Returns (internal status, text, how many there were).
+
+        `address`: where the peer listens, (ip, port); unless forced, a broken link stays when nobody is there.
+        """
         cdef ldd_detail detail
         cdef ldd_status status = LDD_OK
         cdef int64_t deadline_ns = ldd_now_ns() + <int64_t>timeout_ms * 1000000
         cdef uint32_t before = 0
+        cdef const char* c_ip = NULL
+        cdef int port = 0
         self.require_open()
+        if address is not None:
+            encoded = address[0].encode()
+            c_ip = encoded
+            port = address[1]
         start_detail(&detail)
         with nogil:
             before = count_links(&self.node, cluster_id)
@@ -716,10 +724,15 @@ cdef class Engine:
                 ldd_links_drop(&self.node, 0, -1, False, cluster_id)
                 ldd_links_drop(&self.node, 1, -1, False, cluster_id)
             else:
-                status = ldd_link_close(&self.node, cluster_id, deadline_ns, &detail)
+                status = ldd_link_close(&self.node, c_ip, port, cluster_id, deadline_ns, &detail)
         if status == LDD_E_INTERRUPTED:
             self.raise_for(status, &detail, b"unlink")
         return status, detail.text.decode("utf-8", "replace") if status < 0 else "", before
+
+    def was_linked(self, uint64_t cluster_id):
+        """Whether a link to a cluster that `link_clusters` made, here or there, exists or existed."""
+        self.require_open()
+        return ldd_link_existed(&self.node, cluster_id)
 
     def ping(self, uint64_t cluster_id, int timeout_ms):
         """Ask the peer for a sign of life over the link; raises what is wrong with it."""
