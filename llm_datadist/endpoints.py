@@ -79,9 +79,10 @@ def endpoints_of(option: str, text: str, device_id: int) -> Tuple[bytes, ...]:
     LLMParamInvalidError
         A protocol, address or placement is none that is known.
     """
-    if not text:
+    config = json.loads(text) if text else {}
+    if not config.get("version"):
         return ()
     try:
-        return tuple(_pack(*entry, device_id) for entry in _entries(json.loads(text), device_id))
+        return tuple(_pack(*entry, device_id) for entry in _entries(config, device_id))
     except ValueError as error:
         raise LLMParamInvalidError(f"option {option}={text[:200]!r} is not allowed; {error}") from None
