@@ -99,9 +99,13 @@ class Rendezvous:
             communicator = _Communicator(self._next_id, digest_of(comm_name, cluster_rank_info), own, peers,
                                          time.monotonic() + total_time_s)
             self._next_id += 1
-            for cluster, peer in peers.items():
-                if peer.rank > own.rank:
-                    self._engine.wish(communicator.digest, cluster, communicator.comm_id)
+            try:
+                for cluster, peer in peers.items():
+                    if peer.rank > own.rank:
+                        self._engine.wish(communicator.digest, cluster, communicator.comm_id)
+            except BaseException:
+                self._engine.forget(communicator.comm_id)
+                raise
             self._communicators[communicator.comm_id] = communicator
             self._pause = FIRST_PAUSE_S
             if not self._num_idle:
@@ -165,12 +169,14 @@ class Rendezvous:
         if all(peer.server == own.server for peer in communicator.peers.values()):
             return
         at = (own.address, self._port_of(own))
+        users: FrozenSet[int] = frozenset()
         if at in self._listeners:
             handle, users = self._listeners[at]
         else:
-            handle, users = self._engine.listen_at(*at), frozenset()
-            if handle is None:
+            opened = self._engine.listen_at(*at)
+            if opened is None:
                 return                                  # the address is another network's, or in use
+            handle = opened
         self._listeners[at] = (handle, users | {communicator.comm_id})
 
     def _port_users(self) -> FrozenSet[int]:
@@ -293,8 +299,12 @@ class Rendezvous:
             left_ms = int((communicator.deadline - time.monotonic()) * 1000)
             if left_ms <= 0:
                 return False
-            status, text = self._engine.link(cluster, ip, port, min(ATTEMPT_MS, left_ms), communicator.digest,
-                                             communicator.comm_id)
+            try:
+                status, text = self._engine.link(cluster, ip, port, min(ATTEMPT_MS, left_ms), communicator.digest,
+                                                 communicator.comm_id)
+            except LLMException as error:       # it must not end the thread that looks after the others
+                log.error("link %s: calling cluster %s failed: %s", communicator.comm_id, cluster, error)
+                return False
             if status == 0:
                 return True
             log.info("link %s: cluster %s not reached at %s: %s", communicator.comm_id, cluster, ip, text)
@@ -302,5 +312,5 @@ class Rendezvous:
 
 
 def _unknown(operation: str, comm_id: int) -> LLMException:
-    return LLMLinkError(f"{operation} failed, error code is {LLMStatusCode.LLM_NOT_YET_LINK}, comm_id {comm_id} is unknown.",
-                        status_code=LLMStatusCode.LLM_NOT_YET_LINK)
+    return LLMLinkError(f"{operation} failed, error code is {LLMStatusCode.LLM_NOT_YET_LINK}, comm_id {comm_id} is "
+                        "unknown.", status_code=LLMStatusCode.LLM_NOT_YET_LINK, operation=operation)

@@ -41,7 +41,8 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple, Type
 
 from llm_datadist import LLMClusterInfo, LLMConfig, LLMDataDist, LLMRole, LLMStatusCode
 
-CALL_LIMIT_S = 30.0             # how long one call into a child may take
+START_LIMIT_S = 60.0            # how long a child may take to start
+CALL_LIMIT_S = 30.0             # how long one call into it may take
 KILL_GRACE_S = 10.0             # on top of that, before the child ends itself
 SETTLE_S = 1.0                  # how long an engine may take to let go of what a broken link held
 
@@ -221,6 +222,7 @@ def main() -> None:
     faulthandler.register(signal.SIGALRM, all_threads=True, chain=True)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     connection = Connection(int(sys.argv[1]))
+    connection.send_bytes(b"ready")
     node = Node()
     while True:
         try:
@@ -336,6 +338,7 @@ class Child(Process):
         self._lock = threading.Lock()                   # held from a request to its answer
         self._begun: Optional[Callable[[], Any]] = None
         self._stderr = tempfile.TemporaryFile()
+        self._is_ready = False
         self._was_ended = False                         # by the test, or for an answer that never came
         ours, theirs = socket.socketpair()
         try:
@@ -372,6 +375,9 @@ class Child(Process):
         where = (function.__module__, sys.modules[function.__module__].__file__ or "", function.__qualname__)
         self._lock.acquire()
         try:
+            if not self._is_ready:
+                self._await("start", START_LIMIT_S)
+                self._is_ready = True
             self._connection.send((limit_s + KILL_GRACE_S, (where, pickle.dumps((args, kwargs)))))
         except OSError:
             self._lock.release()
@@ -396,19 +402,21 @@ class Child(Process):
             _attempt(self._begun)
 
     def _receive(self, name: str, limit_s: float) -> Any:
+        succeeded, result, text = pickle.loads(self._await(name, limit_s))
+        if succeeded:
+            return result
+        raise result from RemoteTraceback(text)
+
+    def _await(self, name: str, limit_s: float) -> bytes:
         if not self._connection.poll(limit_s):
             self.signal(signal.SIGABRT)                 # faulthandler writes all stacks
             self._process.wait()
             self._was_ended = True
             raise PeerError(f"{name} did not return within {limit_s} s in process {self.pid}\n{self.output()}")
         try:
-            answer = self._connection.recv_bytes()
+            return self._connection.recv_bytes()
         except (EOFError, OSError):
             raise self._died(name) from None
-        succeeded, result, text = pickle.loads(answer)
-        if succeeded:
-            return result
-        raise result from RemoteTraceback(text)
 
     def _died(self, name: str) -> PeerError:
         if self._was_ended:

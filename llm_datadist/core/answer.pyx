@@ -8,7 +8,9 @@ from libc.stdio cimport snprintf
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memset, strlen
 
-from .cache_table cimport (ldd_cache_view, ldd_table_pin_range, ldd_table_resolve, ldd_table_take, ldd_table_unpin)
+from .board cimport ldd_lane_unmap
+from .cache_table cimport (ldd_cache_view, ldd_table_pin_range, ldd_table_resolve, ldd_table_remove_lane, ldd_table_take,
+                          ldd_table_take_in, ldd_table_unpin)
 from .conn cimport ldd_conn_forget, ldd_conn_reply
 from .key_index cimport KEY_BY_ID, LDD_NO_KEY
 from .node cimport (LINK_ACTIVE, ORIGIN_PEER, ldd_lease, ldd_link, ldd_link_break, ldd_link_drop, ldd_link_unref,
@@ -41,6 +43,10 @@ cdef void ldd_answer_ended(ldd_service* service, ldd_conn* conn) noexcept nogil:
         if link.leases[i].id:
             end_lease(service, &link.leases[i])
     link.num_leases = 0
+    if link.lane != NULL:
+        ldd_table_remove_lane(service.node.table, link.lane)
+        ldd_lane_unmap(link.lane)
+        link.lane = NULL
     snprintf(reason, sizeof(reason), b"cluster %llu closed the connection", <unsigned long long>link.cluster_id)
     ldd_link_break(link, reason)
     if link.origin == ORIGIN_PEER:
@@ -224,6 +230,7 @@ cdef bint ldd_answer(ldd_service* service, ldd_conn* conn, const ldd_frame_heade
         memset(&ack, 0, sizeof(ack))
         if conn.link.state != LINK_ACTIVE and header.type == LDD_FRAME_PING:
             ack.status = LDD_E_NOT_LINKED
+        ldd_table_take_in(service.node.table)   # a peer with a full lane pings to have it read
         if header.type == LDD_FRAME_UNLINK:
             ldd_link_drop(conn.link)
         return ldd_conn_reply(conn, header.request_id, LDD_FRAME_ACK, &ack, sizeof(ack), NULL, 0) == LDD_OK

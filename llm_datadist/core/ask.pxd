@@ -23,6 +23,8 @@ cdef ldd_status ldd_ask_release(ldd_link* link, uint32_t lease, bint take, uint3
 cdef ldd_status ldd_ask_unlink(ldd_link* link, int64_t deadline_ns, ldd_detail* detail) noexcept nogil
 cdef ldd_status ldd_ask_ping(ldd_link* link, int64_t deadline_ns, ldd_detail* detail) noexcept nogil
 
+# Room in the link's reply buffer.
+cdef ldd_status ldd_reply_room(ldd_link* link, size_t nbytes) noexcept nogil
 # One frame out, one frame in, on any connection: `fixed` bytes into `reply`, the rest into the link's buffer.
 cdef ldd_status ldd_exchange(int fd, uint32_t request_id, uint32_t type, const void* payload, size_t nbytes,
                              uint32_t reply_type, void* reply, size_t fixed, ldd_link* rest_into, size_t* rest_bytes,

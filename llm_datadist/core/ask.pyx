@@ -9,9 +9,10 @@ from libc.stdio cimport snprintf
 from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy, memset
 
-from .cann cimport CommMem, HixlClientConfig, HixlClientDesc
+from .cann cimport CommMem, EndpointDesc, HixlClientConfig, HixlClientDesc
 from .net cimport net_recv, net_send
 from .node cimport ldd_link_break
+from .region cimport ldd_regions_register_client
 from .status cimport LDD_E_FAILED, LDD_E_LINK_FAILED, LDD_E_NO_MEMORY, LDD_E_TIMEOUT, LDD_OK, ldd_fail
 from .sync cimport ldd_now_ns
 from .wait cimport ldd_hixl_result
@@ -21,7 +22,7 @@ cdef enum:
     SMALL_REQUEST_BYTES = 512
 
 
-cdef ldd_status grow_reply(ldd_link* link, size_t nbytes) noexcept nogil:
+cdef ldd_status ldd_reply_room(ldd_link* link, size_t nbytes) noexcept nogil:
     cdef uint8_t* grown
     if nbytes > link.reply_capacity:
         grown = <uint8_t*>realloc(link.reply, nbytes)
@@ -68,7 +69,7 @@ cdef ldd_status ldd_exchange(int fd, uint32_t request_id, uint32_t type, const v
         return status
     rest = header.length - fixed
     rest_bytes[0] = rest
-    status = grow_reply(rest_into, rest + 1)
+    status = ldd_reply_room(rest_into, rest + 1)
     if status < 0:
         return ldd_fail(detail, status, b"no memory for an answer of %u bytes", header.length)
     status = net_recv(fd, rest_into.reply, rest, deadline_ns, detail)
@@ -119,7 +120,7 @@ cdef ldd_status ldd_ask_resolve(ldd_link* link, uint32_t kind, uint64_t id, uint
     if out.desc.num_tensors == 0 or out.desc.num_slots == 0 or out.desc.num_tensors > LDD_WIRE_MAX_PAYLOAD // 8:
         return bad_descriptor(link, detail)
     if out.desc.flags & LDD_DESC_EVEN:
-        if rest != 16 or grow_reply(link, 8 * <size_t>out.desc.num_tensors) < 0:
+        if rest != 16 or ldd_reply_room(link, 8 * <size_t>out.desc.num_tensors) < 0:
             return bad_descriptor(link, detail)
         out.addrs = <uint64_t*>link.reply
         base = out.addrs[0]
@@ -199,15 +200,20 @@ cdef ldd_status connect_client(ldd_link* link, int64_t deadline_ns, ldd_detail* 
     config.global_resource_config = json
     desc.server_ip = link.data_ip
     desc.server_port = link.data_port
+    if link.node.regions.num_endpoints:
+        desc.local_endpoint = link.node.regions.endpoints
+        desc.remote_endpoint = <const EndpointDesc*>link.endpoint
     status = ldd_hixl_result(link.node.provider,
                              link.node.provider.hixl.HixlCSClientCreate(&desc, &config, &link.client),
                              b"create the data client", detail)
     if status < 0:
         link.client = NULL
         return status
-    status = ldd_hixl_result(link.node.provider,
-                             link.node.provider.hixl.HixlCSClientConnect(link.client, timeout_ms),
-                             b"connect the data path", detail)
+    status = ldd_regions_register_client(&link.node.regions, link.client, detail)
+    if status == LDD_OK:
+        status = ldd_hixl_result(link.node.provider,
+                                 link.node.provider.hixl.HixlCSClientConnect(link.client, timeout_ms),
+                                 b"connect the data path", detail)
     if status < 0:
         link.node.provider.hixl.HixlCSClientDestroy(link.client)
         link.client = NULL

@@ -1,6 +1,7 @@
 """What a cache table is made of, and the life of one cache in it; see ``cache_state.pyx``."""
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
+from llm_datadist.core.board cimport ldd_board, ldd_lane
 from llm_datadist.core.key_index cimport ldd_keys
 from llm_datadist.core.pool cimport ldd_pool, ldd_span
 from llm_datadist.core.status cimport ldd_detail, ldd_status
@@ -53,16 +54,23 @@ ctypedef struct ldd_cache:
     uint8_t remote_accessible
     uint8_t handle_ref              # until deallocate or unregister
     uint8_t published               # may be found and pinned; once False it is freed with its last pin
+    uint8_t zombie                  # only a peer's hazard keeps it
     uint32_t num_tensors
     uint32_t num_key_slots
     uint64_t num_slots
     uint64_t tensor_bytes
     uint64_t step
+    uint64_t base                   # first byte of the first tensor, for peers
     uint64_t* addrs                 # one block: addrs[num_tensors], then slot_keys[num_key_slots]
     uint32_t* slot_keys             # batch slot -> key index
     ldd_pool* pool
     ldd_span span
     uint32_t link                   # live: position in ldd_table.ranges; free: next free slot
+
+# A peer's lane, and how far its ring was read.
+ctypedef struct ldd_lane_reader:
+    ldd_lane* lane
+    uint32_t tail
 
 # Address bounds of a live cache, kept dense so that ldd_table_pin_range reads little.
 ctypedef struct ldd_range:
@@ -85,6 +93,14 @@ ctypedef struct ldd_table:
     uint64_t owned_bytes
     uint64_t registered_bytes
     int64_t next_id
+    ldd_board board                 # holds caches and keys; peers on this host read it
+    ldd_lane_reader* lanes
+    uint32_t num_lanes
+    uint32_t lane_capacity
+    uint32_t* zombies               # slots
+    uint32_t num_zombies
+    uint32_t zombie_capacity
+    uint64_t seen_doorbell
 
 cdef extern from *:
     """
@@ -115,6 +131,12 @@ cdef void ldd_cache_release_key(ldd_table* table, uint32_t key) noexcept nogil
 # Pin a published cache and describe it, with the key of the batch slot if a pull of that releases it.
 cdef void ldd_cache_pin(ldd_table* table, uint32_t slot, uint64_t batch_index, ldd_cache_view* view) noexcept nogil
 cdef void ldd_cache_unpin(ldd_table* table, uint32_t slot) noexcept nogil
+# Free a retired cache, unless somebody still touches it: the last pin, or ldd_cache_bury, comes back to it then.
+cdef void ldd_cache_free_unused(ldd_table* table, uint32_t slot) noexcept nogil
+# Free the zombies that no hazard keeps any more.
+cdef void ldd_cache_bury(ldd_table* table) noexcept nogil
+# How many hazards peers have out at this moment.
+cdef uint64_t ldd_cache_count_hazards(ldd_table* table) noexcept nogil
 # The tensor that contains [addr, last], or num_tensors.
 cdef uint32_t ldd_cache_tensor_of(const ldd_cache* cache, uint64_t addr, uint64_t last) noexcept nogil
 

@@ -14,6 +14,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memset
 
+from llm_datadist.core.board cimport LDD_LANE_HAZARDS, LDD_MAX_CACHES, ldd_load64
 from llm_datadist.core.key_index cimport (
     KEY_BLOCKS, KEY_BY_ID, KEY_PREFIX, KEY_REQ, LDD_NO_KEY, ldd_keys_add, ldd_keys_find, ldd_keys_remove,
     ldd_keys_reserve,
@@ -99,24 +100,18 @@ cdef void ldd_cache_leave(ldd_table* table, uint32_t slot) noexcept nogil:
 
 cdef ldd_status _reserve_slot(ldd_table* table) noexcept nogil:
     cdef uint32_t capacity, i
-    cdef ldd_cache* caches
     cdef ldd_range* ranges
     if table.first_free != LDD_NO_SLOT:
         return LDD_OK
     capacity = max(table.cache_capacity * 2, <uint32_t>MIN_CACHES)
-    if capacity > <uint32_t>1 << 30:
+    if capacity > LDD_MAX_CACHES:
         return LDD_E_NO_MEMORY
-    caches = <ldd_cache*>realloc(table.caches, capacity * sizeof(ldd_cache))
-    if caches == NULL:
-        return LDD_E_NO_MEMORY
-    table.caches = caches
     ranges = <ldd_range*>realloc(table.ranges, capacity * sizeof(ldd_range))
     if ranges == NULL:
         return LDD_E_NO_MEMORY
     table.ranges = ranges
-    memset(&caches[table.cache_capacity], 0, (capacity - table.cache_capacity) * sizeof(ldd_cache))
     for i in range(table.cache_capacity, capacity):
-        caches[i].link = i + 1 if i + 1 < capacity else LDD_NO_SLOT
+        table.caches[i].link = i + 1 if i + 1 < capacity else LDD_NO_SLOT
     table.first_free = table.cache_capacity
     table.cache_capacity = capacity
     return LDD_OK
@@ -180,6 +175,7 @@ cdef int64_t ldd_cache_publish(ldd_table* table, uint32_t slot) noexcept nogil:
         if cache.addrs[i] - cache.addrs[i - 1] != step:
             step = 0
     cache.step = step
+    cache.base = cache.addrs[0]
     cache.cache_id = table.next_id
     cache.published = True
     cache.link = table.num_caches
@@ -218,8 +214,64 @@ cdef void _retire(ldd_table* table, uint32_t slot) noexcept nogil:
     cdef ldd_cache* cache = &table.caches[slot]
     cache.published = False
     _unbind_all(table, slot)
-    if cache.pins == 0:
+    ldd_cache_free_unused(table, slot)
+
+
+cdef void ldd_cache_free_unused(ldd_table* table, uint32_t slot) noexcept nogil:
+    cdef ldd_cache* cache = &table.caches[slot]
+    cdef uint32_t* grown
+    if cache.pins != 0:
+        return
+    if not _has_hazard(table, slot, cache.generation):
+        cache.zombie = False
         _free_cache(table, slot)
+        return
+    if cache.zombie:
+        return
+    if table.num_zombies == table.zombie_capacity:
+        grown = <uint32_t*>realloc(table.zombies, (table.zombie_capacity * 2 + 16) * sizeof(uint32_t))
+        if grown == NULL:
+            return                                  # the memory stays taken; nothing is freed under a reader
+        table.zombies = grown
+        table.zombie_capacity = table.zombie_capacity * 2 + 16
+    cache.zombie = True
+    table.zombies[table.num_zombies] = slot
+    table.num_zombies += 1
+    table.board.head.num_zombies = table.num_zombies
+
+
+cdef void ldd_cache_bury(ldd_table* table) noexcept nogil:
+    cdef uint32_t i = 0, slot
+    while i < table.num_zombies:
+        slot = table.zombies[i]
+        if table.caches[slot].pins != 0 or _has_hazard(table, slot, table.caches[slot].generation):
+            i += 1
+            continue
+        table.num_zombies -= 1
+        table.zombies[i] = table.zombies[table.num_zombies]
+        table.caches[slot].zombie = False
+        _free_cache(table, slot)
+    table.board.head.num_zombies = table.num_zombies
+
+
+cdef bint _has_hazard(ldd_table* table, uint32_t slot, uint32_t generation) noexcept nogil:
+    """Whether a peer says that it touches this cache. The change that hides the cache comes before, see ldd_seq_begin."""
+    cdef uint64_t wanted = <uint64_t>generation << 32 | (slot + 1)
+    cdef uint32_t i, j
+    for i in range(table.num_lanes):
+        for j in range(LDD_LANE_HAZARDS):
+            if ldd_load64(&table.lanes[i].lane.hazards[j]) == wanted:
+                return True
+    return False
+
+
+cdef uint64_t ldd_cache_count_hazards(ldd_table* table) noexcept nogil:
+    cdef uint64_t count = 0
+    cdef uint32_t i, j
+    for i in range(table.num_lanes):
+        for j in range(LDD_LANE_HAZARDS):
+            count += ldd_load64(&table.lanes[i].lane.hazards[j]) != 0
+    return count
 
 
 cdef void _free_cache(ldd_table* table, uint32_t slot) noexcept nogil:
@@ -282,8 +334,8 @@ cdef void ldd_cache_unpin(ldd_table* table, uint32_t slot) noexcept nogil:
     cdef ldd_cache* cache = &table.caches[slot]
     cache.pins -= 1
     table.num_pins -= 1
-    if cache.pins == 0 and not cache.published:
-        _free_cache(table, slot)
+    if not cache.published:
+        ldd_cache_free_unused(table, slot)
 
 
 cdef uint32_t ldd_cache_tensor_of(const ldd_cache* cache, uint64_t addr, uint64_t last) noexcept nogil:

@@ -2,6 +2,7 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
+from llm_datadist.core.board cimport ldd_lane
 from llm_datadist.core.cache_state cimport (
     LDD_CACHE_BLOCKS, LDD_CACHE_HOST, LDD_CACHE_LAST_KEY_WINS, LDD_CACHE_REMOTE, ldd_cache_view, ldd_key_spec, ldd_table,
 )
@@ -86,6 +87,14 @@ cdef ldd_status ldd_table_clear(ldd_table* table, int64_t deadline_ns, ldd_detai
 cdef void ldd_table_stats(ldd_table* table, ldd_table_counts* counts) noexcept nogil
 # Up to capacity rows; returns the number of live caches.
 cdef size_t ldd_table_snapshot(ldd_table* table, ldd_cache_row* rows, size_t capacity) noexcept nogil
+
+# A link's peer may read the board and write this lane from now on; afterwards its hazards and releases count.
+cdef ldd_status ldd_table_add_lane(ldd_table* table, ldd_lane* lane) noexcept nogil
+# The peer is gone: take in what it released, and forget its hazards.
+cdef void ldd_table_remove_lane(ldd_table* table, ldd_lane* lane) noexcept nogil
+# Do what peers have left to be done, as every other call does first.
+cdef void ldd_table_take_in(ldd_table* table) noexcept nogil
+cdef void ldd_table_set_epoch(ldd_table* table, uint64_t region_epoch) noexcept nogil
 
 
 cdef class CacheTable:

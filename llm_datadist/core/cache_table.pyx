@@ -8,17 +8,21 @@ pool. The transitions themselves are in ``cache_state.pyx``.
 cimport cython
 from libc.stddef cimport size_t
 from libc.stdint cimport UINT64_MAX, int64_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, malloc
+from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy
 
+from llm_datadist.core.board cimport (
+    LDD_LANE_RING, LDD_MAX_CELLS, LDD_MAX_KEYS, ldd_board_create, ldd_board_destroy, ldd_lane, ldd_load32, ldd_load64,
+    ldd_seq_begin, ldd_seq_end, ldd_store32,
+)
 from llm_datadist.core.cache_state cimport (
-    LDD_NO_SLOT, ldd_cache, ldd_cache_close, ldd_cache_describe, ldd_cache_enter, ldd_cache_find, ldd_cache_leave,
+    LDD_NO_SLOT, ldd_cache, ldd_cache_bury, ldd_cache_close, ldd_cache_count_hazards, ldd_cache_describe, ldd_cache_enter, ldd_cache_find, ldd_cache_leave,
     ldd_cache_pin, ldd_cache_publish, ldd_cache_release_key, ldd_cache_tensor_of, ldd_cache_unpin, ldd_kind_name,
-    ldd_range,
+    ldd_lane_reader, ldd_range,
 )
 from llm_datadist.core.key_index cimport (
-    KEY_BLOCKS, KEY_BY_ID, KEY_REQ, LDD_NO_KEY, ldd_key, ldd_keys_bytes, ldd_keys_destroy, ldd_keys_find,
-    ldd_keys_init, ldd_keys_max_probe, ldd_keys_take,
+    KEY_BLOCKS, KEY_BY_ID, KEY_REQ, LDD_NO_KEY, ldd_cell, ldd_key, ldd_keys_bytes, ldd_keys_destroy, ldd_keys_find,
+    ldd_keys_init, ldd_keys_max_probe, ldd_keys_place, ldd_keys_take,
 )
 from llm_datadist.core.pool cimport PagePool, ldd_pool, ldd_pool_alloc_tensors
 from llm_datadist.core.status cimport (
@@ -32,6 +36,8 @@ from llm_datadist.core.sync cimport (
 import contextlib
 from typing import NamedTuple, Optional
 
+cdef enum:
+    HAZARD_POLL_NS = 200000
 
 
 class Pinned(NamedTuple):
@@ -293,7 +299,15 @@ cdef ldd_status ldd_table_create(ldd_table** out, ldd_detail* detail) noexcept n
         ldd_mutex_destroy(&table.mutex)
         free(table)
         return ldd_fail(detail, LDD_E_NO_MEMORY, b"no room for a cache table")
+    if ldd_board_create(&table.board, sizeof(ldd_cell), sizeof(ldd_key), sizeof(ldd_cache), detail) != LDD_OK:
+        ldd_cond_destroy(&table.drained)
+        ldd_mutex_destroy(&table.mutex)
+        free(table)
+        return LDD_E_NO_MEMORY
     ldd_keys_init(&table.keys)
+    ldd_keys_place(&table.keys, <ldd_cell*>table.board.cells[0], <ldd_cell*>table.board.cells[1], LDD_MAX_CELLS,
+                   <ldd_key*>table.board.entries, LDD_MAX_KEYS)
+    table.caches = <ldd_cache*>table.board.caches
     table.first_free = LDD_NO_SLOT
     table.next_id = 1
     out[0] = table
@@ -307,8 +321,10 @@ cdef void ldd_table_destroy(ldd_table* table) noexcept nogil:
     for i in range(table.num_caches):
         free(table.caches[table.ranges[i].slot].addrs)
     ldd_keys_destroy(&table.keys)
-    free(table.caches)
+    ldd_board_destroy(&table.board)
     free(table.ranges)
+    free(table.lanes)
+    free(table.zombies)
     ldd_cond_destroy(&table.drained)
     ldd_mutex_destroy(&table.mutex)
     free(table)
@@ -333,6 +349,7 @@ cdef ldd_status ldd_table_allocate(ldd_table* table, ldd_pool* pool, uint32_t nu
     if st != LDD_OK:
         free(cache.addrs)
         return st
+    _begin(table)
     st = ldd_cache_enter(table, &cache, keys, num_keys, flags, &slot, detail)
     if st == LDD_OK:
         st = ldd_pool_alloc_tensors(pool, num_tensors, tensor_bytes, cache.addrs, &table.caches[slot].span, detail)
@@ -342,6 +359,7 @@ cdef ldd_status ldd_table_allocate(ldd_table* table, ldd_pool* pool, uint32_t nu
         cache_id[0] = ldd_cache_publish(table, slot)
         if addrs != NULL:
             memcpy(addrs, cache.addrs, num_tensors * sizeof(uint64_t))
+    _end(table)
     ldd_unlock(&table.mutex)
     if st != LDD_OK:
         free(cache.addrs)
@@ -367,9 +385,11 @@ cdef ldd_status ldd_table_register(ldd_table* table, const uint64_t* addrs, uint
     if st != LDD_OK:
         free(cache.addrs)
         return st
+    _begin(table)
     st = ldd_cache_enter(table, &cache, keys, num_keys, flags, &slot, detail)
     if st == LDD_OK:
         cache_id[0] = ldd_cache_publish(table, slot)
+    _end(table)
     ldd_unlock(&table.mutex)
     if st != LDD_OK:
         free(cache.addrs)
@@ -384,7 +404,9 @@ cdef ldd_status ldd_table_deallocate(ldd_table* table, int64_t cache_id, int64_t
         return st
     slot = ldd_cache_find(table, cache_id)
     if slot != LDD_NO_SLOT and table.caches[slot].owned:
+        _begin(table)
         ldd_cache_close(table, slot, False)
+        _end(table)
     ldd_unlock(&table.mutex)
     return LDD_OK
 
@@ -397,11 +419,13 @@ cdef ldd_status ldd_table_unregister(ldd_table* table, int64_t cache_id, int64_t
         return st
     slot = ldd_cache_find(table, cache_id)
     if slot != LDD_NO_SLOT and not table.caches[slot].owned:
+        _begin(table)
         ldd_cache_close(table, slot, False)
+        _end(table)
         # Ids are never used twice, so a slot that has another one by now tells that the cache is gone.
         while table.caches[slot].cache_id == cache_id:
             if st == LDD_OK:
-                st = ldd_cond_wait_until(&table.drained, &table.mutex, deadline_ns)
+                st = _wait_drained(table, deadline_ns)
                 continue
             ldd_fail(detail, st, b"cache %lld is read or written by %u transfers", <long long>cache_id,
                      table.caches[slot].pins)
@@ -422,7 +446,9 @@ cdef ldd_status ldd_table_remove_key(ldd_table* table, uint32_t kind, uint64_t i
         return st
     key = ldd_keys_find(&table.keys, kind, id, model_id)
     if key != LDD_NO_KEY:
+        _begin(table)
         ldd_cache_release_key(table, key)
+        _end(table)
     ldd_unlock(&table.mutex)
     return LDD_OK
 
@@ -433,7 +459,7 @@ cdef ldd_status ldd_table_resolve(ldd_table* table, uint32_t kind, uint64_t id, 
     cdef ldd_status st = LDD_OK
     if kind == KEY_BY_ID:
         return _pin_by_id(table, id, batch_index, view, detail)
-    ldd_lock(&table.mutex)
+    _lock_now(table)
     key = ldd_keys_find(&table.keys, kind, id, model_id)
     if key != LDD_NO_KEY:
         ldd_cache_pin(table, table.keys.entries[key].cache_slot, table.keys.entries[key].batch_slot, view)
@@ -456,7 +482,7 @@ cdef ldd_status ldd_table_pin_range(ldd_table* table, uint64_t addr, uint64_t nu
     cdef ldd_range* bounds
     cdef ldd_cache* cache
     if num_bytes != 0 and last >= addr:
-        ldd_lock(&table.mutex)
+        _lock_now(table)
         for i in range(table.num_caches):
             bounds = &table.ranges[i]
             if addr < bounds.first or last > bounds.last:
@@ -476,11 +502,16 @@ cdef ldd_status ldd_table_pin_range(ldd_table* table, uint64_t addr, uint64_t nu
 
 cdef void ldd_table_unpin(ldd_table* table, uint32_t slot, uint32_t generation) noexcept nogil:
     cdef ldd_cache* cache
-    ldd_lock(&table.mutex)
+    _lock_now(table)
     if slot < table.cache_capacity:
         cache = &table.caches[slot]
         if cache.cache_id != 0 and cache.generation == generation and cache.pins != 0:
-            ldd_cache_unpin(table, slot)
+            if cache.published:
+                ldd_cache_unpin(table, slot)
+            else:
+                _begin(table)
+                ldd_cache_unpin(table, slot)
+                _end(table)
     ldd_unlock(&table.mutex)
 
 
@@ -490,7 +521,7 @@ cdef ldd_status ldd_table_take(ldd_table* table, uint32_t key_index, uint32_t ke
     cdef ldd_cache* cache
     cdef int taken
     cdef ldd_status st = LDD_OK
-    ldd_lock(&table.mutex)
+    _lock_now(table)
     # The handle may come from a peer: only an entry in use, of the very generation, that keeps memory, is taken.
     if key_index < table.keys.num_entries and key_generation & 1:
         key = &table.keys.entries[key_index]
@@ -505,7 +536,9 @@ cdef ldd_status ldd_table_take(ldd_table* table, uint32_t key_index, uint32_t ke
                 if taken < 0:
                     st = taken
                 elif taken:
+                    _begin(table)
                     ldd_cache_release_key(table, key_index)
+                    _end(table)
     ldd_unlock(&table.mutex)
     return st
 
@@ -515,13 +548,15 @@ cdef ldd_status ldd_table_clear(ldd_table* table, int64_t deadline_ns, ldd_detai
     cdef ldd_status st = _lock(table, deadline_ns, detail)
     if st != LDD_OK:
         return st
+    _begin(table)
     while i < table.num_caches:
         num_caches = table.num_caches
         ldd_cache_close(table, table.ranges[i].slot, True)
         if table.num_caches == num_caches:          # pinned; otherwise the last one has moved to i
             i += 1
+    _end(table)
     while st == LDD_OK and table.num_caches:
-        st = ldd_cond_wait_until(&table.drained, &table.mutex, deadline_ns)
+        st = _wait_drained(table, deadline_ns)
     if table.num_caches:
         slot = table.ranges[0].slot
         ldd_fail(detail, st, b"%u caches are still read or written, among them cache %lld by %u transfers",
@@ -532,12 +567,28 @@ cdef ldd_status ldd_table_clear(ldd_table* table, int64_t deadline_ns, ldd_detai
     return st
 
 
+cdef ldd_status _wait_drained(ldd_table* table, int64_t deadline_ns) noexcept nogil:
+    """Sleep until some cache went away. Hazards are dropped without a word, so look after them now and then."""
+    cdef int64_t until = deadline_ns
+    cdef ldd_status st
+    if table.num_zombies:
+        until = min(deadline_ns, ldd_now_ns() + HAZARD_POLL_NS)
+    st = ldd_cond_wait_until(&table.drained, &table.mutex, until)
+    if table.num_zombies:
+        _begin(table)
+        ldd_cache_bury(table)
+        _end(table)
+        if ldd_now_ns() < deadline_ns:
+            return LDD_OK
+    return st
+
+
 cdef void ldd_table_stats(ldd_table* table, ldd_table_counts* counts) noexcept nogil:
-    ldd_lock(&table.mutex)
+    _lock_now(table)
     counts.num_owned = table.num_owned
     counts.num_registered = table.num_caches - table.num_owned
     counts.num_keys = table.keys.num_keys - table.num_caches
-    counts.num_pins = table.num_pins
+    counts.num_pins = table.num_pins + ldd_cache_count_hazards(table)
     counts.num_deferred = table.num_deferred
     counts.owned_bytes = table.owned_bytes
     counts.registered_bytes = table.registered_bytes
@@ -549,7 +600,7 @@ cdef void ldd_table_stats(ldd_table* table, ldd_table_counts* counts) noexcept n
 cdef size_t ldd_table_snapshot(ldd_table* table, ldd_cache_row* rows, size_t capacity) noexcept nogil:
     cdef size_t i, count
     cdef ldd_cache* cache
-    ldd_lock(&table.mutex)
+    _lock_now(table)
     count = table.num_caches
     for i in range(min(count, capacity)):
         cache = &table.caches[table.ranges[i].slot]
@@ -566,16 +617,115 @@ cdef size_t ldd_table_snapshot(ldd_table* table, ldd_cache_row* rows, size_t cap
     return count
 
 
+# The mutex, and what peers have left to be done: every entry to the table goes through one of these.
+
 cdef inline ldd_status _lock(ldd_table* table, int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
     cdef ldd_status st = ldd_lock_until(&table.mutex, deadline_ns)
-    return st if st == LDD_OK else ldd_fail(detail, st, b"the cache table was busy until the deadline")
+    if st != LDD_OK:
+        return ldd_fail(detail, st, b"the cache table was busy until the deadline")
+    if ldd_load64(&table.board.desk.doorbell) != table.seen_doorbell or table.num_zombies:
+        _take_in(table)
+    return LDD_OK
+
+
+cdef inline void _lock_now(ldd_table* table) noexcept nogil:
+    ldd_lock(&table.mutex)
+    if ldd_load64(&table.board.desk.doorbell) != table.seen_doorbell or table.num_zombies:
+        _take_in(table)
+
+
+cdef inline void _begin(ldd_table* table) noexcept nogil:
+    """Something that peers read is about to change."""
+    ldd_seq_begin(&table.board.head.seq)
+
+
+cdef inline void _end(ldd_table* table) noexcept nogil:
+    table.board.head.which_cells = table.keys.which
+    table.board.head.mask = table.keys.mask
+    ldd_seq_end(&table.board.head.seq)
+
+
+cdef void _take_in(ldd_table* table) noexcept nogil:
+    """Release the keys that peers say they pulled, and free what their hazards kept."""
+    cdef uint32_t i
+    table.seen_doorbell = ldd_load64(&table.board.desk.doorbell)
+    _begin(table)
+    for i in range(table.num_lanes):
+        _read_ring(table, &table.lanes[i])
+    if table.num_zombies:
+        ldd_cache_bury(table)
+    _end(table)
+
+
+cdef void _read_ring(ldd_table* table, ldd_lane_reader* reader) noexcept nogil:
+    cdef uint32_t head = ldd_load32(&reader.lane.ring_head), key_index, generation
+    cdef ldd_key* key
+    if head - reader.tail > LDD_LANE_RING:          # only a peer that breaks the rules gets there
+        reader.tail = head - LDD_LANE_RING
+    while reader.tail != head:
+        key_index = reader.lane.ring[reader.tail % LDD_LANE_RING].key_index
+        generation = reader.lane.ring[reader.tail % LDD_LANE_RING].key_generation
+        reader.tail += 1
+        if key_index < table.keys.num_entries and generation & 1:
+            key = &table.keys.entries[key_index]
+            if key.generation == generation and key.kind == KEY_REQ and table.caches[key.cache_slot].owned:
+                ldd_cache_release_key(table, key_index)
+    ldd_store32(&reader.lane.ring_tail, reader.tail)
+
+
+cdef ldd_status ldd_table_add_lane(ldd_table* table, ldd_lane* lane) noexcept nogil:
+    cdef ldd_lane_reader* grown
+    cdef ldd_status st = LDD_OK
+    _lock_now(table)
+    if table.num_lanes == table.lane_capacity:
+        grown = <ldd_lane_reader*>realloc(table.lanes, (table.lane_capacity * 2 + 8) * sizeof(ldd_lane_reader))
+        if grown == NULL:
+            st = LDD_E_NO_MEMORY
+        else:
+            table.lanes = grown
+            table.lane_capacity = table.lane_capacity * 2 + 8
+    if st == LDD_OK:
+        table.lanes[table.num_lanes].lane = lane
+        table.lanes[table.num_lanes].tail = 0
+        table.num_lanes += 1
+    ldd_unlock(&table.mutex)
+    return st
+
+
+cdef void ldd_table_remove_lane(ldd_table* table, ldd_lane* lane) noexcept nogil:
+    cdef uint32_t i
+    _lock_now(table)
+    _begin(table)
+    for i in range(table.num_lanes):
+        if table.lanes[i].lane == lane:
+            _read_ring(table, &table.lanes[i])
+            table.num_lanes -= 1
+            table.lanes[i] = table.lanes[table.num_lanes]
+            break
+    if table.num_zombies:
+        ldd_cache_bury(table)
+    _end(table)
+    ldd_unlock(&table.mutex)
+
+
+cdef void ldd_table_take_in(ldd_table* table) noexcept nogil:
+    _lock_now(table)
+    ldd_unlock(&table.mutex)
+
+
+cdef void ldd_table_set_epoch(ldd_table* table, uint64_t region_epoch) noexcept nogil:
+    ldd_lock(&table.mutex)
+    _begin(table)
+    table.board.head.region_epoch = region_epoch
+    _end(table)
+    ldd_unlock(&table.mutex)
 
 
 cdef ldd_status _pin_by_id(ldd_table* table, uint64_t cache_id, uint64_t batch_index, ldd_cache_view* view,
                            ldd_detail* detail) noexcept nogil:
     cdef uint32_t slot
     cdef uint64_t batch = 0
-    ldd_lock(&table.mutex)
+    _lock_now(table)
     slot = ldd_cache_find(table, <int64_t>cache_id)
     if slot != LDD_NO_SLOT and table.caches[slot].published:
         batch = 1 if table.caches[slot].is_blocks else table.caches[slot].num_slots

@@ -41,7 +41,7 @@ cdef class Provider:
         ldd_provider_close(self.table)
 
     @staticmethod
-    def open(str which="auto"):
+    def open(str which not None="auto"):
         """Open a provider and look up its symbols.
 
         Parameters

@@ -10,7 +10,7 @@ from .ask cimport ldd_ask_unlink, ldd_exchange, ldd_link_ready
 from .net cimport SIGNAL_SLICE_MS, net_check_signals, net_connect, net_local_ip, net_peer_ip
 from .node cimport (LINK_ACTIVE, LINK_CLOSED, ORIGIN_COMM, ORIGIN_LOCAL, ldd_attempt, ldd_link, ldd_link_drop,
                     ldd_link_end, ldd_link_new, ldd_link_publish, ldd_link_unref)
-from .region cimport ldd_regions_serve
+from .region cimport ldd_regions_own_endpoint, ldd_regions_serve
 from .service cimport ldd_service_serve
 from .status cimport (LDD_E_ALREADY_LINKED, LDD_E_FAILED, LDD_E_LINK_FAILED, LDD_E_NO_MEMORY,
                       LDD_E_TIMEOUT, LDD_E_UNLINK_FAILED, LDD_E_INTERRUPTED, LDD_OK, ldd_fail)
@@ -117,6 +117,7 @@ cdef ldd_status greet(ldd_link* link, int fd, uint16_t direction, const uint8_t*
     if comm != NULL:
         memcpy(hello.comm, comm, 32)
     hello.data_port = data_port
+    ldd_regions_own_endpoint(&link.node.regions, hello.endpoint)
     status = ldd_exchange(fd, direction + 1, LDD_FRAME_HELLO, &hello, sizeof(hello), LDD_FRAME_WELCOME, answer,
                           sizeof(ldd_welcome), NULL, NULL, deadline_ns, detail)
     if status < 0:
@@ -151,6 +152,7 @@ cdef ldd_status open_parts(ldd_link* link, const char* ip, int port, const uint8
     memcpy(link.instance, answer.instance, 16)
     memcpy(link.data_ip, <char*>answer.data_ip if answer.data_ip[0] else <char*>link.peer_ip, sizeof(link.data_ip))
     link.data_port = answer.data_port
+    memcpy(link.endpoint, answer.endpoint, sizeof(link.endpoint))
     status = ldd_link_ready(link, 0, deadline_ns, detail)
     if status < 0:
         return status if status == LDD_E_TIMEOUT or status == LDD_E_INTERRUPTED else LDD_E_LINK_FAILED

@@ -16,7 +16,7 @@ from .ask cimport ldd_ask_ping
 from .cache_table cimport (LDD_CACHE_BLOCKS, LDD_CACHE_HOST, LDD_CACHE_LAST_KEY_WINS, LDD_CACHE_REMOTE,
                            ldd_cache_row, ldd_cache_view, ldd_key_spec, ldd_table_allocate, ldd_table_clear,
                            ldd_table_counts, ldd_table_create, ldd_table_deallocate, ldd_table_destroy,
-                           ldd_table_pin_local, ldd_table_register, ldd_table_remove_key, ldd_table_snapshot,
+                           ldd_table_pin_local, ldd_table_register, ldd_table_remove_key, ldd_table_set_epoch, ldd_table_snapshot,
                            ldd_table_stats, ldd_table_unpin, ldd_table_unregister)
 from .cann cimport ACL_MEM_MALLOC_HUGE_FIRST, ACL_MEMCPY_DEFAULT, aclrtContext
 from .connect cimport ldd_link_close, ldd_link_open, ldd_random
@@ -27,8 +27,10 @@ from .local_copy cimport (ldd_local_copy, ldd_op_list_clear, ldd_op_list_free, l
 from .net cimport net_listen
 from .node cimport (ORIGIN_COMM, ldd_link, ldd_link_begin, ldd_link_end, ldd_link_existed, ldd_links_drop, ldd_node_close,
                     ldd_node_destroy, ldd_node_init)
+from .peek cimport ldd_board_name
 from .pool cimport ldd_pool_create, ldd_pool_destroy, ldd_pool_free_bytes, ldd_pool_largest_bytes
-from .region cimport ldd_regions_add, ldd_regions_close, ldd_regions_init, ldd_regions_remove, ldd_regions_serve
+from .region cimport (ldd_regions_add, ldd_regions_close, ldd_regions_epoch, ldd_regions_init, ldd_regions_remove,
+                      ldd_regions_serve, ldd_regions_set_endpoints)
 from .service cimport ldd_service_listen, ldd_service_start, ldd_service_stop, ldd_service_unlisten
 from .status cimport (LDD_E_FAILED, LDD_E_INTERRUPTED, LDD_E_LINK_BUSY, LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_OK, check,
                       ldd_fail, raise_status)
@@ -45,6 +47,15 @@ cdef enum:
     ACL_REPEAT_INITIALIZE = 100002
     LISTEN_BACKLOG = 1024
     CLOSE_GRACE_NS = 2000000000                 # on top of the time running transfers may still take
+
+
+# One side of swap_blocks: a cache of the table, or memory of the caller.
+ctypedef struct ldd_swap_end:
+    int64_t cache_id                            # of the table, unless `own`
+    uint64_t* own                               # addresses of caller memory
+    bint pinned
+    ldd_cache_view view
+    ldd_slots slots
 
 
 cdef inline void start_detail(ldd_detail* detail) noexcept nogil:
@@ -158,13 +169,19 @@ cdef class Engine:
     def _open_all(self, options):
         cdef ldd_detail detail
         cdef ldd_status status
+        cdef char name[80]
         start_detail(&detail)
         ldd_random(self.node.instance, sizeof(self.node.instance))
         self.node.sync_timeout_ns = <int64_t>options.sync_timeout_ms * 1000000
+        self.node.shares_table = shares_table(os.environ)
         self.node.mode = LDD_MODE_REMOTE_ACCESSIBLE if options.remote_cache_accessible else 0
         with nogil:
             status = ldd_table_create(&self.table, &detail)
         self.node.table = self.table
+        self.raise_for(status, &detail, b"init")
+        endpoints = b"".join(options.endpoints)
+        status = ldd_regions_set_endpoints(&self.node.regions, <const char*>endpoints,
+                                           <uint32_t>len(options.endpoints))
         self.raise_for(status, &detail, b"init")
         self._open_device()
         if options.device_pool is not None:
@@ -174,6 +191,9 @@ cdef class Engine:
         with nogil:
             status = ldd_service_start(&self.service, &self.node, &detail)
         self.raise_for(status, &detail, b"init")
+        if self.node.shares_table:
+            ldd_board_name(self.node.instance, name, sizeof(name))
+            self.listen_at(name.decode(), 0)
         if options.listen is not None:
             self.set_listener(options.listen)
 
@@ -233,6 +253,7 @@ cdef class Engine:
                 status = ldd_pool_create(<uint64_t>memory[0], nbytes, page_shift, pool, &detail)
                 if status == LDD_OK:
                     status = ldd_regions_add(&self.node.regions, <uint64_t>memory[0], nbytes, host, &detail)
+                    ldd_table_set_epoch(self.table, ldd_regions_epoch(&self.node.regions))
             ldd_context_leave(&self.node, before)
         self.raise_for(status, &detail, b"init")
 
@@ -379,6 +400,8 @@ cdef class Engine:
                     if status < 0:
                         break
                     done += 1
+                # Before the cache can be found: a peer that finds it must know that there are new regions.
+                ldd_table_set_epoch(self.table, ldd_regions_epoch(&self.node.regions))
                 if status == LDD_OK:
                     status = ldd_table_register(self.table, array, num_tensors, num_slots, tensor_bytes, flags,
                                                 specs, num_keys, &cache_id,
@@ -407,6 +430,7 @@ cdef class Engine:
         for addr in addrs:
             with nogil:
                 ldd_regions_remove(&self.node.regions, addr, nbytes)
+        ldd_table_set_epoch(self.table, ldd_regions_epoch(&self.node.regions))
 
     def remove_key(self, uint32_t kind, uint64_t id, uint64_t model_id):
         """Unbind a key; its cache is freed when nothing else holds it. Unknown keys are no-ops."""
@@ -579,30 +603,47 @@ cdef class Engine:
                 ldd_table_unpin(self.table, view.slot, view.generation)
         self.raise_for(status, &detail, b"copy_blocks")
 
-    def swap_blocks(self, src_addrs, uint64_t num_src_blocks, dst_addrs, uint64_t num_dst_blocks, uint64_t block_bytes,
-                    src_blocks, dst_blocks):
-        """Copy blocks between two blocks caches given by their addresses, pair after pair."""
+    def swap_blocks(self, src, dst, uint32_t num_tensors, uint64_t block_bytes, src_blocks, dst_blocks):
+        """Copy blocks between two caches, pair after pair.
+
+        `src` and `dst` are each a cache id, or addresses of caller memory and how many blocks lie there. What a cache
+        id names is pinned meanwhile, and its own record bounds the copy.
+        """
         cdef ldd_detail detail
-        cdef ldd_status status
-        cdef IndexList src = IndexList.parse(src_blocks, "src_to_dst keys")
-        cdef IndexList dst = IndexList.parse(dst_blocks, "src_to_dst values")
-        cdef size_t num_tensors = len(src_addrs)
-        cdef uint64_t* src_array = NULL
-        cdef uint64_t* dst_array = NULL
+        cdef ldd_status status = LDD_OK
+        cdef IndexList pair_src = IndexList.parse(src_blocks, "src_to_dst keys")
+        cdef IndexList pair_dst = IndexList.parse(dst_blocks, "src_to_dst values")
+        cdef ldd_swap_end ends[2]
+        cdef uint32_t i
         self.require_open()
         start_detail(&detail)
+        memset(ends, 0, sizeof(ends))
         try:
-            src_array = address_array(src_addrs)
-            dst_array = address_array(dst_addrs)
+            for i, end in enumerate((src, dst)):
+                if isinstance(end, int):
+                    ends[i].cache_id = end
+                else:
+                    addrs, ends[i].slots.num_slots = end
+                    ends[i].slots.addrs = ends[i].own = address_array(addrs)
+                    ends[i].slots.num_tensors = <size_t>len(addrs)
+                    ends[i].slots.stride = block_bytes
             with nogil:
-                ldd_lock(&self._copy_lock)
-                status = ldd_plan_swap_blocks(&self._ops, src_array, src.data, num_src_blocks, dst_array, dst.data,
-                                              num_dst_blocks, num_tensors, block_bytes, src.length, &detail)
-                status = self._copy_planned(status, ldd_now_ns() + self.node.sync_timeout_ns, &detail)
+                for i in range(2):
+                    if status == LDD_OK:
+                        status = open_end(self.table, &ends[i], num_tensors, block_bytes, &detail)
+                if status == LDD_OK:
+                    ldd_lock(&self._copy_lock)
+                    status = ldd_plan_swap_blocks(
+                        &self._ops, ends[0].slots.addrs, pair_src.data, ends[0].slots.num_slots, ends[1].slots.addrs,
+                        pair_dst.data, ends[1].slots.num_slots, num_tensors, block_bytes, pair_src.length, &detail)
+                    status = self._copy_planned(status, ldd_now_ns() + self.node.sync_timeout_ns, &detail)
+                for i in range(2):
+                    if ends[i].pinned:
+                        ldd_table_unpin(self.table, ends[i].view.slot, ends[i].view.generation)
             self.raise_for(status, &detail, b"swap_blocks")
         finally:
-            free(src_array)
-            free(dst_array)
+            free(ends[0].own)
+            free(ends[1].own)
 
     # ----------------------------------------------------------------------------------------------- links
 
@@ -829,11 +870,40 @@ cdef ldd_status ping_link(ldd_node* node, uint64_t cluster_id, int64_t deadline_
     return status
 
 
+def shares_table(environ):
+    """Whether processes on this host look up each other's caches in shared memory.
+
+    Variable ``LLM_DATADIST_SHARED_TABLE``: 1 (default) or 0; it goes with the shared mapping, so it is off where
+    ``LLM_DATADIST_HOST_PATHS`` leaves "shm" out.
+    """
+    paths = environ.get("LLM_DATADIST_HOST_PATHS", "")
+    if paths and "shm" not in paths.replace("|", ",").split(","):
+        return False
+    return environ.get("LLM_DATADIST_SHARED_TABLE", "1") != "0"
+
+
 cdef void fill_slots(ldd_slots* out, const ldd_cache_view* view) noexcept nogil:
     out.addrs = view.addrs
     out.num_tensors = view.num_tensors
     out.num_slots = view.num_slots
     out.stride = view.stride
+
+
+cdef ldd_status open_end(ldd_table* table, ldd_swap_end* end, uint32_t num_tensors, uint64_t block_bytes,
+                         ldd_detail* detail) noexcept nogil:
+    """Pin what a cache id names, and hold either end against what the pairs will be planned with."""
+    cdef ldd_status status
+    if end.own == NULL:
+        status = ldd_table_pin_local(table, end.cache_id, &end.view, detail)
+        if status < 0:
+            return status
+        end.pinned = True
+        fill_slots(&end.slots, &end.view)
+    if end.slots.num_tensors != num_tensors or end.slots.stride != block_bytes:
+        return ldd_fail(detail, LDD_E_PARAM,
+                        b"%u tensors with blocks of %llu bytes were described, but there are %zu with %llu", num_tensors,
+                        <unsigned long long>block_bytes, end.slots.num_tensors, <unsigned long long>end.slots.stride)
+    return LDD_OK
 
 
 cdef bint ip_is_specific(const char* ip) noexcept nogil:

@@ -29,9 +29,19 @@ cdef void ldd_keys_destroy(ldd_keys* keys) noexcept nogil:
     cdef uint32_t i
     for i in range(keys.num_entries):
         free(keys.entries[i].taken)
-    free(keys.entries)
-    free(keys.cells)
+    if keys.homes[0] == NULL:
+        free(keys.entries)
+        free(keys.cells)
     ldd_keys_init(keys)
+
+
+cdef void ldd_keys_place(ldd_keys* keys, ldd_cell* first_home, ldd_cell* second_home, uint32_t max_cells,
+                         ldd_key* entries, uint32_t max_entries) noexcept nogil:
+    keys.homes[0] = first_home
+    keys.homes[1] = second_home
+    keys.max_cells = max_cells
+    keys.entries = entries
+    keys.max_entries = max_entries
 
 
 cdef ldd_status ldd_keys_reserve(ldd_keys* keys, uint32_t count) noexcept nogil:
@@ -41,13 +51,18 @@ cdef ldd_status ldd_keys_reserve(ldd_keys* keys, uint32_t count) noexcept nogil:
     if wanted > keys.entry_capacity:
         capacity = keys.entry_capacity + (keys.entry_capacity >> 1)
         capacity = max(max(capacity, wanted), <uint64_t>MIN_ENTRIES)
-        if capacity >= LDD_NO_KEY:
-            return LDD_E_NO_MEMORY
-        entries = <ldd_key*>realloc(keys.entries, capacity * sizeof(ldd_key))
-        if entries == NULL:
-            return LDD_E_NO_MEMORY
-        keys.entries = entries
-        keys.entry_capacity = <uint32_t>capacity
+        if keys.homes[0] != NULL:
+            if wanted > keys.max_entries:
+                return LDD_E_NO_MEMORY
+            keys.entry_capacity = <uint32_t>min(capacity, <uint64_t>keys.max_entries)
+        else:
+            if capacity >= LDD_NO_KEY:
+                return LDD_E_NO_MEMORY
+            entries = <ldd_key*>realloc(keys.entries, capacity * sizeof(ldd_key))
+            if entries == NULL:
+                return LDD_E_NO_MEMORY
+            keys.entries = entries
+            keys.entry_capacity = <uint32_t>capacity
     if wanted * 4 > num_cells * 3:
         num_cells = max(num_cells, <uint64_t>MIN_CELLS)
         while wanted * 4 > num_cells * 3:
@@ -73,6 +88,23 @@ cdef uint32_t ldd_keys_find(const ldd_keys* keys, uint32_t kind, uint64_t id, ui
                 return cell.key
         at = (at + 1) & mask
         distance += 1
+
+
+cdef uint32_t ldd_keys_peek(const ldd_cell* cells, uint32_t mask, const ldd_key* entries, uint32_t max_entries,
+                            uint32_t kind, uint64_t id, uint64_t model_id) noexcept nogil:
+    cdef uint32_t hash = _hash(kind, id, model_id)
+    cdef uint32_t at = hash & mask, distance, key
+    cdef ldd_cell cell
+    for distance in range(mask):
+        cell = cells[at]
+        if cell.key == LDD_NO_KEY or ((at - cell.hash) & mask) < distance:
+            return LDD_NO_KEY
+        if cell.hash == hash and cell.key < max_entries:
+            key = cell.key
+            if entries[key].id == id and entries[key].model_id == model_id and entries[key].kind == kind:
+                return key
+        at = (at + 1) & mask
+    return LDD_NO_KEY
 
 
 cdef uint32_t ldd_keys_add(ldd_keys* keys, uint32_t kind, uint64_t id, uint64_t model_id, uint32_t cache_slot,
@@ -186,15 +218,22 @@ cdef ldd_status _rehash(ldd_keys* keys, uint64_t num_cells) noexcept nogil:
     cdef uint32_t mask = <uint32_t>(num_cells - 1), at
     if num_cells - 1 > UINT32_MAX >> 1:
         return LDD_E_NO_MEMORY
-    cells = <ldd_cell*>malloc(num_cells * sizeof(ldd_cell))
-    if cells == NULL:
-        return LDD_E_NO_MEMORY
+    if keys.homes[0] != NULL:
+        if num_cells > keys.max_cells:
+            return LDD_E_NO_MEMORY
+        cells = keys.homes[1 - keys.which]
+    else:
+        cells = <ldd_cell*>malloc(num_cells * sizeof(ldd_cell))
+        if cells == NULL:
+            return LDD_E_NO_MEMORY
     memset(cells, 0xff, num_cells * sizeof(ldd_cell))       # LDD_NO_KEY everywhere
     if keys.cells != NULL:
         for at in range(keys.mask + 1):
             if keys.cells[at].key != LDD_NO_KEY:
                 _place(cells, mask, keys.cells[at].hash, keys.cells[at].key)
-    free(keys.cells)
+    if keys.homes[0] == NULL:
+        free(keys.cells)
+    keys.which = 1 - keys.which
     keys.cells = cells
     keys.mask = mask
     return LDD_OK

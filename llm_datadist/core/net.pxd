@@ -9,6 +9,13 @@ cdef ldd_status net_listen(const char* ip, int port, int backlog, int* fd, int* 
 cdef ldd_status net_send(int fd, const void* data, size_t nbytes, int64_t deadline_ns,
                          ldd_detail* detail) noexcept nogil
 cdef ldd_status net_recv(int fd, void* data, size_t nbytes, int64_t deadline_ns, ldd_detail* detail) noexcept nogil
+# Receive exactly nbytes, and the descriptors that come with them (-1 where there is none).
+cdef ldd_status net_recv_files(int fd, void* data, size_t nbytes, int* files, int num_files,
+                               int64_t deadline_ns) noexcept nogil
+# Send all at once with descriptors; for the first bytes of a connection, which always fit.
+cdef bint net_send_files(int fd, const void* data, size_t nbytes, const int* files, int num_files) noexcept nogil
+# Whether the other end is a process of this user, or of root, on this host.
+cdef bint net_is_own_user(int fd) noexcept nogil
 cdef enum:
     SIGNAL_SLICE_MS = 50                        # how long a wait may go without looking for signals
 # Run pending signal handlers if this is the main thread; nonzero when one raised.

@@ -21,6 +21,7 @@ cdef extern from * nogil:
     #include <stdio.h>
     #include <string.h>
     #include <sys/socket.h>
+    #include <sys/uio.h>
     #include <sys/un.h>
     #include <unistd.h>
 
@@ -85,6 +86,47 @@ cdef extern from * nogil:
         setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
     }
 
+    /* Descriptors travel as ancillary data of the first byte. */
+    static ssize_t ldd_net_recv_files(int fd, void *data, size_t size, int *files, int num_files) {
+        union { char bytes[CMSG_SPACE(8 * sizeof(int))]; struct cmsghdr align; } control;
+        struct iovec part = {.iov_base = data, .iov_len = size};
+        struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = control.bytes,
+                                 .msg_controllen = sizeof control.bytes};
+        ssize_t count = recvmsg(fd, &message, MSG_CMSG_CLOEXEC);
+        for (struct cmsghdr *at = CMSG_FIRSTHDR(&message); count >= 0 && at != NULL; at = CMSG_NXTHDR(&message, at)) {
+            if (at->cmsg_level != SOL_SOCKET || at->cmsg_type != SCM_RIGHTS) continue;
+            int received = (int)((at->cmsg_len - CMSG_LEN(0)) / sizeof(int));
+            for (int i = 0; i < received; i++) {
+                int file;
+                memcpy(&file, CMSG_DATA(at) + i * sizeof(int), sizeof file);
+                if (i < num_files && files[i] < 0) files[i] = file;
+                else close(file);
+            }
+        }
+        return count;
+    }
+
+    static int ldd_net_send_files(int fd, const void *data, size_t size, const int *files, int num_files) {
+        union { char bytes[CMSG_SPACE(8 * sizeof(int))]; struct cmsghdr align; } control;
+        struct iovec part = {.iov_base = (void *)(uintptr_t)data, .iov_len = size};
+        struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = control.bytes,
+                                 .msg_controllen = CMSG_SPACE(num_files * sizeof(int))};
+        memset(&control, 0, sizeof control);
+        struct cmsghdr *header = CMSG_FIRSTHDR(&message);
+        header->cmsg_level = SOL_SOCKET;
+        header->cmsg_type = SCM_RIGHTS;
+        header->cmsg_len = CMSG_LEN(num_files * sizeof(int));
+        memcpy(CMSG_DATA(header), files, num_files * sizeof(int));
+        return sendmsg(fd, &message, MSG_NOSIGNAL) == (ssize_t)size;
+    }
+
+    static int ldd_net_is_own_user(int fd) {
+        struct ldd_ucred { pid_t pid; uid_t uid; gid_t gid; } credentials = {0, (uid_t)-1, (gid_t)-1};
+        socklen_t length = sizeof credentials;
+        if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &credentials, &length) < 0) return 0;
+        return credentials.uid == geteuid() || credentials.uid == 0;
+    }
+
     static int ldd_net_error(int fd) {
         int error = 0;
         socklen_t length = sizeof error;
@@ -115,6 +157,9 @@ cdef extern from * nogil:
     int ldd_net_open(const sockaddr_storage* address)
     void ldd_net_reuse(int fd)
     int ldd_net_error(int fd)
+    ssize_t ldd_net_recv_files(int fd, void* data, size_t size, int* files, int num_files)
+    int ldd_net_send_files(int fd, const void* data, size_t size, const int* files, int num_files)
+    int ldd_net_is_own_user(int fd)
     int ldd_net_name(int fd, int peer, char* text, size_t size)
     int connect(int fd, const sockaddr* address, socklen_t length)
     int bind(int fd, const sockaddr* address, socklen_t length)
@@ -273,3 +318,33 @@ cdef ldd_status net_recv(int fd, void* data, size_t nbytes, int64_t deadline_ns,
         elif errno != EINTR:
             return ldd_fail(detail, LDD_E_FAILED, b"the peer's connection broke: %s", strerror(errno))
     return LDD_OK
+
+
+cdef ldd_status net_recv_files(int fd, void* data, size_t nbytes, int* files, int num_files,
+                               int64_t deadline_ns) noexcept nogil:
+    cdef char* at = <char*>data
+    cdef ssize_t count
+    cdef int i
+    cdef ldd_status status = LDD_OK
+    while nbytes and status == LDD_OK:
+        count = ldd_net_recv_files(fd, at, nbytes, files, num_files)
+        if count > 0:
+            at += count
+            nbytes -= count
+        elif count < 0 and errno == EAGAIN:
+            status = wait_ready(fd, POLLIN, deadline_ns, b"waiting for the peer's files", NULL)
+        elif count == 0 or errno != EINTR:
+            status = LDD_E_FAILED
+    for i in range(num_files):
+        if status < 0 and files[i] >= 0:
+            close(files[i])
+            files[i] = -1
+    return status
+
+
+cdef bint net_send_files(int fd, const void* data, size_t nbytes, const int* files, int num_files) noexcept nogil:
+    return ldd_net_send_files(fd, data, nbytes, files, num_files) != 0
+
+
+cdef bint net_is_own_user(int fd) noexcept nogil:
+    return ldd_net_is_own_user(fd) != 0

@@ -2,6 +2,7 @@
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 
 from .block_plan cimport ldd_desc_list
+from .board cimport ldd_lane, ldd_peek
 from .cache_table cimport ldd_table
 from .cann cimport HixlClientHandle, aclrtContext, ldd_provider
 from .region cimport ldd_regions
@@ -58,8 +59,11 @@ ctypedef struct ldd_link:
     HixlClientHandle client
     char data_ip[64]
     uint32_t data_port
+    uint8_t endpoint[160]                       # the peer's EndpointDesc; all zero where there is none
     uint64_t seen_epoch                         # of the peer's regions
     ldd_desc_list descs
+    ldd_peek* peek                              # the peer's shared table, see peek.pyx
+    bint peek_tried
     uint8_t* reply
     size_t reply_capacity
     # answering: the service thread alone
@@ -67,6 +71,7 @@ ctypedef struct ldd_link:
     uint32_t num_leases
     uint32_t lease_capacity
     uint32_t next_lease
+    ldd_lane* lane                              # what the peer writes while it reads our table
     # counters, relaxed
     uint64_t pulled_bytes
     uint64_t pushed_bytes
@@ -86,6 +91,7 @@ ctypedef struct ldd_node:
     uint8_t instance[16]
     uint32_t mode                               # LDD_MODE_* bits; both ends of a link must agree
     int64_t sync_timeout_ns
+    bint shares_table                           # with peers on this host, both ways
     int32_t owner_pid
     ldd_mutex lock                        # guards the set and the fields said above; a leaf lock
     ldd_cond idle                         # signalled when a link's last operation ends

@@ -12,6 +12,7 @@ from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memset, strncpy
 
 from .block_plan cimport ldd_desc_list_free, ldd_desc_list_init
+from .board cimport ldd_peek_free
 from .net cimport net_shutdown
 from .status cimport LDD_E_NOT_LINKED, LDD_E_NO_MEMORY, LDD_E_FAILED, LDD_OK, ldd_fail
 from .sync cimport (ldd_cond_broadcast, ldd_cond_destroy, ldd_cond_init, ldd_cond_wait_until, ldd_lock,
@@ -58,6 +59,7 @@ cdef void destroy(ldd_link* link) noexcept nogil:
         link.node.provider.hixl.HixlCSClientDestroy(link.client)
     if link.ask_fd >= 0:
         close(link.ask_fd)
+    ldd_peek_free(link.peek)
     ldd_desc_list_free(&link.descs)
     free(link.reply)
     free(link.leases)

@@ -191,8 +191,8 @@ cdef ldd_status ldd_pool_alloc_tensors(ldd_pool* pool, uint32_t num_tensors, uin
         return ldd_fail(detail, LDD_E_PARAM, b"%u tensors of %llu bytes were asked for; both must be at least 1",
                         num_tensors, <unsigned long long>tensor_bytes)
     ldd_lock(&pool.mutex)
-    # Compared by division: pages * num_tensors may pass 2**64.
-    if pages > pool.num_free_pages or num_tensors > pool.num_free_pages // pages:
+    # In this order the product cannot overflow: both factors are below 2**32.
+    if pages > pool.num_free_pages or pages * num_tensors > pool.num_free_pages:
         st = _no_room(pool, num_tensors, tensor_bytes, detail)
         ldd_unlock(&pool.mutex)
         return st

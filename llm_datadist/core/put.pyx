@@ -21,7 +21,7 @@ from .node cimport (ldd_link, ldd_link_begin, ldd_link_end, ldd_link_ref, ldd_li
 from .status cimport LDD_E_NOT_LINKED, LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_OK, ldd_detail, ldd_fail, ldd_status
 from .sync cimport ldd_now_ns, ldd_unlock
 from .transfer cimport ldd_context_enter, ldd_context_leave, ldd_link_lock, ldd_move
-from .wire cimport LDD_DESC_BLOCKS, LDD_WIRE_MAX_RANGES, ldd_range
+from .wire cimport LDD_DESC_BLOCKS, LDD_MODE_REMOTE_ACCESSIBLE, LDD_WIRE_MAX_RANGES, ldd_range
 
 
 @cython.final
@@ -41,7 +41,7 @@ cdef class RemotePut:
     ------
     LLMException
         LLM_KV_CACHE_NOT_EXIST for an unknown source, LLM_NOT_YET_LINK without a link, LLM_PARAM_INVALID for this
-        process's own cluster id.
+        process's own cluster id, or a source that must be remote accessible and is not.
     """
     cdef Engine _engine
     cdef ldd_link* _link                        # one reference
@@ -50,7 +50,8 @@ cdef class RemotePut:
     cdef uint32_t _lease                        # 0: not aimed yet
     cdef uint64_t* _addrs                       # tensor bases in the peer
     cdef uint32_t _num_tensors
-    cdef uint64_t _num_slots                    # of the destination; UINT64_MAX where only addresses are known
+    cdef uint64_t _num_slots                    # of the destination; 0 where only addresses are known
+    cdef uint64_t _reach                        # bytes from an address on up to the end of what is leased; 0 with a key
     cdef uint64_t _stride                       # of the destination, bytes; 0 where only addresses are known
     cdef uint64_t _batch_offset                 # of the destination slot, bytes
     cdef uint64_t _region_epoch
@@ -70,6 +71,10 @@ cdef class RemotePut:
             status = ldd_table_pin_local(engine.table, cache_id, &self._local, &detail)
             if status == LDD_OK:
                 self._pinned = True
+                if engine.node.mode & LDD_MODE_REMOTE_ACCESSIBLE and not self._local.remote_accessible:
+                    status = ldd_fail(&detail, LDD_E_PARAM, b"local cache %lld is not remote accessible",
+                                      <long long>cache_id)
+            if status == LDD_OK:
                 status = ldd_link_begin(&engine.node, cluster_id, &self._link, &detail)
                 if status == LDD_OK:
                     ldd_link_ref(self._link)
@@ -150,7 +155,7 @@ cdef class RemotePut:
                     &detail, LDD_E_PARAM, b"%u addresses given, 1 to %u are possible", n,
                     <uint32_t>LDD_WIRE_MAX_RANGES), &detail, b"transfer_cache_async")
             self._num_tensors = n
-            self._num_slots = <uint64_t>-1
+            self._reach = first_byte + nbytes
             with nogil:
                 status = self._begin(&detail)
                 if status == LDD_OK:
@@ -192,6 +197,10 @@ cdef class RemotePut:
                             remote_first, remote_first + count, self._num_tensors)
         return LDD_OK
 
+    cdef uint64_t _num_blocks(self, uint64_t block_bytes) noexcept nogil:
+        """How many blocks of a destination tensor may be written."""
+        return self._num_slots if self._stride else self._reach // max(block_bytes, <uint64_t>1)
+
     cdef ldd_status _move(self, ldd_status planned, ldd_detail* detail) noexcept nogil:
         """Carry out the link's plan. The link is locked."""
         cdef int64_t deadline_ns = ldd_now_ns() + self._engine.node.sync_timeout_ns
@@ -214,9 +223,12 @@ cdef class RemotePut:
             if status == LDD_OK and local_slot >= self._local.num_slots:
                 status = ldd_fail(&detail, LDD_E_PARAM, b"batch index %llu is outside the source's %llu",
                                   <unsigned long long>local_slot, <unsigned long long>self._local.num_slots)
-            if status == LDD_OK and self._stride and (self._is_blocks or self._stride != self._local.stride):
+            if status == LDD_OK and self._stride and (self._is_blocks != self._local.is_blocks
+                                                      or self._stride != self._local.stride):
                 status = ldd_fail(&detail, LDD_E_PARAM,
-                                  b"the source's stride is %llu bytes; the destination is a %s cache with %llu",
+                                  b"the source is a %s cache with a stride of %llu bytes; the destination is a %s "
+                                  b"cache with %llu",
+                                  <const char*>b"blocks" if self._local.is_blocks else <const char*>b"contiguous",
                                   <unsigned long long>self._local.stride,
                                   <const char*>b"blocks" if self._is_blocks else <const char*>b"contiguous",
                                   <unsigned long long>self._stride)
@@ -254,8 +266,8 @@ cdef class RemotePut:
                     ldd_desc_list_clear(&self._link.descs)
                     status = ldd_plan_slot_to_blocks(
                         &self._link.descs, self._local.addrs + local_first, local_slot * self._local.stride,
-                        self._local.stride, self._addrs + remote_first, dst_blocks.data, self._num_slots, count,
-                        block_bytes, dst_blocks.length, True, &detail)
+                        self._local.stride, self._addrs + remote_first, dst_blocks.data,
+                        self._num_blocks(block_bytes), count, block_bytes, dst_blocks.length, True, &detail)
                     status = self._move(status, &detail)
                     self._end()
         self._engine.raise_for(status, &detail, b"transfer_cache_async")
@@ -278,8 +290,8 @@ cdef class RemotePut:
                 if status == LDD_OK:
                     ldd_desc_list_clear(&self._link.descs)
                     status = ldd_plan_blocks(
-                        &self._link.descs, self._addrs + remote_first, dst_blocks.data, self._num_slots,
-                        self._local.addrs + local_first, src_blocks.data, self._local.num_slots, count,
+                        &self._link.descs, self._addrs + remote_first, dst_blocks.data,
+                        self._num_blocks(self._local.stride), self._local.addrs + local_first, src_blocks.data, self._local.num_slots, count,
                         self._local.stride, dst_blocks.length, True, &detail)
                     status = self._move(status, &detail)
                     self._end()

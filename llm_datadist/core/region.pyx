@@ -5,11 +5,11 @@ address when the first peer comes in by it, so a process that only ever dials ou
 on loopback alone. Any thread; the lock is held across provider calls that are short.
 """
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport free, realloc
+from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memset, strcmp, strlen, memcpy
 
 from .cann cimport (COMM_MEM_TYPE_DEVICE, COMM_MEM_TYPE_HOST, CommMem, HixlServerConfig, HixlServerDesc,
-                    LDD_CAP_DROP_PEER, LDD_CAP_LATE_REGISTRATION)
+                    LDD_CAP_ANY_LOCAL, LDD_CAP_DROP_PEER, LDD_CAP_LATE_REGISTRATION)
 from .net cimport net_free_port
 from .status cimport LDD_OK, LDD_E_FAILED, LDD_E_NO_MEMORY, LDD_E_NOT_ENABLED, ldd_fail
 from .sync cimport ldd_lock, ldd_unlock, ldd_mutex_init, ldd_mutex_destroy
@@ -44,17 +44,24 @@ cdef void ldd_regions_close(ldd_regions* regions) noexcept nogil:
     free(regions.items)
     regions.items = NULL
     regions.count = regions.capacity = 0
+    free(regions.endpoints)
+    regions.endpoints = NULL
+    regions.num_endpoints = 0
     ldd_unlock(&regions.lock)
     ldd_mutex_destroy(&regions.lock)
+
+
+cdef void describe(const ldd_region* region, CommMem* mem) noexcept nogil:
+    memset(mem, 0, sizeof(CommMem))
+    mem.type = COMM_MEM_TYPE_HOST if region.host else COMM_MEM_TYPE_DEVICE
+    mem.addr = <void*>region.addr
+    mem.size = region.nbytes
 
 
 cdef ldd_status announce(ldd_regions* regions, ldd_region* region, uint32_t server,
                          ldd_detail* detail) noexcept nogil:
     cdef CommMem mem
-    memset(&mem, 0, sizeof(mem))
-    mem.type = COMM_MEM_TYPE_HOST if region.host else COMM_MEM_TYPE_DEVICE
-    mem.addr = <void*>region.addr
-    mem.size = region.nbytes
+    describe(region, &mem)
     return ldd_hixl_result(
         regions.provider,
         regions.provider.hixl.HixlCSServerRegMem(regions.servers[server].handle, NULL, &mem, &region.handles[server]),
@@ -142,6 +149,8 @@ cdef ldd_status start_server(ldd_regions* regions, uint32_t s, const char* ip, l
             return ldd_fail(detail, LDD_E_FAILED, b"no free port for a data server at %s", ip)
         desc.server_ip = ip
         desc.server_port = server.port
+        desc.endpoint_list = regions.endpoints
+        desc.endpoint_list_num = regions.num_endpoints
         status = ldd_hixl_result(regions.provider,
                                  regions.provider.hixl.HixlCSServerCreate(&desc, &config, &server.handle),
                                  b"create a data server", detail)
@@ -186,6 +195,25 @@ cdef ldd_status ldd_regions_serve(ldd_regions* regions, const char* ip, uint32_t
     return status
 
 
+cdef ldd_status ldd_regions_register_client(ldd_regions* regions, HixlClientHandle client,
+                                            ldd_detail* detail) noexcept nogil:
+    cdef CommMem mem
+    cdef MemHandle handle                       # goes with the client
+    cdef uint32_t i
+    cdef ldd_status status = LDD_OK
+    if regions.provider.caps & LDD_CAP_ANY_LOCAL:
+        return LDD_OK
+    ldd_lock(&regions.lock)
+    for i in range(regions.count):
+        if regions.items[i].refs and status == LDD_OK:
+            describe(&regions.items[i], &mem)
+            status = ldd_hixl_result(regions.provider,
+                                     regions.provider.hixl.HixlCSClientRegMem(client, NULL, &mem, &handle),
+                                     b"register memory with the data client", detail)
+    ldd_unlock(&regions.lock)
+    return status
+
+
 cdef void ldd_regions_drop_peer(ldd_regions* regions, const uint8_t* token) noexcept nogil:
     cdef uint32_t s
     if not regions.provider.caps & LDD_CAP_DROP_PEER:
@@ -194,6 +222,20 @@ cdef void ldd_regions_drop_peer(ldd_regions* regions, const uint8_t* token) noex
     for s in range(regions.num_servers):
         regions.provider.ext.LddServerDropPeer(regions.servers[s].handle, token)
     ldd_unlock(&regions.lock)
+
+
+cdef ldd_status ldd_regions_set_endpoints(ldd_regions* regions, const void* endpoints, uint32_t count) noexcept nogil:
+    regions.endpoints = <EndpointDesc*>malloc(max(count, <uint32_t>1) * sizeof(EndpointDesc))
+    if regions.endpoints == NULL:
+        return LDD_E_NO_MEMORY
+    memcpy(regions.endpoints, endpoints, count * sizeof(EndpointDesc))
+    regions.num_endpoints = count
+    return LDD_OK
+
+
+cdef void ldd_regions_own_endpoint(ldd_regions* regions, uint8_t* out) noexcept nogil:
+    if regions.num_endpoints:
+        memcpy(out, regions.endpoints, sizeof(EndpointDesc))
 
 
 cdef uint64_t ldd_regions_epoch(ldd_regions* regions) noexcept nogil:

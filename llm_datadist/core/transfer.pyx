@@ -15,6 +15,7 @@ from .block_plan cimport ldd_desc_list_clear, ldd_plan_blocks, ldd_plan_contiguo
 from .cache_table cimport ldd_table_pin_local, ldd_table_unpin
 from .cann cimport CompleteHandle, LDD_CAP_CANCEL
 from .key_index cimport KEY_BY_ID
+from .peek cimport LDD_PEEK_ASK, ldd_peek_attach, ldd_peek_done, ldd_peek_remember, ldd_peek_resolve
 from .node cimport LINK_ACTIVE, ldd_link_begin, ldd_link_break, ldd_link_end
 from .status cimport (LDD_E_FAILED, LDD_E_INTERRUPTED, LDD_E_NOT_ENABLED, LDD_E_NOT_EXIST, LDD_E_NOT_LINKED,
                       LDD_E_PARAM, LDD_E_TIMEOUT, LDD_OK, ldd_fail)
@@ -237,11 +238,25 @@ cdef ldd_status run_locked(ldd_node* node, const ldd_transfer* what, ldd_link* l
     cdef ldd_detail ignored
     cdef ldd_status status, released
     taken.first = taken.count = 0
-    status = ldd_ask_resolve(link, what.kind, what.id, what.model_id, what.batch_index, what.put, deadline_ns,
-                             &remote, detail)
+    cdef bint peeked
+    ldd_peek_attach(link, deadline_ns)
+    status = LDD_PEEK_ASK
+    if not (what.release and what.remote_first >= 0):
+        status = ldd_peek_resolve(link, what.kind, what.id, what.model_id, what.batch_index, what.put, what.release,
+                                  &remote, detail)
+    peeked = status == LDD_OK
+    if status == LDD_PEEK_ASK:
+        status = ldd_ask_resolve(link, what.kind, what.id, what.model_id, what.batch_index, what.put, deadline_ns,
+                                 &remote, detail)
+        if status == LDD_OK:
+            ldd_peek_remember(link, &remote)
     if status < 0:
         return status
     status = move_steps(what, link, local, &remote, deadline_ns, &taken, detail)
+    if peeked:
+        released = ldd_peek_done(link, what.release and status == LDD_OK, ldd_now_ns() + node.sync_timeout_ns,
+                                 detail if status == LDD_OK else &ignored)
+        return released if status == LDD_OK else status
     if link.state != LINK_ACTIVE and status < 0:
         return status                           # the lease ends with the connection
     # The bytes have arrived; what is left is bookkeeping on the owner, which gets its own time.

@@ -9,10 +9,12 @@ from libc.stdlib cimport realloc
 from libc.string cimport memcmp, memcpy, memset
 
 from .conn cimport CONN_SERVING, ldd_conn_forget, ldd_conn_reply, ldd_wish
-from .net cimport net_local_ip, net_peer_ip
+from .board cimport ldd_lane, ldd_lane_create, ldd_lane_unmap
+from .cache_table cimport ldd_table_add_lane
+from .net cimport net_is_own_user, net_local_ip, net_peer_ip, net_send_files
 from .node cimport (LINK_OPENING, ORIGIN_COMM, ORIGIN_PEER, ldd_link, ldd_link_new, ldd_link_publish, ldd_links_drop,
                     ldd_node)
-from .region cimport ldd_regions_serve
+from .region cimport ldd_regions_own_endpoint, ldd_regions_serve
 from .status cimport (LDD_E_LINK_FAILED, LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_E_PROCESSING_LINK, LDD_OK, ldd_detail,
                       ldd_fail)
 from .sync cimport ldd_lock, ldd_unlock
@@ -21,6 +23,10 @@ from .wire cimport *
 cdef extern from "<sys/socket.h>" nogil:
     int MSG_NOSIGNAL
     ssize_t send(int fd, const void* data, size_t nbytes, int flags)
+
+
+cdef extern from "<unistd.h>" nogil:
+    int close(int fd)
 
 
 cdef ldd_wish* find_wish(ldd_service* service, const uint8_t* comm, uint64_t cluster_id) noexcept nogil:
@@ -80,28 +86,29 @@ cdef ldd_status welcome_forward(ldd_service* service, ldd_conn* conn, const ldd_
     net_peer_ip(conn.fd, link.peer_ip, sizeof(link.peer_ip))
     memcpy(link.data_ip, <const char*>hello.data_ip if hello.data_ip[0] else <const char*>link.peer_ip, sizeof(link.data_ip))
     link.data_port = hello.data_port
+    memcpy(link.endpoint, hello.endpoint, sizeof(link.endpoint))
+    ldd_regions_own_endpoint(&node.regions, answer.endpoint)
     conn.link = link
     answer.data_port = port
     return LDD_OK
 
 
-cdef ldd_conn* find_opening(ldd_service* service, const uint8_t* token) noexcept nogil:
+cdef ldd_conn* find_token(ldd_service* service, const uint8_t* token) noexcept nogil:
+    """The serving connection of the link that this token names."""
     cdef ldd_conn* conn = service.conns
-    while conn != NULL:
-        if conn.link != NULL and conn.link.state == LINK_OPENING and memcmp(conn.link.token, token, 16) == 0:
-            return conn
+    while conn != NULL and (conn.link == NULL or memcmp(conn.link.token, token, 16) != 0):
         conn = conn.next
-    return NULL
+    return conn
 
 
 cdef ldd_status activate(ldd_service* service, ldd_conn* reverse, const ldd_hello* hello,
                          ldd_detail* detail) noexcept nogil:
     """The second connection of a link arrived: it is the one we ask on."""
-    cdef ldd_conn* forward = find_opening(service, hello.token)
+    cdef ldd_conn* forward = find_token(service, hello.token)
     cdef ldd_link* link
     cdef ldd_wish* wish
     cdef ldd_status status
-    if forward == NULL:
+    if forward == NULL or forward.link.state != LINK_OPENING:
         return ldd_fail(detail, LDD_E_LINK_FAILED, b"no link is being opened under this token")
     link = forward.link
     if link.origin == ORIGIN_PEER:
@@ -125,6 +132,37 @@ cdef ldd_status activate(ldd_service* service, ldd_conn* reverse, const ldd_hell
     forward.deadline_ns = 0
     service.num_handshakes -= 1
     return LDD_OK
+
+
+cdef bint hand_out_table(ldd_service* service, ldd_conn* conn, const ldd_frame_header* header, const ldd_hello* hello,
+                         ldd_welcome* answer) noexcept nogil:
+    """Give a linked process of the same user on this host our table to read, and a lane to write."""
+    cdef uint8_t frame[LDD_WELCOME_FRAME_BYTES]
+    cdef ldd_frame_header reply_header
+    cdef ldd_conn* serving = find_token(service, hello.token)
+    cdef ldd_lane* lane
+    cdef int files[3]
+    if (serving == NULL or serving.link.lane != NULL or not service.node.shares_table
+            or service.node.table.board.table_fd < 0 or not net_is_own_user(conn.fd)):
+        return False
+    lane = ldd_lane_create(&files[2])
+    if lane == NULL:
+        return False
+    if ldd_table_add_lane(service.node.table, lane) < 0:
+        close(files[2])
+        ldd_lane_unmap(lane)
+        return False
+    serving.link.lane = lane                    # goes with the link, see answer.pyx
+    files[0] = service.node.table.board.table_fd
+    files[1] = service.node.table.board.desk_fd
+    reply_header = header[0]
+    reply_header.type = LDD_FRAME_WELCOME
+    reply_header.length = sizeof(ldd_welcome)
+    memcpy(frame, &reply_header, sizeof(reply_header))
+    memcpy(frame + sizeof(reply_header), answer, sizeof(ldd_welcome))
+    net_send_files(conn.fd, frame, sizeof(frame), files, 3)
+    close(files[2])
+    return False                                # one answer, and the connection is over
 
 
 cdef bint ldd_welcome_hello(ldd_service* service, ldd_conn* conn, const ldd_frame_header* header,
@@ -151,6 +189,8 @@ cdef bint ldd_welcome_hello(ldd_service* service, ldd_conn* conn, const ldd_fram
         elif hello.direction == LDD_HELLO_REVERSE and conn.link == NULL:
             status = activate(service, conn, &hello, &detail)
             handed_over = status == LDD_OK
+        elif hello.direction == LDD_HELLO_BOARD and conn.link == NULL:
+            return hand_out_table(service, conn, header, &hello, &answer)
         else:
             return False
     answer.status = status

@@ -288,7 +288,7 @@ LDD_EXPORT aclError aclrtCtxGetCurrentDefaultStream(aclrtStream *out_stream) {
     }
     pthread_mutex_lock(&context->lock);
     if (context->default_stream == NULL) {
-        error = ldd_host_create_stream(context, &context->default_stream);
+        error = ldd_host_create_stream(context, true, &context->default_stream);
     }
     *out_stream = context->default_stream;
     pthread_mutex_unlock(&context->lock);

@@ -2,7 +2,6 @@
 #define _GNU_SOURCE
 #include "hixl_client.h"
 
-#include <errno.h>
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -119,14 +118,20 @@ static HixlStatus configure(hixl_client *client, const HixlClientDesc *desc, con
     if (status == HIXL_SUCCESS) {
         status = parse_streams(client, error);
     }
-    if (status == HIXL_SUCCESS) {
-        status = parse_token(client, config->global_resource_config, error);
-    }
-    if (status == HIXL_SUCCESS && !hixl_random_bytes(client->client_id, sizeof client->client_id)) {
-        status = hixl_fail(error, HIXL_FAILED, "getrandom: %s", strerror(errno));
-    }
-    return status;
+    return status == HIXL_SUCCESS ? parse_token(client, config->global_resource_config, error) : status;
 }
+
+/* Copies of descriptors only: mappings are not inherited, and an abort would end the parent's connections. */
+static void after_fork_in_child(void *object) {
+    hixl_client *client = object;
+    int i;
+    for (i = 0; i < HIXL_MAX_STREAMS; i++) {
+        hixl_close_fd(&client->streams[i].fd);
+    }
+    hixl_link_close(client);
+}
+
+static const hixl_fork_ops fork_ops = {NULL, NULL, after_fork_in_child};
 
 LDD_EXPORT HixlStatus HixlCSClientCreate(const HixlClientDesc *desc, const HixlClientConfig *config,
                                          HixlClientHandle *out_client) {
@@ -160,6 +165,7 @@ LDD_EXPORT HixlStatus HixlCSClientCreate(const HixlClientDesc *desc, const HixlC
     copy_pool_retain();
     client->pid = getpid();
     client->magic = HIXL_CLIENT_MAGIC;
+    hixl_fork_watch(&client->fork_node, &fork_ops, client);
     *out_client = client;
     return HIXL_SUCCESS;
 }
@@ -316,6 +322,7 @@ LDD_EXPORT HixlStatus HixlCSClientDestroy(HixlClientHandle handle) {
     if (client == NULL) {
         return error->status;
     }
+    hixl_fork_forget(&client->fork_node);
     client->magic = 0;
     free_batches(client); /* first: pieces in flight use mappings and the pid */
     hixl_tcp_close(client);

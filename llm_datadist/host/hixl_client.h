@@ -20,6 +20,7 @@
 
 #include "copy_pool.h"
 #include "hixl_error.h"
+#include "hixl_fork.h"
 #include "hixl_socket.h"
 #include "hixl_time.h"
 #include "hixl_wire.h"
@@ -132,9 +133,10 @@ typedef struct hixl_local_memory {
 struct hixl_client {
     uint32_t magic;
     pid_t pid; /* a forked child must not touch any of this */
+    hixl_fork_node fork_node;
     pthread_mutex_t lock;
     hixl_address address;
-    uint8_t client_id[16];
+    uint8_t client_id[16]; /* new with each attempt to connect: the server may not have seen the last one end */
     uint8_t token[16];
     hixl_path paths[HIXL_NUM_PATHS]; /* in order of preference; tcp is among them */
     unsigned num_paths;

@@ -35,18 +35,17 @@ static void fill_hello(const hixl_client *client, uint16_t kind, hixl_wire_hello
 HixlStatus hixl_check_welcome(const hixl_client *client, const hixl_wire_welcome *welcome, bool first,
                               hixl_error *error) {
     if (welcome->magic != HIXL_WIRE_HELLO_MAGIC) {
-        return hixl_fail(error, HIXL_NOT_CONNECTED, "%s is not a transfer server", client->address.text);
+        return hixl_fail(error, HIXL_NOT_CONNECTED, "this is not a transfer server");
     }
     if (welcome->version != HIXL_WIRE_VERSION) {
-        return hixl_fail(error, HIXL_UNSUPPORTED, "%s speaks version %u of the transfer protocol, this is version %u",
-                         client->address.text, welcome->version, HIXL_WIRE_VERSION);
+        return hixl_fail(error, HIXL_UNSUPPORTED, "the server speaks version %u of the transfer protocol, not %u",
+                         welcome->version, HIXL_WIRE_VERSION);
     }
     if (welcome->status != HIXL_SUCCESS) {
-        return hixl_fail(error, HIXL_NOT_CONNECTED, "%s refused the connection (%u)", client->address.text,
-                         welcome->status);
+        return hixl_fail(error, HIXL_NOT_CONNECTED, "the server refused the connection (%u)", welcome->status);
     }
     if (!first && memcmp(welcome->server_nonce, client->server_nonce, sizeof client->server_nonce) != 0) {
-        return hixl_fail(error, HIXL_NOT_CONNECTED, "another server answers at %s now", client->address.text);
+        return hixl_fail(error, HIXL_NOT_CONNECTED, "another server answers now");
     }
     return HIXL_SUCCESS;
 }
@@ -108,10 +107,7 @@ static void open_local(hixl_client *client, const hixl_wire_welcome *admin, int6
     }
     if (greet(client, fd, HIXL_KIND_LOCAL, deadline_ns, &welcome, &ignored) != HIXL_SUCCESS) {
         close(fd);
-        if (client->pid_fd >= 0) {
-            close(client->pid_fd);
-            client->pid_fd = -1;
-        }
+        hixl_close_fd(&client->pid_fd);
         return;
     }
     client->local_fd = fd;
@@ -124,6 +120,10 @@ HixlStatus hixl_link_open(hixl_client *client, int64_t deadline_ns, hixl_error *
     HixlStatus status;
     int code;
 
+    memset(client->server_nonce, 0, sizeof client->server_nonce);
+    if (!hixl_random_bytes(client->client_id, sizeof client->client_id)) {
+        return hixl_fail(error, HIXL_FAILED, "getrandom: %s", strerror(errno));
+    }
     client->admin_fd = hixl_start_connect(&client->address);
     if (client->admin_fd < 0) {
         return hixl_fail(error, errno == EMFILE || errno == ENFILE ? HIXL_RESOURCE_EXHAUSTED : HIXL_NOT_CONNECTED,
@@ -149,14 +149,9 @@ HixlStatus hixl_link_open(hixl_client *client, int64_t deadline_ns, hixl_error *
 }
 
 void hixl_link_close(hixl_client *client) {
-    int *fds[] = {&client->admin_fd, &client->local_fd, &client->pid_fd};
-    size_t i;
-    for (i = 0; i < sizeof fds / sizeof fds[0]; i++) {
-        if (*fds[i] >= 0) {
-            close(*fds[i]);
-            *fds[i] = -1;
-        }
-    }
+    hixl_close_fd(&client->admin_fd);
+    hixl_close_fd(&client->local_fd);
+    hixl_close_fd(&client->pid_fd);
     client->can_cma = false;
 }
 

@@ -363,3 +363,10 @@ int hixl_regions_dup_backing(hixl_region_table *table, uint64_t id, uint64_t *by
     pthread_mutex_unlock(&table->lock);
     return fd;
 }
+
+void hixl_regions_after_fork(hixl_region_table *table) {
+    const hixl_backing *backing;
+    for (backing = table->backings; backing != NULL; backing = backing->next) {
+        close(backing->fd);
+    }
+}

@@ -82,4 +82,7 @@ void *hixl_regions_list(hixl_region_table *table, size_t *bytes, uint64_t *count
 /* A duplicate of a backing's descriptor for the caller to close, or -1. */
 int hixl_regions_dup_backing(hixl_region_table *table, uint64_t id, uint64_t *bytes);
 
+/* In a forked child: close its copies of descriptors. */
+void hixl_regions_after_fork(hixl_region_table *table);
+
 #endif

@@ -107,8 +107,7 @@ static int fetch_backing(hixl_client *client, uint64_t backing, int64_t deadline
     }
     if (status != HIXL_SUCCESS || got != sizeof reply || reply.magic != HIXL_WIRE_REPLY_MAGIC ||
         reply.op != HIXL_OP_MAP || reply.sequence != request.sequence) {
-        close(client->local_fd); /* out of step for good; the other paths remain */
-        client->local_fd = -1;
+        hixl_close_fd(&client->local_fd); /* out of step for good; the other paths remain */
     } else if (reply.status == HIXL_SUCCESS) {
         *bytes = reply.argument;
         return fd;

@@ -26,6 +26,39 @@ static hixl_server *checked_server(HixlServerHandle handle, hixl_error *error) {
     return server;
 }
 
+static void close_listeners(hixl_server *server) {
+    hixl_close_fd(&server->tcp_fd);
+    hixl_close_fd(&server->local_fd);
+    hixl_close_fd(&server->epoll_fd);
+    hixl_close_fd(&server->wake_fd);
+}
+
+/* Around fork(): connections come and go under the lock only, so a child finds their lists whole. */
+static void before_fork(void *object) {
+    hixl_server *server = object;
+    pthread_mutex_lock(&server->lock);
+}
+
+static void after_fork_in_parent(void *object) {
+    hixl_server *server = object;
+    pthread_mutex_unlock(&server->lock);
+}
+
+static void after_fork_in_child(void *object) {
+    hixl_server *server = object;
+    hixl_conn *conn;
+    close_listeners(server);
+    TAILQ_FOREACH(conn, &server->pending, entry) {
+        close(conn->fd);
+    }
+    TAILQ_FOREACH(conn, &server->conns, entry) {
+        close(conn->fd);
+    }
+    hixl_regions_after_fork(&server->regions);
+}
+
+static const hixl_fork_ops fork_ops = {before_fork, after_fork_in_parent, after_fork_in_child};
+
 LDD_EXPORT HixlStatus HixlCSServerCreate(const HixlServerDesc *desc, const HixlServerConfig *config,
                                          HixlServerHandle *out_server) {
     hixl_error *error = hixl_thread_error();
@@ -74,6 +107,7 @@ LDD_EXPORT HixlStatus HixlCSServerCreate(const HixlServerDesc *desc, const HixlS
     TAILQ_INIT(&server->sessions);
     server->pid = getpid();
     server->magic = HIXL_SERVER_MAGIC;
+    hixl_fork_watch(&server->fork_node, &fork_ops, server);
     *out_server = server;
     return HIXL_SUCCESS;
 }
@@ -95,17 +129,6 @@ LDD_EXPORT HixlStatus HixlCSServerUnregMem(HixlServerHandle handle, MemHandle me
     hixl_error *error = hixl_thread_error();
     hixl_server *server = checked_server(handle, error);
     return server == NULL ? error->status : hixl_regions_remove(&server->regions, mem_handle, error);
-}
-
-static void close_listeners(hixl_server *server) {
-    int *fds[] = {&server->tcp_fd, &server->local_fd, &server->epoll_fd, &server->wake_fd};
-    size_t i;
-    for (i = 0; i < sizeof fds / sizeof fds[0]; i++) {
-        if (*fds[i] >= 0) {
-            close(*fds[i]);
-            *fds[i] = -1;
-        }
-    }
 }
 
 static HixlStatus watch(hixl_server *server, int fd, void *tag, hixl_error *error) {
@@ -235,6 +258,7 @@ LDD_EXPORT HixlStatus HixlCSServerDestroy(HixlServerHandle handle) {
         pthread_join(server->service, NULL); /* it ends with all connections closed, their threads joined */
         close_listeners(server);
     }
+    hixl_fork_forget(&server->fork_node);
     server->magic = 0;
     hixl_regions_destroy(&server->regions);
     pthread_cond_destroy(&server->unserved);

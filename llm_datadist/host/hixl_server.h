@@ -18,6 +18,7 @@
 #include <sys/queue.h>
 #include <sys/types.h>
 
+#include "hixl_fork.h"
 #include "hixl_region.h"
 #include "hixl_socket.h"
 #include "hixl_wire.h"
@@ -71,6 +72,7 @@ TAILQ_HEAD(hixl_conn_list, hixl_conn);
 typedef struct hixl_server {
     uint32_t magic;
     pid_t pid; /* a forked child must not touch any of this */
+    hixl_fork_node fork_node;
     hixl_region_table regions;
     uint8_t nonce[16];
     uint8_t boot_id[16];

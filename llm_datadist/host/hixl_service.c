@@ -44,7 +44,9 @@ static void close_conn(hixl_server *server, hixl_conn *conn) {
         TAILQ_REMOVE(&server->conns, conn, entry);
         server->num_conns--;
     }
-    close(conn->fd); /* leaves epoll with it */
+    /* By hand: a descriptor that a child just forked still holds stays watched when it is closed here. */
+    set_watch(server, conn, EPOLL_CTL_DEL, 0);
+    close(conn->fd);
     conn->state = HIXL_CONN_CLOSED;
     conn->session = NULL;
     TAILQ_INSERT_TAIL(&server->closed, conn, entry);

@@ -251,10 +251,9 @@ ssize_t hixl_receive_fd(int fd, void *data, size_t bytes, int *passed_fd) {
     return got;
 }
 
-void hixl_abort_socket(int fd) {
+void hixl_reset_on_close(int fd) {
     struct linger now = {.l_onoff = 1, .l_linger = 0};
     setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof now);
-    close(fd);
 }
 
 bool hixl_random_bytes(void *out, size_t bytes) {

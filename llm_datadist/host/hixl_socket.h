@@ -48,8 +48,8 @@ ssize_t hixl_send_fd(int fd, const void *data, size_t bytes, int passed_fd);
 /* As recv(): at most `bytes`; *passed_fd is -1 unless a descriptor came along (surplus ones are closed). */
 ssize_t hixl_receive_fd(int fd, void *data, size_t bytes, int *passed_fd);
 
-/* Close so that the kernel drops what is still queued in both directions. */
-void hixl_abort_socket(int fd);
+/* Let close() reset the connection: the kernel drops what is still queued, and the peer sees at once that we left. */
+void hixl_reset_on_close(int fd);
 
 bool hixl_random_bytes(void *out, size_t bytes);
 

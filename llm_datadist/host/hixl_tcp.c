@@ -268,7 +268,9 @@ static stream_state receive_answer(const hixl_client *client, hixl_stream *strea
         if (state != STREAM_DONE) {
             return state;
         }
-        if (hixl_check_welcome(client, &stream->welcome, false, error) != HIXL_SUCCESS) {
+        hixl_error refusal;
+        if (hixl_check_welcome(client, &stream->welcome, false, &refusal) != HIXL_SUCCESS) {
+            hixl_fail(error, refusal.status, "data connection to %s: %.200s", client->address.text, refusal.text);
             return STREAM_FAILED;
         }
     }
@@ -395,8 +397,8 @@ void hixl_tcp_abort(hixl_client *client) {
             /* A thread may be polling it: wake that before the number can mean something else. A reset also tells
              * the server to drop what it has received of a put and not yet put in place. */
             shutdown(stream->fd, SHUT_RD);
-            hixl_abort_socket(stream->fd);
-            stream->fd = -1;
+            hixl_reset_on_close(stream->fd);
+            hixl_close_fd(&stream->fd);
         }
     }
     client->tcp_started = false;

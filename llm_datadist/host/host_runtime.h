@@ -70,7 +70,7 @@ aclError ldd_host_submit_wait(ldd_host_stream *stream, ldd_host_event *event, ui
 void ldd_host_release_stream(ldd_host_stream *stream);
 
 /* Create a stream in a context whose lock the caller holds. */
-aclError ldd_host_create_stream(ldd_host_context *context, aclrtStream *out_stream);
+aclError ldd_host_create_stream(ldd_host_context *context, bool is_default, aclrtStream *out_stream);
 
 /* Drop the work of all streams of a context and end them. */
 void ldd_host_end_streams(void *context_handle);

@@ -26,6 +26,7 @@ struct ldd_host_stream {
     ldd_host_object object;
     void *context; /* handle: compared, never followed */
     int32_t device;
+    bool is_default; /* lives as long as its context */
 
     pthread_mutex_t lock; /* guards what follows */
     pthread_cond_t work;  /* something is queued, or the stream is closing */
@@ -272,7 +273,7 @@ static void end_stream(ldd_host_stream *stream, bool drop) {
 
 /* ---- for the other files ---- */
 
-aclError ldd_host_create_stream(ldd_host_context *context, aclrtStream *out_stream) {
+aclError ldd_host_create_stream(ldd_host_context *context, bool is_default, aclrtStream *out_stream) {
     ldd_host_stream *stream;
     if (context->closed) {
         return ldd_host_acl_fail(ACL_ERROR_RT_CONTEXT_NULL, "context %p is being destroyed", context->object.handle);
@@ -292,6 +293,7 @@ aclError ldd_host_create_stream(ldd_host_context *context, aclrtStream *out_stre
     stream->object.destroy = destroy_stream;
     stream->context = context->object.handle;
     stream->device = context->device;
+    stream->is_default = is_default;
     stream->tail = &stream->head;
     pthread_mutex_init(&stream->lock, NULL);
     ldd_host_init_condition(&stream->work);
@@ -428,7 +430,7 @@ LDD_EXPORT aclError aclrtCreateStreamWithConfig(aclrtStream *out_stream, uint32_
         return error;
     }
     pthread_mutex_lock(&context->lock);
-    error = ldd_host_create_stream(context, out_stream);
+    error = ldd_host_create_stream(context, false, out_stream);
     pthread_mutex_unlock(&context->lock);
     ldd_host_release(&context->object);
     return error;
@@ -441,7 +443,7 @@ LDD_EXPORT aclError aclrtCreateStream(aclrtStream *out_stream) {
 static aclError withdraw_stream(const char *function, aclrtStream handle, bool drop) {
     ldd_host_stream *stream;
     ldd_host_object *withdrawn;
-    aclrtStream default_stream;
+    bool is_default;
     aclError error;
     if (handle == NULL) {
         return ldd_host_acl_fail(ACL_ERROR_INVALID_PARAM, "%s: stream is NULL", function);
@@ -450,14 +452,11 @@ static aclError withdraw_stream(const char *function, aclrtStream handle, bool d
     if (error != ACL_SUCCESS) {
         return error;
     }
+    is_default = stream->is_default;
     ldd_host_release_stream(stream);
-    error = aclrtCtxGetCurrentDefaultStream(&default_stream);
-    if (error == ACL_SUCCESS && default_stream == handle) {
-        error = ldd_host_acl_fail(ACL_ERROR_RT_PARAM_INVALID, "%s: %p is the default stream of its context", function,
-                                  handle);
-    }
-    if (error != ACL_SUCCESS) {
-        return error;
+    if (is_default) {
+        return ldd_host_acl_fail(ACL_ERROR_RT_PARAM_INVALID, "%s: %p is the default stream of its context", function,
+                                 handle);
     }
     withdrawn = ldd_host_withdraw(handle, LDD_HOST_STREAM);
     if (withdrawn == NULL) { /* another thread was faster */

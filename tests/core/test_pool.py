@@ -104,13 +104,33 @@ def test_tensors_fall_back_to_separate_runs():
     assert pool.runs() == whole(pool)
 
 
-def test_tensors_all_or_nothing():
+@pytest.mark.parametrize("num_tensors, pages", [(9, 2), (5, 3), (3, 5), (2, 6), (18, 1)])
+def test_tensors_all_or_nothing(num_tensors, pages):
     pool = PagePool(BASE, 20 * PAGE, 9)
-    fragment(pool, {4, 10, 13})
+    fragment(pool, {4, 10, 13})                                 # 17 free pages in runs of 4, 5, 2 and 6
     before = pool.runs()
-    with pytest.raises(LLMMemoryError, match=r"9 tensors of 1024 bytes.* 8704 are free, the largest run has 3072"):
-        pool.alloc_tensors(9, 2 * PAGE)                         # 17 pages are free, but no nine pairs
+    with pytest.raises(LLMMemoryError, match=f"{num_tensors} tensors of {pages * PAGE} bytes.* 8704 are free, "
+                                             "the largest run has 3072"):
+        pool.alloc_tensors(num_tensors, pages * PAGE)
     assert pool.runs() == before
+    pool.free(pool.alloc_tensors(num_tensors - 1, pages * PAGE)[0])
+    assert pool.runs() == before
+
+
+@pytest.mark.parametrize("num_pages", [65, 66, 67])
+def test_a_run_that_fits_is_found_behind_shorter_ones(num_pages):
+    """Bins above 64 pages hold several lengths; the latest run of a bin is looked at first."""
+    pool = PagePool(BASE, (num_pages + 1 + 64 + 1) * PAGE, 9)
+    long, wall, short, end = pool.alloc(num_pages), pool.alloc(1), pool.alloc(64), pool.alloc(1)
+    for order in ((long, short), (short, long)):
+        for span in order:
+            pool.free(span)
+        assert pool.alloc(num_pages + 1) is None
+        assert pool.alloc(num_pages) == long
+        assert pool.alloc(64) == short
+    for span in (long, wall, short, end):
+        pool.free(span)
+    assert pool.runs() == whole(pool)
 
 
 @pytest.mark.parametrize("num_tensors, tensor_bytes", [
@@ -184,6 +204,11 @@ class PoolMachine(RuleBasedStateMachine):
         if fits:
             self.occupy(span, list(range(span, span + num_pages)))
 
+    @rule(sizes=st.lists(st.integers(1, 3), min_size=5, max_size=60))
+    def alloc_small(self, sizes):
+        for num_pages in sizes:
+            self.alloc(num_pages)
+
     @rule(num_tensors=st.integers(1, 40), tensor_bytes=st.integers(1, 1 << 15))
     def alloc_tensors(self, num_tensors, tensor_bytes):
         pages = -(-tensor_bytes // self.page)
@@ -207,6 +232,13 @@ class PoolMachine(RuleBasedStateMachine):
         owner = data.draw(st.sampled_from(sorted(self.spans)))
         self.pool.free(self.spans.pop(owner))
         self.used = [None if page == owner else page for page in self.used]
+
+    @precondition(lambda self: self.spans)
+    @rule(seed=st.integers(0, 99))
+    def free_half(self, seed):
+        for owner in random.Random(seed).sample(sorted(self.spans), len(self.spans) // 2):
+            self.pool.free(self.spans.pop(owner))
+            self.used = [None if page == owner else page for page in self.used]
 
     @rule()
     def runs_agree(self):

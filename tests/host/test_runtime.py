@@ -2,7 +2,6 @@
 import contextlib
 import ctypes
 import fcntl
-import gc
 import os
 import random
 import resource
@@ -21,13 +20,12 @@ MIB = 1 << 20
 def rt():
     """A runtime with device 0 set in this thread; what a test leaves behind fails it."""
     runtime = acl.Runtime()
-    gc.collect()
-    before = own_descriptors()
+    before, threads_before = own_descriptors(), num_threads()
     runtime.ok("aclrtSetDevice", 0)
     yield runtime
     runtime.ok("aclrtResetDevice", 0)
     assert own_descriptors() == before, "an allocation was left behind"
-    wait_until(lambda: num_threads() == threading.active_count(), "a stream left its thread behind")
+    wait_until(lambda: num_threads() <= threads_before, "a stream left its thread behind")
 
 
 def own_descriptors():
@@ -91,7 +89,7 @@ def test_init_names_an_unreadable_configuration(rt):
     ("3", 0, 3), ("0", 0, 0), ("64", 0, 64), ("", 0, 8), ("65", acl.BAD_PARAM, 0), ("-1", acl.BAD_PARAM, 0),
     ("two", acl.BAD_PARAM, 0), ("2 ", acl.BAD_PARAM, 0),
 ])
-def test_device_count(monkeypatch, rt, value, error, count):
+def test_device_count(rt, monkeypatch, value, error, count):
     monkeypatch.setenv("LLM_DATADIST_HOST_DEVICES", value)
     found = c_uint32()
     assert rt.lib.aclrtGetDeviceCount(byref(found)) == error
@@ -100,7 +98,7 @@ def test_device_count(monkeypatch, rt, value, error, count):
         assert repr(value) in rt.text()
 
 
-def test_device_numbers_are_checked(monkeypatch, rt):
+def test_device_numbers_are_checked(rt, monkeypatch):
     monkeypatch.setenv("LLM_DATADIST_HOST_DEVICES", "2")
     for device in (-1, 2, 2**31 - 1):
         assert rt.lib.aclrtSetDevice(device) == acl.BAD_DEVICE
@@ -758,6 +756,53 @@ def test_error_texts_belong_to_their_thread(rt):
     assert "-7" in rt.text()
     assert acl.in_thread(rt.lib.aclGetRecentErrMsg) is None
     assert "-7" in rt.text()                                  # asking does not clear it
+
+
+def test_threads_may_share_streams_and_events(rt):
+    """Whatever threads do to the same handles, every call answers one of its numbers, and memory stays whole."""
+    steps, size = 400, 8
+    allowed = {0, acl.STREAM_ABORTED, acl.BAD_HANDLE, acl.STREAM_TIMEOUT, acl.EVENT_TIMEOUT}
+    src, dst = rt.malloc(size), rt.malloc(3 * steps * size)   # every copy has its own place
+    rt.ok("aclrtMemset", src, size, 7, size)
+    rt.ok("aclrtMemset", dst, 3 * steps * size, 0, 3 * steps * size)
+    streams, events = [rt.stream() for _ in range(3)], [rt.event() for _ in range(3)]
+    context = rt.out("aclrtGetCurrentContext")
+    odd = []
+
+    def work(seed):
+        rng = random.Random(seed)
+        rt.ok("aclrtSetCurrentContext", context)
+        for step in range(steps):
+            place = dst + (seed * steps + step) * size
+            k, stream, event = rng.randrange(3), rng.choice(streams), rng.choice(events)
+            name, args = rng.choice([
+                ("aclrtMemcpyAsync", (place, size, src, size, acl.D2D, stream)), ("aclrtRecordEvent", (event, stream)),
+                ("aclrtStreamWaitEvent", (stream, event)), ("aclrtStreamAbort", (stream,)),
+                ("aclrtSynchronizeStreamWithTimeout", (stream, 1)), ("aclrtSynchronizeEventWithTimeout", (event, 1)),
+                ("aclrtDestroyStreamForce", (stream,)), ("aclrtDestroyEvent", (event,)), ("create", ()),
+            ])
+            if name == "create":
+                new_stream, new_event = rt.stream(), rt.event()
+                rt.lib.aclrtDestroyStreamForce(streams[k])
+                rt.lib.aclrtDestroyEvent(events[k])
+                streams[k], events[k] = new_stream, new_event
+            else:
+                error = getattr(rt.lib, name)(*args)
+                if error not in allowed:
+                    odd.append((name, error))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert odd == []
+    rt.ok("aclrtResetDevice", 0)                              # ends the context with every stream that is left
+    rt.ok("aclrtSetDevice", 0)
+    data = rt.bytes_at(dst, 3 * steps * size)
+    assert {data[i:i + size] for i in range(0, len(data), size)} == {bytes(size), b"\x07" * size}
+    rt.ok("aclrtFree", src)
+    rt.ok("aclrtFree", dst)
 
 
 # ---- fork ----

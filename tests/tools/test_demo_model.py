@@ -96,6 +96,19 @@ def test_flip_byte_damages_one_value(transformer, make):
     assert kv.digest(store, len(PROMPT)) != digest
 
 
+def test_a_missing_token_spoils_what_follows(transformer):
+    """Poisoned memory that no transfer reached must not pass for an empty cache."""
+    slot = contiguous()
+    transformer.prefill(PROMPT, slot)
+    tensors = [np.empty((1, len(PROMPT) + NUM_NEW, CONFIG.num_heads, CONFIG.head_size), np.float32) for _ in range(6)]
+    kv.poison(tensors)
+    partial = kv.ContiguousKV(tensors)
+    kv.copy_tokens(slot, partial, len(PROMPT) - 1)
+    assert np.isnan(transformer.decode_step(65, len(PROMPT), partial)).all()
+    kv.copy_tokens(slot, partial, len(PROMPT))
+    assert np.isfinite(transformer.decode_step(65, len(PROMPT), partial)).all()
+
+
 def test_tensor_views_alias_memory():
     memory = np.arange(24, dtype=np.float32)
     (view,) = kv.tensor_views([memory.ctypes.data], [2, 3, 4])

@@ -152,6 +152,8 @@ class DecodeSide:
         self._blocks_cache = manager.allocate_blocks_cache(
             CacheDesc(settings.num_tensors, settings.blocks_shape, DataType.DT_FLOAT)
         )
+        self._blocks = kv.tensor_views(self._blocks_cache.tensor_addrs, settings.blocks_shape)
+        kv.poison(self._blocks)
         self._tables = kv.scatter_tables(
             [length + settings.num_new_tokens for length in settings.lengths],
             settings.block_tokens, settings.total_blocks, _BLOCKS_SEED,
@@ -159,6 +161,7 @@ class DecodeSide:
 
     def close(self) -> None:
         """Give the paged cache back."""
+        self._blocks = []
         self._manager.deallocate_blocks_cache(self._blocks_cache)
 
     def run(self, request: int, filled: dict) -> tuple[Transfer, Transfer]:
@@ -180,10 +183,12 @@ class DecodeSide:
         tensor_bytes = settings.lengths[request] * settings.model.token_bytes
         cache = self._manager.allocate_cache(self._slot_desc)
         try:
+            slot = kv.tensor_views(cache.tensor_addrs, settings.slot_shape)
+            kv.poison(slot)
             key = CacheKey(prompt_cluster_id=workload.PREFILL_CLUSTER_ID, req_id=request)
             seconds = _timed(lambda: self._manager.pull_cache(key, cache, batch_index=0, size=tensor_bytes))
-            store = kv.ContiguousKV(kv.tensor_views(cache.tensor_addrs, settings.slot_shape))
-            return self._judge(request, filled, expected, store, tensor_bytes * settings.num_tensors, seconds)
+            num_bytes = tensor_bytes * settings.num_tensors
+            return self._judge(request, filled, expected, kv.ContiguousKV(slot), num_bytes, seconds)
         finally:
             self._manager.deallocate_cache(cache)
 
@@ -193,11 +198,8 @@ class DecodeSide:
         dst_blocks = table[: len(src_blocks)].tolist()
         key = BlocksCacheKey(workload.PREFILL_CLUSTER_ID, workload.BLOCKS_MODEL_ID)
         seconds = _timed(lambda: self._manager.pull_blocks(key, self._blocks_cache, src_blocks, dst_blocks))
-        store = kv.PagedKV(kv.tensor_views(self._blocks_cache.tensor_addrs, settings.blocks_shape), table)
-        block_bytes = settings.block_tokens * settings.model.token_bytes
-        return self._judge(
-            request, filled, expected, store, len(src_blocks) * block_bytes * settings.num_tensors, seconds
-        )
+        num_bytes = len(src_blocks) * settings.block_tokens * settings.model.token_bytes * settings.num_tensors
+        return self._judge(request, filled, expected, kv.PagedKV(self._blocks, table), num_bytes, seconds)
 
     def _judge(
         self, request: int, filled: dict, expected: list[int], store, num_bytes: int, seconds: float

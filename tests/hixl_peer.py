@@ -4,6 +4,7 @@ Run as a program it is that process: it reads one JSON command per line from sta
 line. Tests import it for the bindings and for :class:`Peer`, which starts and drives it.
 """
 import ctypes
+import hashlib
 import json
 import os
 import select
@@ -13,14 +14,14 @@ import subprocess
 import sys
 import threading
 from ctypes import POINTER, byref, c_char_p, c_int, c_int64, c_uint8, c_uint32, c_uint64, c_void_p
+from importlib.util import find_spec
 from pathlib import Path
-
-LIBRARY = Path(__file__).resolve().parents[2] / "llm_datadist" / "host" / "libldd_host.so"
 
 SUCCESS = 0
 PARAM_INVALID = 103900
 TIMEOUT = 103901
 NOT_CONNECTED = 103902
+UNSUPPORTED = 103905
 ALREADY_CONNECTED = 103903
 RESOURCE_EXHAUSTED = 203900
 FAILED = 503900
@@ -50,9 +51,15 @@ class Op(ctypes.Structure):
     _fields_ = [("remote", c_uint64), ("local", c_uint64), ("len", c_uint64)]
 
 
-def load():
+def library_path():
+    """Where the built library lies, without importing the package."""
+    package = find_spec("llm_datadist").submodule_search_locations[0]
+    return str(Path(package) / "host" / "libldd_host.so")
+
+
+def load(path):
     """Return the library with argument types set."""
-    lib = ctypes.CDLL(str(LIBRARY))
+    lib = ctypes.CDLL(path)
     lib.LddLastError.restype = c_char_p
     lib.LddLastError.argtypes = []
     signatures = {
@@ -103,8 +110,8 @@ class HixlError(Exception):
 class Api:
     """The library with failures as exceptions."""
 
-    def __init__(self):
-        self.lib = load()
+    def __init__(self, path=None):
+        self.lib = load(path or library_path())
 
     def check(self, status):
         if status != SUCCESS:
@@ -222,8 +229,9 @@ class Peer:
 
     def __init__(self, env=None, port=None):
         self.port = port or free_port()
-        self.process = subprocess.Popen([sys.executable, __file__, str(self.port)], stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, env={**os.environ, **(env or {})})
+        self.process = subprocess.Popen([sys.executable, __file__, library_path(), str(self.port)],
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        env={**os.environ, **(env or {})})
         try:
             self.read()
         except BaseException:
@@ -277,8 +285,8 @@ class Peer:
 class Owner:
     """What the peer process can be asked for: every method is a command."""
 
-    def __init__(self, port):
-        self.api = Api()
+    def __init__(self, path, port):
+        self.api = Api(path)
         self.buffers = []
         self.handle = self.api.server(port)
         self.api.check(self.api.lib.HixlCSServerListen(self.handle, 64))
@@ -311,6 +319,17 @@ class Owner:
     def bytes_at(self, addr, size):
         return ctypes.string_at(addr, size).hex()
 
+    def digest(self, addr, size):
+        return hashlib.sha256(ctypes.string_at(addr, size)).hexdigest()
+
+    def fork(self):
+        """Start a child that does nothing until it is killed; its pid."""
+        child = os.fork()
+        if child == 0:
+            while True:
+                signal.pause()
+        return child
+
     def drop(self, token):
         self.api.check(self.api.lib.LddServerDropPeer(self.handle, bytes.fromhex(token)))
 
@@ -324,7 +343,7 @@ class Owner:
 
 def main():
     threading.Thread(target=lambda: None).start()  # what Python itself starts once is not counted later
-    owner = Owner(int(sys.argv[1]))
+    owner = Owner(sys.argv[1], int(sys.argv[2]))
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         name, *arguments = json.loads(line)
