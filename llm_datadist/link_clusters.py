@@ -40,12 +40,11 @@ def _check_addresses(clusters: Sequence[LLMClusterInfo]) -> None:
                 raise TypeError(f"ip of remote_ip_info_list only support int, but got {type(ip).__name__}")
 
 
-def _remote_address(cluster: LLMClusterInfo) -> Optional[Tuple[str, int]]:
-    """Where the cluster listens, if the caller says so."""
-    if not cluster.remote_ip_info_list:
-        return None
-    address, port = cluster.remote_ip_info_list[0]
-    return trans_int_ip(address), port                      # type: ignore[arg-type]  # checked by the caller
+def _first_address(cluster: LLMClusterInfo) -> Optional[Tuple[str, int]]:
+    """Where the peer listens, as far as the description says."""
+    for ip, port in cluster.remote_ip_info_list:
+        return trans_int_ip(ip), port                       # type: ignore[arg-type]  # checked by _check_addresses
+    return None
 
 
 class ClusterLinker:
@@ -111,6 +110,7 @@ class ClusterLinker:
         check_isinstance("force", force, bool, allow_none=False)
         for cluster in clusters:
             check_uint64("remote_cluster_id", cluster.remote_cluster_id)    # type: ignore[arg-type]
+        _check_addresses(clusters)
         return self._for_each(clusters, lambda cluster: self._unlink_one(cluster, timeout, force), S.LLM_SUCCESS)
 
     def _unlink_one(self, cluster: LLMClusterInfo, timeout: int, force: bool) -> LLMStatusCode:
@@ -124,8 +124,7 @@ class ClusterLinker:
         if not force and num_addresses == 0 and not self._engine.was_linked(cluster_id):
             log.error("unlink_clusters: cluster %s was never linked, and no address is given", cluster_id)
             return S.LLM_PARAM_INVALID
-        address = None if force else _remote_address(cluster)
-        status, text, _ = self._engine.unlink(cluster_id, timeout, force, address)
+        status, text, _ = self._engine.unlink(cluster_id, timeout, force, _first_address(cluster))
         code = public_code(status)
         if code != S.LLM_SUCCESS:
             log.error("unlink_clusters: cluster %s: %s, %s", cluster_id, code, text)
@@ -199,7 +198,7 @@ class ClusterLinker:
         return failed[-1], codes
 
     def unlink_v1(self, clusters: Sequence[LLMClusterInfo], timeout: int, force: bool, role: LLMRole) -> Codes:
-        """Unlink; a PROMPT finds its peer by id or else by address, and drops only its own side."""
+        """Unlink; a PROMPT finds its peer by address and drops only its own side."""
         _check_common(clusters, timeout)
         check_isinstance("force", force, bool, allow_none=False)
         for cluster in clusters:
@@ -225,13 +224,12 @@ class ClusterLinker:
         from llm_datadist.core.status import public_code
 
         cluster_id: int = cluster.remote_cluster_id         # type: ignore[assignment]  # checked above
-        rows = self._engine.links()
         if role is LLMRole.PROMPT:
             cluster_id = self._peer_at(cluster, cluster_id)
             force = True
-        if any(row["cluster_id"] == cluster_id and row["running"] for row in rows):
+        if any(row["cluster_id"] == cluster_id and row["running"] for row in self._engine.links()):
             return S.LLM_LINK_BUSY
-        status, text, num_links = self._engine.unlink(cluster_id, timeout, force, _remote_address(cluster))
+        status, text, num_links = self._engine.unlink(cluster_id, timeout, force, _first_address(cluster))
         if num_links == 0:
             return S.LLM_NOT_YET_LINK
         if status < 0 and not force:

@@ -19,6 +19,7 @@ from llm_datadist import (
     BlocksCacheKey,
     CacheDesc,
     DataType,
+    KvCache,
     LLMClusterInfo,
     LLMException,
     LLMStatusCode,
@@ -127,30 +128,43 @@ def byte_of(cluster_id: int) -> int:
     return cluster_id % 251 + 1
 
 
+def addrs_of(cache: Any) -> List[int]:
+    """Addresses of the tensors of a cache of either generation."""
+    return cache.per_device_tensor_addrs[0] if isinstance(cache, KvCache) else cache.tensor_addrs
+
+
+def free(node: Any, cache: Any) -> None:
+    """Give a blocks cache of either generation back."""
+    if isinstance(cache, KvCache):
+        node.cache_manager.deallocate_cache(cache)
+    else:
+        node.cache_manager.deallocate_blocks_cache(cache)
+
+
 def offer(node: Any, model_id: int = 0) -> None:
     """Keep a blocks cache for others to read."""
     cache = node.cache_manager.allocate_blocks_cache(DESC, BlocksCacheKey(node.dist.cluster_id, model_id))
-    for addr in cache.tensor_addrs:
+    for addr in addrs_of(cache):
         ctypes.memset(addr, byte_of(node.dist.cluster_id), NUM_BLOCKS * BLOCK_BYTES)
     node.kept["offer", model_id] = cache
 
 
 def withdraw(node: Any, model_id: int = 0) -> None:
     """Give the cache of `offer` back."""
-    node.cache_manager.deallocate_blocks_cache(node.kept.pop(("offer", model_id)))
+    free(node, node.kept.pop(("offer", model_id)))
 
 
 def fetch(node: Any, cluster_id: int, model_id: int = 0) -> bool:
     """Read what a cluster offers, and tell whether the bytes are right."""
     cache = node.cache_manager.allocate_blocks_cache(DESC)
     try:
-        for addr in cache.tensor_addrs:
+        for addr in addrs_of(cache):
             ctypes.memset(addr, 0, NUM_BLOCKS * BLOCK_BYTES)
         node.cache_manager.pull_blocks(BlocksCacheKey(cluster_id, model_id), cache, ALL_BLOCKS, ALL_BLOCKS)
         wanted = bytes([byte_of(cluster_id)]) * (NUM_BLOCKS * BLOCK_BYTES)
-        return all(ctypes.string_at(addr, len(wanted)) == wanted for addr in cache.tensor_addrs)
+        return all(ctypes.string_at(addr, len(wanted)) == wanted for addr in addrs_of(cache))
     finally:
-        node.cache_manager.deallocate_blocks_cache(cache)
+        free(node, cache)
 
 
 def fetch_code(node: Any, cluster_id: int, model_id: int = 0) -> LLMStatusCode:
