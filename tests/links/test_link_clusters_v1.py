@@ -150,7 +150,7 @@ def test_a_listener_that_never_answers(linkable, raw_address):
 def link_twice_at_once(node, silent, target):
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(link, node, silent, timeout_ms=1000)
-        until(lambda: node.dist._linker._v1_busy.locked())
+        until(lambda: node.dist._linker._busy.locked())
         second = link(node, target), unlink(node, target)
         return first.result()[0], [overall for overall, _ in second]
 
