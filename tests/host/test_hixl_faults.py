@@ -448,7 +448,10 @@ def test_client_out_of_descriptors(api, peer, local, tcp):
             os.close(held.pop())
             client.connect()
             with fails(hixl.RESOURCE_EXHAUSTED):  # a data connection wants another
-                client.start([(peer.addr, local, 1)]) and client.get([(peer.addr, local, 1)])
+                client.get([(peer.addr, local, 1)])
+            os.close(held.pop())
+        with api.client(peer.port) as client:  # as many connections as there are descriptors for
+            client.connect().get([(peer.addr, local, SIZE)])
 
     assert in_child(work) == ""
 
