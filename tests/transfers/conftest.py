@@ -1,4 +1,4 @@
-"""Linked pairs of processes, one per mode and path, each kept for a whole module."""
+"""Linked pairs of processes, kept for a whole module, which uses one of these fixtures."""
 from __future__ import annotations
 
 from typing import Any, Dict, List, Tuple
@@ -108,3 +108,10 @@ def mode_pair(request):
     """A pair of each mode, on the default path."""
     with Peers() as peers:
         yield linked_pair(peers, request.param, "")
+
+
+@pytest.fixture(scope="module")
+def two_sided_pair():
+    """A pair in two-sided mode, on the default path."""
+    with Peers() as peers:
+        yield linked_pair(peers, False, "")

@@ -65,3 +65,10 @@ def transfer_through(node: Node, gate: Gate, name: str, configs: Any, *lists: An
     task = invoke(node, "transfer_cache_async", Named(name), gate, configs, *lists)
     assert gate.reached.wait(30)
     return task
+
+
+def check_outcome(outcome: Outcome, wanted: List[range]) -> None:
+    """All arrived, and the synchroniser was asked once for each layer that somebody wants, in order."""
+    assert outcome.results == [LLMStatusCode.LLM_SUCCESS] * len(wanted), outcome
+    assert outcome.code == LLMStatusCode.LLM_SUCCESS and outcome.error is None
+    assert outcome.asked == [(layer, None) for layer in sorted(set().union(*wanted))]
