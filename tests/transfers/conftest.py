@@ -5,7 +5,7 @@ from typing import Any, Dict, List, Tuple
 
 import pytest
 from peer import Peers, Process, engine_options
-from transfers.caches import Made, Spec, contents, drop_all, make
+from transfers.caches import Made, Spec, contents, drop, drop_all, make
 
 PATHS = ("shm", "cma", "tcp")
 PATHS_VARIABLE = "LLM_DATADIST_HOST_PATHS"
@@ -52,6 +52,11 @@ class Scene:
         model = spec.model()
         self._models[name] = (process, model)
         return made, model
+
+    def forget(self, name: str) -> None:
+        """Drop one cache before the end."""
+        process, _ = self._models.pop(name)
+        process.call(drop, name)
 
     def check(self) -> None:
         """Compare every cache with its model, byte for byte."""
