@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from link_steps import (
+    TCP_ONLY,
     cluster,
     drop_links,
     fetch,
@@ -33,7 +34,8 @@ def start_prompt(peers, cluster_id):
 
 
 def start_decoder(peers, cluster_id, timeout_ms=10000):
-    return peers.start(cluster_id, engine_options_v1(listen=False, timeout_ms=timeout_ms), role=LLMRole.DECODER)
+    return peers.start(cluster_id, engine_options_v1(listen=False, timeout_ms=timeout_ms), role=LLMRole.DECODER,
+                       env=TCP_ONLY)
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +152,7 @@ def test_a_listener_that_never_answers(linkable, raw_address):
 def link_twice_at_once(node, silent, target):
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(link, node, silent, timeout_ms=1000)
-        until(lambda: node.dist._linker._v1_busy.locked())
+        until(lambda: node.dist._linker._busy.locked())
         second = link(node, target), unlink(node, target)
         return first.result()[0], [overall for overall, _ in second]
 
