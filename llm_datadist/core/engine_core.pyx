@@ -3,6 +3,7 @@
 Construction opens everything or leaves nothing behind; `close` gives everything back. A forked child gets an error
 from everything and frees nothing.
 """
+import contextlib
 import os
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
@@ -22,7 +23,7 @@ from .region cimport (ldd_regions_add, ldd_regions_close, ldd_regions_epoch, ldd
                       ldd_regions_set_endpoints)
 from .service cimport ldd_service_listen, ldd_service_start, ldd_service_stop, ldd_service_unlisten
 from .status cimport LDD_E_FAILED, LDD_E_NO_MEMORY, LDD_OK, check, ldd_fail, raise_status, start_detail
-from .sync cimport ldd_mutex_destroy, ldd_mutex_init, ldd_now_ns
+from .sync cimport ldd_lock, ldd_mutex_destroy, ldd_mutex_init, ldd_now_ns, ldd_unlock
 from .transfer cimport ldd_context_enter, ldd_context_leave
 from .wait cimport ldd_acl_result
 from .wire cimport LDD_MODE_REMOTE_ACCESSIBLE
@@ -303,6 +304,17 @@ cdef class EngineCore:
             return None
         return {"bytes": pool.memory_size, "free_bytes": ldd_pool_free_bytes(pool),
                 "largest_free_bytes": ldd_pool_largest_bytes(pool)}
+
+    @contextlib.contextmanager
+    def hold_table(self):
+        """Keep the cache table locked for a while: everybody else waits, and runs into their time limits."""
+        self.require_open()
+        with nogil:
+            ldd_lock(&self.table.mutex)
+        try:
+            yield
+        finally:
+            ldd_unlock(&self.table.mutex)
 
     def caches(self):
         """One dict per live cache: cache_id, bytes, num_tensors, keys, pins, owned, is_blocks, handle."""
