@@ -28,6 +28,7 @@ __all__ = [
 
 TENSORS_PER_LAYER = 2
 MAX_WORKERS = 32
+UINT64_MAX = 2**64 - 1
 
 _Config = Union[TransferConfig, TransferWithCacheKeyConfig]
 
@@ -152,10 +153,18 @@ class TransferCacheJob:
         from llm_datadist.core.put import RemotePut
 
         put = RemotePut(self._engine, config.dst_cluster_id, self._parameters.cache_id)
-        if isinstance(config, TransferWithCacheKeyConfig):
-            put.aim_at_key(remote_key(config.cache_key))        # type: ignore[arg-type]  # checked at construction
-        else:
-            put.aim_at_addresses(config.dst_addrs, self._parameters.first_byte, self._parameters.num_bytes)
+        try:
+            if isinstance(config, TransferWithCacheKeyConfig):
+                num_tensors = TENSORS_PER_LAYER * config.dst_layer_range.stop if config.dst_layer_range else 0
+                put.aim_at_key(remote_key(config.cache_key),    # type: ignore[arg-type]  # checked at construction
+                               min(num_tensors, UINT64_MAX))
+            elif self._parameters.first_byte + self._parameters.num_bytes > UINT64_MAX:
+                raise LLMParamInvalidError("dst_block_indices reach beyond the address space")
+            else:
+                put.aim_at_addresses(config.dst_addrs, self._parameters.first_byte, self._parameters.num_bytes)
+        except BaseException:
+            put.close()         # the error keeps this frame, and that would keep the source pinned
+            raise
         return put
 
     def _close_puts(self) -> None:
@@ -384,7 +393,7 @@ def _check_blocks(src: Optional[Sequence[int]], dst: Optional[Sequence[int]], bl
 
 def _check_config(config: _Config, num_layers: int, from_blocks: bool) -> None:
     if config.src_layer_range is None:
-        config.src_layer_range = range(0, num_layers)
+        config.src_layer_range = range(num_layers)
     layers = config.src_layer_range
     if not 0 <= layers.start < layers.stop <= num_layers:
         raise LLMParamInvalidError(f"src_layer_range={layers} is not allowed; the source has {num_layers} layers")
