@@ -58,6 +58,10 @@ class Scene:
         process, _ = self._models.pop(name)
         process.call(drop, name)
 
+    def lose(self, name: str) -> None:
+        """Expect nothing of a cache any more."""
+        del self._models[name]
+
     def check(self) -> None:
         """Compare every cache with its model, byte for byte."""
         for name, (process, model) in self._models.items():
