@@ -90,8 +90,6 @@ class TransferCacheParameters:
         from_blocks = is_blocks_cache or bool(src_block_indices)
         self.targets = [_target(config, self.num_layers, from_blocks) for config in configs]
         self.block_bytes = dst_block_memory_size or 0
-        if is_blocks_cache and not src_block_indices and not dst_block_indices:
-            src_block_indices = dst_block_indices = (0,)
         self.src_blocks = parse_indices(src_block_indices, "src_block_indices") if src_block_indices else None
         self.dst_blocks = parse_indices(dst_block_indices, "dst_block_indices") if dst_block_indices else None
         self.first_dst_block = min(dst_block_indices) if dst_block_indices else 0
@@ -105,7 +103,7 @@ class TransferCacheParameters:
         LLMParamInvalidError
             What is to be sent has no such form: it ends the transfer, and is reported by its task.
         """
-        if self.is_blocks_cache and self.src_blocks is None:
+        if self.is_blocks_cache and self.dst_blocks is not None and self.src_blocks is None:
             raise LLMParamInvalidError("src_block_indices is empty, but the source is a blocks cache")
         if self.src_blocks is not None and not self.is_blocks_cache:
             raise LLMParamInvalidError("src_block_indices is given, but the source is a contiguous cache")
