@@ -40,6 +40,13 @@ def _check_addresses(clusters: Sequence[LLMClusterInfo]) -> None:
                 raise TypeError(f"ip of remote_ip_info_list only support int, but got {type(ip).__name__}")
 
 
+def _first_address(cluster: LLMClusterInfo) -> Optional[Tuple[str, int]]:
+    """Where the peer listens, as far as the description says."""
+    for ip, port in cluster.remote_ip_info_list:
+        return trans_int_ip(ip), port                       # type: ignore[arg-type]  # checked by _check_addresses
+    return None
+
+
 class ClusterLinker:
     """Links of one engine that one side asks for.
 
@@ -51,7 +58,6 @@ class ClusterLinker:
 
     def __init__(self, engine: "Engine") -> None:
         self._engine = engine
-        self._known: Set[int] = set()               # clusters this process ever had a link to
         self._busy = threading.Lock()               # an operation of the first generation, or a switch of the second
 
     # ----------------------------------------------------------------------------------------- second generation
@@ -93,7 +99,6 @@ class ClusterLinker:
         if code == S.LLM_LINK_FAILED and (time.monotonic() - start) * 1000 >= timeout:
             code = S.LLM_WAIT_PROCESS_TIMEOUT if is_v1 else S.LLM_TIMEOUT
         if code == S.LLM_SUCCESS:
-            self._known.add(cluster_id)
             log.info("linked to cluster %s at %s:%s", cluster_id, ip, port)
         else:
             log.error("link_clusters: cluster %s at %s:%s: %s, %s", cluster_id, ip, port, code, text)
@@ -105,6 +110,7 @@ class ClusterLinker:
         check_isinstance("force", force, bool, allow_none=False)
         for cluster in clusters:
             check_uint64("remote_cluster_id", cluster.remote_cluster_id)    # type: ignore[arg-type]
+        _check_addresses(clusters)
         return self._for_each(clusters, lambda cluster: self._unlink_one(cluster, timeout, force), S.LLM_SUCCESS)
 
     def _unlink_one(self, cluster: LLMClusterInfo, timeout: int, force: bool) -> LLMStatusCode:
@@ -115,12 +121,10 @@ class ClusterLinker:
         if not force and num_addresses > 1:
             log.error("unlink_clusters: cluster %s has %s remote addresses, one at most", cluster_id, num_addresses)
             return S.LLM_PARAM_INVALID
-        status, text, num_links = self._engine.unlink(cluster_id, timeout, force)
-        if num_links:
-            self._known.add(cluster_id)
-        elif not force and num_addresses == 0 and cluster_id not in self._known:
+        if not force and num_addresses == 0 and not self._engine.was_linked(cluster_id):
             log.error("unlink_clusters: cluster %s was never linked, and no address is given", cluster_id)
             return S.LLM_PARAM_INVALID
+        status, text, _ = self._engine.unlink(cluster_id, timeout, force, _first_address(cluster))
         code = public_code(status)
         if code != S.LLM_SUCCESS:
             log.error("unlink_clusters: cluster %s: %s, %s", cluster_id, code, text)
@@ -225,7 +229,7 @@ class ClusterLinker:
             force = True
         if any(row["cluster_id"] == cluster_id and row["running"] for row in self._engine.links()):
             return S.LLM_LINK_BUSY
-        status, text, num_links = self._engine.unlink(cluster_id, timeout, force)
+        status, text, num_links = self._engine.unlink(cluster_id, timeout, force, _first_address(cluster))
         if num_links == 0:
             return S.LLM_NOT_YET_LINK
         if status < 0 and not force:

@@ -28,6 +28,7 @@ __all__ = ["CacheTask", "TransferAsyncThread", "TransferCacheJob", "TransferCach
 
 TENSORS_PER_LAYER = 2
 MAX_WORKERS = 32
+UINT64_MAX = 2**64 - 1
 
 AnyConfig = Union[TransferConfig, TransferWithCacheKeyConfig]
 Blocks = Sequence[int]
@@ -264,7 +265,10 @@ class TransferCacheJob:
                 raise LLMParamInvalidError(f"the descriptor says {parameters.stride_bytes} bytes per slot or block, "
                                            f"but the cache was made with {put.stride_bytes}")
             if target.key is not None:
-                put.aim_at_key(target.key)
+                num_tensors = TENSORS_PER_LAYER * (target.first_layer + len(target.layers))
+                put.aim_at_key(target.key, min(num_tensors, UINT64_MAX))
+            elif first_byte + num_bytes > UINT64_MAX:
+                raise LLMParamInvalidError("dst_block_indices reach beyond the address space")
             else:
                 put.aim_at_addresses(target.addrs, first_byte, num_bytes)
         except BaseException:

@@ -95,8 +95,8 @@ cdef class RemotePut:
 
     # -------------------------------------------------------------------------------------------- destination
 
-    def aim_at_key(self, key):
-        """Lease the cache of the peer that ``(kind, id, model_id, batch_index)`` names."""
+    def aim_at_key(self, key, uint64_t num_tensors):
+        """Lease the cache of the peer that ``(kind, id, model_id, batch_index)`` names; it must have so many tensors."""
         cdef ldd_detail detail
         cdef ldd_status status
         cdef uint32_t kind
@@ -107,6 +107,9 @@ cdef class RemotePut:
             if status == LDD_OK:
                 status = self._resolve(kind, id_, model_id, batch_index, &detail)
                 self._end()
+            if status == LDD_OK and num_tensors > self._num_tensors:
+                status = ldd_fail(&detail, LDD_E_PARAM, b"destination tensors up to %llu are outside the cache's %u",
+                                  <unsigned long long>num_tensors, self._num_tensors)
         self._engine.raise_for(status, &detail, b"transfer_cache_async")
 
     cdef ldd_status _resolve(self, uint32_t kind, uint64_t id_, uint64_t model_id, uint64_t batch_index,

@@ -1,11 +1,11 @@
-"""Linked pairs of processes, one per mode and path, each kept for a whole module."""
+"""Linked pairs of processes, kept for a whole module, which uses one of these fixtures."""
 from __future__ import annotations
 
 from typing import Any, Dict, List, Tuple
 
 import pytest
 from peer import Peers, Process, engine_options
-from transfers.caches import Made, Spec, contents, drop_all, make
+from transfers.caches import Made, Spec, contents, drop, drop_all, make
 
 PATHS = ("shm", "cma", "tcp")
 PATHS_VARIABLE = "LLM_DATADIST_HOST_PATHS"
@@ -52,6 +52,15 @@ class Scene:
         model = spec.model()
         self._models[name] = (process, model)
         return made, model
+
+    def forget(self, name: str) -> None:
+        """Drop one cache before the end."""
+        process, _ = self._models.pop(name)
+        process.call(drop, name)
+
+    def lose(self, name: str) -> None:
+        """Expect nothing of a cache any more."""
+        del self._models[name]
 
     def check(self) -> None:
         """Compare every cache with its model, byte for byte."""
@@ -108,3 +117,10 @@ def mode_pair(request):
     """A pair of each mode, on the default path."""
     with Peers() as peers:
         yield linked_pair(peers, request.param, "")
+
+
+@pytest.fixture(scope="module")
+def two_sided_pair():
+    """A pair in two-sided mode, on the default path."""
+    with Peers() as peers:
+        yield linked_pair(peers, False, "")
