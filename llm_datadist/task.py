@@ -176,7 +176,7 @@ class TransferCacheJob:
     ) -> None:
         self._engine = engine
         self._parameters = parameters
-        self._synchronizer = layer_synchronizer
+        self._synchronizer: Optional[LayerSynchronizer] = layer_synchronizer
         self._puts: Dict[int, "RemotePut"] = {}
         self._done = threading.Event()
         self.results: List[Optional[LLMStatusCode]] = [None] * len(parameters.targets)
@@ -187,9 +187,12 @@ class TransferCacheJob:
         return self._done.wait(timeout_s)
 
     def run(self) -> None:
-        """Send all layers. Never raises."""
+        """Send all layers, once. Never raises."""
+        # A task may be kept for its results; the client's model behind the synchroniser should not be.
+        synchronizer, self._synchronizer = self._synchronizer, None
+        assert synchronizer is not None
         try:
-            self._send_layers()
+            self._send_layers(synchronizer)
         except BaseException as error:  # whatever a client's synchroniser raises must not end the worker
             self.error = error
             log.error("transfer_cache_async of cache %s failed: %r", self._parameters.cache_id, error)
@@ -197,14 +200,14 @@ class TransferCacheJob:
             self._close_puts()
             self._done.set()
 
-    def _send_layers(self) -> None:
+    def _send_layers(self, synchronizer: LayerSynchronizer) -> None:
         targets = self._parameters.targets
         for layer in range(self._parameters.num_layers):
             waiting = [i for i, target in enumerate(targets) if layer in target.layers]
             if not waiting:
                 continue
             try:
-                is_complete = self._synchronizer.synchronize_layer(layer, None)
+                is_complete = synchronizer.synchronize_layer(layer, None)
             except BaseException:
                 self._fail(waiting, LLMStatusCode.LLM_FAILED)
                 raise
@@ -445,7 +448,7 @@ def transfer_cache_async(
         Id of the source in `engine`.
     cache : Cache or KvCache
         The source, placement DEVICE.
-    layer_synchronizer, transfer_configs, src_block_indices, dst_block_indices, dst_block_memory_size
+    layer_synchronizer, transfer_configs, src_block_indices, dst_block_indices, dst_block_memory_size : object
         As for `CacheManager.transfer_cache_async`.
     config_types : sequence of type
         What `transfer_configs` may hold; all of one type.
