@@ -90,12 +90,17 @@ def _flag(environ: Mapping[str, str], name: str) -> bool:
 
 
 class BuildExt(build_ext):
-    """`build_ext` that gives the host library its plain name and keeps Python out of it."""
+    """`build_ext` that translates the core, gives the host library its plain name and keeps Python out of it."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
         if self.parallel is None:
             self.parallel = min(os.cpu_count() or 1, 4)
+
+    def run(self) -> None:
+        # Not before: source archives and metadata need no translation.
+        translate([ext for ext in self.extensions if ext.name != HOST_LIBRARY], BuildContext.read(os.environ))
+        super().run()
 
     def get_ext_filename(self, fullname: str) -> str:
         # Asked for with the package and without.
@@ -131,38 +136,42 @@ def host_library(context: BuildContext) -> Extension:
 
 
 def core_modules(context: BuildContext) -> List[Extension]:
-    """The Cython modules of the core, translated to C."""
-    from Cython.Build import cythonize
-    from Cython.Compiler import Options
-
-    headers = _relative("include/**/*.h")
+    """The Cython modules of the core."""
     # By design of the code that Cython generates: helpers that take all of these paths, only some of which are real.
     noise = ("unused-parameter", "missing-field-initializers", "unused-function", "sign-compare", "array-bounds")
-    quiet = [f"-Wno-{warning}" for warning in noise]
-    modules = [
+    return [
         Extension(
             source[: -len(".pyx")].replace("/", "."),
             sources=[source],
-            depends=headers,
+            depends=_relative("include/**/*.h"),
             include_dirs=["include"],
             libraries=["dl"],
-            extra_compile_args=context.compile_args + quiet,
+            extra_compile_args=context.compile_args + [f"-Wno-{warning}" for warning in noise],
             extra_link_args=context.link_args,
         )
         for source in _relative("llm_datadist/core/*.pyx")
     ]
+
+
+def translate(modules: List[Extension], context: BuildContext) -> None:
+    """Translate Cython modules to C and make that their sources."""
+    from Cython.Build import cythonize
+    from Cython.Compiler import Options
+
     Options.warning_errors = context.werror
     notes = io.StringIO()
-    with contextlib.redirect_stderr(notes):
-        try:
-            modules = cythonize(
+    try:
+        with contextlib.redirect_stderr(notes):
+            translated = cythonize(
                 modules, build_dir=context.generated_dir, compiler_directives=context.directives, force=context.werror
             )
-        finally:
-            sys.__stderr__.write(notes.getvalue())
+    finally:
+        sys.stderr.write(notes.getvalue())
     if context.werror and "performance hint" in notes.getvalue():
         raise SystemExit("Cython gave a performance hint (above): state the exception clause or release it")
-    return modules
+    sources = {module.name: module.sources for module in translated}
+    for module in modules:
+        module.sources = sources[module.name]
 
 
 def packages() -> Tuple[List[str], Dict[str, str]]:
@@ -180,6 +189,7 @@ def main() -> None:
     context = BuildContext.read(os.environ)
     names, places = packages()
     setup(
+        license="Apache-2.0",
         packages=names,
         package_dir=places,
         package_data={

@@ -1,24 +1,39 @@
 """`CacheManager`: the memory calls of the second generation of the API."""
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 from llm_datadist.addresses import resolve_addresses
 from llm_datadist.caches import CPU_CACHE_ID, Cache
 from llm_datadist.descriptors import CacheDesc, MemInfo, Memtype, Placement
 from llm_datadist.keys import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
 from llm_datadist.manager_base import (
-    ManagerBase, block_pairs, blocks_key_specs, check_desc, check_pull_key, key_specs, layers_of_pull, lazy_addresses,
-    remote_key, tensors_of,
+    KeySpec,
+    ManagerBase,
+    TensorRange,
+    block_pairs,
+    blocks_key_specs,
+    check_desc,
+    check_equal_lengths,
+    check_pull_key,
+    check_size,
+    check_tensors_per_layer,
+    cluster_of,
+    key_specs,
+    layers_of_pull,
+    lazy_addresses,
+    remote_key,
+    tensors_of,
 )
 from llm_datadist.status import LLMLinkError, LLMParamInvalidError, LLMStatusCode
-from llm_datadist.task import CacheTask, start_transfer
+from llm_datadist.task import CacheTask, transfer_cache_async
 from llm_datadist.transfer_config import (
-    LayerSynchronizer, TransferConfig, TransferWithCacheKeyConfig, check_layer_range,
+    LayerSynchronizer,
+    TransferConfig,
+    TransferWithCacheKeyConfig,
+    check_layer_range,
 )
-from llm_datadist.utils.utils import (
-    check_dict, check_int64, check_isinstance, check_uint32, check_uint64,
-)
+from llm_datadist.utils.utils import check_dict, check_int64, check_isinstance, check_uint32, check_uint64
 
 if TYPE_CHECKING:
     from llm_datadist.core.engine import Engine
@@ -27,12 +42,6 @@ __all__ = ["CacheManager"]
 
 _Keys = Union[Tuple[CacheKey, ...], List[CacheKey]]
 _Blocks = Sequence[int]
-
-
-def _check_size(size: int) -> None:
-    check_int64("size", size)
-    if size != -1 and size <= 0:
-        raise LLMParamInvalidError(f"size={size} is not allowed; it must be -1 or positive")
 
 
 class CacheManager(ManagerBase):
@@ -141,7 +150,7 @@ class CacheManager(ManagerBase):
             return
         self._require_pool(operation)
         if not cache.is_registered:
-            self._llm_engine.deallocate(cache.cache_id)
+            self._llm_engine.deallocate(self._id_of(cache))
         cache._forget_memory()
 
     def allocate_blocks_cache(self, cache_desc: CacheDesc, blocks_cache_key: Optional[BlocksCacheKey] = None) -> Cache:
@@ -255,9 +264,8 @@ class CacheManager(ManagerBase):
             more keys than slots, or ``remote_accessible=True`` after ``link``.
         """
         check_isinstance("cache_desc", cache_desc, CacheDesc)
-        check_isinstance("cache_keys", cache_keys, [list, tuple], CacheKey)
-        return self._register(cache_desc, addrs, key_specs(cache_desc, cache_keys) if cache_keys else [],
-                              remote_accessible, False)
+        check_isinstance("cache_keys", cache_keys, [list, tuple], CacheKey, allow_none=False)
+        return self._register(cache_desc, addrs, lambda: key_specs(cache_desc, cache_keys), remote_accessible, False)
 
     def register_blocks_cache(
         self, cache_desc: CacheDesc, addrs: List[Any], blocks_cache_key: Optional[BlocksCacheKey] = None,
@@ -289,9 +297,9 @@ class CacheManager(ManagerBase):
         """
         check_isinstance("cache_desc", cache_desc, CacheDesc)
         check_isinstance("blocks_cache_key", blocks_cache_key, BlocksCacheKey)
-        return self._register(cache_desc, addrs, blocks_key_specs(blocks_cache_key), remote_accessible, True)
+        return self._register(cache_desc, addrs, lambda: blocks_key_specs(blocks_cache_key), remote_accessible, True)
 
-    def _register(self, cache_desc: CacheDesc, addrs: List[Any], specs: Sequence[Tuple[int, int, int, int]],
+    def _register(self, cache_desc: CacheDesc, addrs: List[Any], specs: Callable[[], List[KeySpec]],
                   remote_accessible: Optional[bool], is_blocks: bool) -> Cache:
         check_isinstance("addrs", addrs, list, allow_none=False)
         check_isinstance("remote_accessible", remote_accessible, bool)
@@ -311,7 +319,7 @@ class CacheManager(ManagerBase):
             remote_accessible = cache_desc.placement == Placement.DEVICE and not self._linked
         self._require_initialized()
         cache_id = self._llm_engine.register(
-            addresses, cache_desc.shape[0], tensor_bytes, cache_desc.placement == Placement.HOST, is_blocks, specs,
+            addresses, cache_desc.shape[0], tensor_bytes, cache_desc.placement == Placement.HOST, is_blocks, specs(),
             remote_accessible)
         if owners:
             self._owners[cache_id] = owners
@@ -354,14 +362,17 @@ class CacheManager(ManagerBase):
         """
         infos = [mem_infos] if isinstance(mem_infos, MemInfo) else mem_infos
         if not isinstance(infos, list) or not infos or not all(isinstance(info, MemInfo) for info in infos):
-            raise LLMParamInvalidError(f"mem_infos={mem_infos!r} is not allowed; it must be a MemInfo or a list of them")
+            raise LLMParamInvalidError(
+                f"mem_infos={mem_infos!r} is not allowed; it must be a MemInfo, or a list of them that is not empty")
         for info in infos:
-            if info.mem_type is not Memtype.MEM_TYPE_DEVICE or not info.addr or not info.size or info.size <= 0:
-                raise LLMParamInvalidError(f"{info} is not allowed; it must be device memory with an address and a size")
+            if info.mem_type is not Memtype.MEM_TYPE_DEVICE or (info.addr or 0) <= 0 or (info.size or 0) <= 0:
+                raise LLMParamInvalidError(
+                    f"{info} is not allowed; it must be device memory, its address and size positive")
         self._require_initialized()
         if self._llm_engine.num_links() == 0:
-            raise LLMLinkError("remap_registered_memory failed: there is no link",
-                               status_code=LLMStatusCode.LLM_NOT_YET_LINK)
+            raise LLMLinkError(f"remap_registered_memory failed, error code is {LLMStatusCode.LLM_NOT_YET_LINK}, "
+                               "there is no link.", status_code=LLMStatusCode.LLM_NOT_YET_LINK,
+                               operation="remap_registered_memory")
 
     # -------------------------------------------------------------------------------------------------- pulls
 
@@ -408,16 +419,23 @@ class CacheManager(ManagerBase):
                          CacheKeyByIdAndIndex if self._remote_accessible else [CacheKey, CacheKeyByIdAndIndex])
         check_isinstance("cache", cache, Cache)
         check_uint32("batch_index", batch_index)
-        _check_size(size)
+        check_size(size)
         if cache.is_blocks_cache:
             raise LLMParamInvalidError(f"{cache} is a blocks cache; use pull_blocks")
-        src_tensors, dst_tensors = layers_of_pull(cache.cache_desc, kwargs)
-        if isinstance(cache_key, CacheKey):
-            check_pull_key(cache_key)
+        src_tensors, dst_tensors = self._pull_layers(cache_key, cache, kwargs)
         self._require_initialized()
         self._llm_engine.pull_cache(
-            cache_key.cluster_id, remote_key(cache_key), cache.cache_id, batch_index, size, src_tensors, dst_tensors,
-            release=not self._remote_accessible)
+            cluster_of(cache_key), remote_key(cache_key), self._id_of(cache), batch_index, size, src_tensors,
+            dst_tensors, release=not self._remote_accessible)
+
+    @staticmethod
+    def _pull_layers(cache_key: Union[CacheKey, CacheKeyByIdAndIndex, BlocksCacheKey], dst_cache: Cache,
+                     kwargs: Mapping[str, Any]) -> Tuple[TensorRange, TensorRange]:
+        """Check the rest of what both pulls take, and return the tensors of source and destination."""
+        tensors_per_layer = check_tensors_per_layer(kwargs.get("tensor_num_per_layer", 2))
+        if isinstance(cache_key, CacheKey):
+            check_pull_key(cache_key)
+        return layers_of_pull(dst_cache.cache_desc, tensors_per_layer, kwargs)
 
     def pull_blocks(
         self, src_cache_key: Union[CacheKey, CacheKeyByIdAndIndex, BlocksCacheKey], dst_cache: Cache,
@@ -460,15 +478,14 @@ class CacheManager(ManagerBase):
         if len(dst_blocks) == 0:
             raise LLMParamInvalidError("dst_blocks is empty; it must name at least one block")
         if isinstance(src_cache_key, BlocksCacheKey) != (len(src_blocks) != 0):
-            raise LLMParamInvalidError(
-                f"src_blocks has {len(src_blocks)} entries; it must be empty unless the source is a blocks cache")
-        src_tensors, dst_tensors = layers_of_pull(dst_cache.cache_desc, kwargs)
-        if isinstance(src_cache_key, CacheKey):
-            check_pull_key(src_cache_key)
+            raise LLMParamInvalidError(f"src_blocks has {len(src_blocks)} entries; it must name blocks of a blocks "
+                                       "cache, and be empty when src_cache_key names a contiguous one")
+        src_tensors, dst_tensors = self._pull_layers(src_cache_key, dst_cache, kwargs)
+        cluster_id, key = cluster_of(src_cache_key), remote_key(src_cache_key)
         self._require_initialized()
         self._llm_engine.pull_blocks(
-            src_cache_key.cluster_id, remote_key(src_cache_key), dst_cache.cache_id, src_blocks, dst_blocks,
-            src_tensors, dst_tensors, release=not self._remote_accessible)
+            cluster_id, key, self._id_of(dst_cache), src_blocks, dst_blocks, src_tensors, dst_tensors,
+            release=not self._remote_accessible)
 
     # -------------------------------------------------------------------------------------------------- pushes
 
@@ -515,7 +532,7 @@ class CacheManager(ManagerBase):
         src, dst = self._push_layers(src_cache, src_layer_range, dst_layer_range, tensor_num_per_layer)
         self._require_initialized()
         self._llm_engine.push_cache(
-            dst_cache_key.cluster_id, remote_key(dst_cache_key), src_cache.cache_id, src_batch_index, src, dst,
+            cluster_of(dst_cache_key), remote_key(dst_cache_key), self._id_of(src_cache), src_batch_index, src, dst,
             tensor_num_per_layer)
 
     def push_blocks(
@@ -557,30 +574,29 @@ class CacheManager(ManagerBase):
         if len(dst_blocks) == 0 or len(src_blocks) == 0:
             raise LLMParamInvalidError("src_blocks and dst_blocks must each name at least one block")
         src, dst = self._push_layers(src_cache, src_layer_range, dst_layer_range, tensor_num_per_layer)
+        cluster_id, key = cluster_of(dst_cache_key), remote_key(dst_cache_key)
         self._require_initialized()
         self._llm_engine.push_blocks(
-            dst_cache_key.cluster_id, remote_key(dst_cache_key), src_cache.cache_id, src_blocks, dst_blocks, src, dst,
-            tensor_num_per_layer)
+            cluster_id, key, self._id_of(src_cache), src_blocks, dst_blocks, src, dst, tensor_num_per_layer)
 
     def _check_push(self, src_layers: Optional[range], dst_layers: Optional[range], tensors_per_layer: int) -> None:
         if not self._remote_accessible:
             raise LLMParamInvalidError("pushes need option llm.EnableRemoteCacheAccessible='1'")
         check_layer_range("src_layer_range", src_layers)
         check_layer_range("dst_layer_range", dst_layers)
-        check_uint32("tensor_num_per_layer", tensors_per_layer)
-        if tensors_per_layer == 0:
-            raise LLMParamInvalidError("tensor_num_per_layer=0 is not allowed; a layer has at least one tensor")
+        check_tensors_per_layer(tensors_per_layer)
 
     @staticmethod
-    def _push_layers(src_cache: Cache, src: Optional[range], dst: Optional[range], tensors_per_layer: int) -> Any:
+    def _push_layers(src_cache: Cache, src: Optional[range], dst: Optional[range],
+                     tensors_per_layer: int) -> Tuple[TensorRange, TensorRange]:
         num_tensors = src_cache.cache_desc.num_tensors
         if src is None and dst is None and num_tensors % tensors_per_layer:
             return (0, num_tensors), (0, num_tensors)       # whole caches, also those of no whole number of layers
         every = range(num_tensors // tensors_per_layer)
         src, dst = every if src is None else src, every if dst is None else dst
-        if len(src) != len(dst):
-            raise LLMParamInvalidError(f"src_layer_range={src} and dst_layer_range={dst} must have equal lengths")
-        return tensors_of(src, tensors_per_layer), tensors_of(dst, tensors_per_layer)
+        check_equal_lengths(src, dst)
+        return (tensors_of("src_layer_range", src, tensors_per_layer),
+                tensors_of("dst_layer_range", dst, tensors_per_layer))
 
     def transfer_cache_async(
         self, src_cache: Cache, layer_synchronizer: LayerSynchronizer,
@@ -617,13 +633,11 @@ class CacheManager(ManagerBase):
             The arguments contradict each other or the source.
         """
         check_isinstance("src_cache", src_cache, Cache, allow_none=False)
-        config_type = TransferWithCacheKeyConfig if self._remote_accessible and not _are_addresses(transfer_configs) \
-            else TransferConfig
         self._require_initialized()
-        return start_transfer(
-            self._llm_engine, src_cache.cache_id, src_cache.cache_desc, src_cache.is_blocks_cache, layer_synchronizer,
-            transfer_configs, config_type, src_block_indices, dst_block_indices, dst_block_memory_size,
-            LLMStatusCode.LLM_TIMEOUT)
+        return transfer_cache_async(
+            self._llm_engine, self._id_of(src_cache), src_cache, layer_synchronizer, transfer_configs,
+            src_block_indices, dst_block_indices, dst_block_memory_size,
+            config_types=(TransferConfig, TransferWithCacheKeyConfig) if self._remote_accessible else (TransferConfig,))
 
     # ---------------------------------------------------------------------------------------- local operations
 
@@ -660,13 +674,14 @@ class CacheManager(ManagerBase):
         check_uint32("dst_batch_index", dst_batch_index)
         check_uint32("src_batch_index", src_batch_index)
         check_uint64("offset", offset)
-        _check_size(size)
+        check_size(size)
         if req_id is not None:
             check_uint64("req_id", req_id)
         if dst.is_blocks_cache or src.is_blocks_cache:
             raise LLMParamInvalidError("copy_cache takes contiguous caches; use copy_blocks or swap_blocks")
         self._require_initialized()
-        self._llm_engine.copy_cache(dst.cache_id, src.cache_id, dst_batch_index, src_batch_index, offset, size)
+        self._llm_engine.copy_cache(
+            self._id_of(dst), self._id_of(src), dst_batch_index, src_batch_index, offset, size)
 
     def copy_blocks(self, cache: Cache, copy_block_info: Dict[int, List[int]]) -> None:
         """Copy blocks to other blocks of the same cache.
@@ -693,7 +708,7 @@ class CacheManager(ManagerBase):
             raise LLMParamInvalidError(f"{cache} is a contiguous cache; use copy_cache")
         src, dst = block_pairs("copy_block_info", copy_block_info, cache.cache_desc.shape[0])
         self._require_initialized()
-        self._llm_engine.copy_blocks(cache.cache_id, src, dst)
+        self._llm_engine.copy_blocks(self._id_of(cache), src, dst)
 
     def swap_blocks(self, src_cache: Cache, dst_cache: Cache, src_to_dst: Dict[int, int]) -> None:
         """Copy blocks between a HOST and a DEVICE cache; despite the name, one way.
@@ -710,28 +725,24 @@ class CacheManager(ManagerBase):
         TypeError
             An argument has another type.
         LLMParamInvalidError
-            The caches do not fit each other, or a block number is outside its cache. Nothing moved.
+            The caches do not fit each other, a block number is outside its cache, or a cpu cache has an address that
+            is not positive. Nothing moved.
         LLMNotFoundError
-            LLM_KV_CACHE_NOT_EXIST: a cache was deallocated.
+            LLM_KV_CACHE_NOT_EXIST: a cache was deallocated or unregistered.
         """
         check_isinstance("src_cache", src_cache, Cache)
         check_isinstance("dst_cache", dst_cache, Cache)
         check_dict("src_to_dst", src_to_dst, int, int)
         if not src_cache.is_blocks_cache or not dst_cache.is_blocks_cache:
             raise LLMParamInvalidError("swap_blocks takes blocks caches")
-        self._swap(src_cache.tensor_addrs, src_cache.cache_desc, dst_cache.tensor_addrs, dst_cache.cache_desc,
-                   src_to_dst)
+        self._swap(src_cache, src_cache.tensor_addrs, dst_cache, dst_cache.tensor_addrs, src_to_dst)
 
 
 def _check_blocks(name: str, blocks: _Blocks) -> None:
-    """Lists and tuples of the API, and whatever offers integers as a buffer; elements are checked when they are read."""
+    """Lists and tuples of the API, and whatever offers integers in order; they are checked one by one when read."""
     if isinstance(blocks, (list, tuple, range)):
         return
-    if blocks is None or isinstance(blocks, (str, bytes, bytearray)) or not hasattr(blocks, "__len__"):
+    is_ordered = hasattr(blocks, "__len__") and hasattr(blocks, "__getitem__") and not isinstance(blocks, Mapping)
+    if not is_ordered or isinstance(blocks, (str, bytes, bytearray)):
         raise TypeError(f"{name} only support list or tuple of int, or a buffer of integers, "
                         f"but got {type(blocks).__name__}")
-
-
-def _are_addresses(transfer_configs: Any) -> bool:
-    return (isinstance(transfer_configs, (list, tuple)) and bool(transfer_configs)
-            and all(isinstance(config, TransferConfig) for config in transfer_configs))

@@ -161,6 +161,11 @@ class Cache:
         return self._addresses.get()
 
     @property
+    def manager(self) -> Optional[object]:
+        """The manager that made the handle; None for a cpu cache."""
+        return self._cache_manager
+
+    @property
     def is_registered(self) -> bool:
         """Whether the memory is the caller's."""
         return self._is_registered
@@ -298,6 +303,11 @@ class KvCache:
     def per_device_tensor_addrs(self) -> List[List[int]]:
         """First byte of each tensor on each device; empty after deallocation."""
         return self._addresses.get()
+
+    @property
+    def manager(self) -> Optional[object]:
+        """The manager that made the handle; None for a cpu cache."""
+        return self._kv_cache_manager
 
     @property
     def is_blocks_cache(self) -> bool:

@@ -88,8 +88,10 @@ class LLMDataDist:
                 return
             live = LLMDataDist.llm_engine_instance
             if live is not None:
-                raise LLMException(f"init failed: cluster {live.cluster_id} is initialized in this process already",
-                                   status_code=LLMStatusCode.LLM_FAILED)
+                is_ours = live._engine is None or live._engine.is_own_process()
+                where = "in this process already" if is_ours else "in the process that this one was forked from"
+                raise LLMException(f"init failed, error code is {LLMStatusCode.LLM_FAILED}, cluster {live.cluster_id} "
+                                   f"is initialized {where}.", status_code=LLMStatusCode.LLM_FAILED, operation="init")
             parsed = EngineOptions.parse(options, self._role, self._cluster_id)
             self._open(parsed)
             LLMDataDist.llm_engine_instance = self
@@ -136,7 +138,8 @@ class LLMDataDist:
         engine = self._require_engine()
         if engine.options.generation != generation:
             mode = "cache manager" if generation == 2 else "kv cache manager"
-            raise LLMParamInvalidError(f"{what} is not allowed; it needs {mode} mode, see option llm.EnableCacheManager")
+            raise LLMParamInvalidError(
+                f"{what} is not allowed; it needs {mode} mode, see option llm.EnableCacheManager")
         return engine
 
     # ------------------------------------------------------------------------------------------------ accessors
@@ -154,7 +157,7 @@ class LLMDataDist:
 
     @property
     def kv_cache_manager(self) -> "KvCacheManager":
-        """The manager of kv caches, always the same object; needs kv cache manager mode (RuntimeError before `init`)."""
+        """The manager of kv caches, always the same; needs kv cache manager mode (RuntimeError before `init`)."""
         self._require_generation(1, "kv_cache_manager")
         return self._manager                        # type: ignore[return-value]  # by generation
 
@@ -297,8 +300,8 @@ class LLMDataDist:
         _check_link_arguments(comm_name, cluster_rank_info, rank_table)
         self._refuse_backend("link")
         if self._cluster_id not in cluster_rank_info:
-            raise LLMParamInvalidError(
-                f"cluster_rank_info={cluster_rank_info} is not allowed; it must contain this cluster, {self._cluster_id}")
+            raise LLMParamInvalidError(f"cluster_rank_info={cluster_rank_info} is not allowed; "
+                                       f"it must contain this cluster, {self._cluster_id}")
         members = _members_of(cluster_rank_info, rank_table)
         total_time_s = engine.options.link_total_time_s
         comm_id = self._rendezvous.link(comm_name, cluster_rank_info, members, total_time_s)
@@ -381,12 +384,13 @@ class LLMDataDist:
         LLMParamInvalidError
             The address is malformed; in kv cache manager mode also the same role, or PROMPT without an address.
         LLMLinkError
-            LLM_EXIST_LINK: a link exists.
+            LLM_EXIST_LINK: a link exists. LLM_PROCESSING_LINK, in kv cache manager mode: another thread links or
+            unlinks.
         LLMNotEnabledError
             LLM_FEATURE_NOT_ENABLED: kv cache manager mode without option ``llm.EnableSwitchRole`` or with several
             devices; or option ``llm.TransferBackend`` and another address.
         LLMException
-            LLM_FAILED: the new address is in use; the old listener is closed then.
+            LLM_FAILED: the new address is in use. Role and listener stay as they were.
         RuntimeError
             Before `init`.
         """
@@ -401,13 +405,17 @@ class LLMDataDist:
             if engine.options.transfer_backend and address != engine.listener:
                 raise LLMNotEnabledError("switch_role to another address is not available with option "
                                          f"llm.TransferBackend={engine.options.transfer_backend!r}")
-        if engine.num_links():
-            raise LLMLinkError(f"switch_role failed, error code is {LLMStatusCode.LLM_EXIST_LINK}, "
-                               f"{engine.num_links()} links exist.", status_code=LLMStatusCode.LLM_EXIST_LINK)
-        engine.set_listener(address)
-        if engine.options.generation == 1:
-            self._manager._switch_role(role)        # type: ignore[union-attr]  # a KvCacheManager, by generation
-        self._role = role
+        assert self._linker is not None
+        with self._linker.exclusive(waits=engine.options.generation == 2) as is_alone:
+            if not is_alone:
+                raise _link_error("switch_role", LLMStatusCode.LLM_PROCESSING_LINK, "another link operation is running")
+            num_links = engine.num_links()
+            if num_links:
+                raise _link_error("switch_role", LLMStatusCode.LLM_EXIST_LINK, f"{num_links} links exist")
+            _move_listener(engine, address)
+            if engine.options.generation == 1:
+                self._manager._switch_role(role)    # type: ignore[union-attr]  # a KvCacheManager, by generation
+            self._role = role
 
     def _check_switch_v1(self, engine: "Engine", role: LLMRole, switch_options: Optional[Dict[str, str]]) -> None:
         if role is self._role:
@@ -429,8 +437,7 @@ class LLMDataDist:
         RuntimeError
             Before `init`.
         """
-        result: Dict[str, Any] = self._require_engine().stats()
-        return result
+        return self._require_engine().stats()
 
     def links(self) -> List[Dict[str, Any]]:
         """One dict per link: cluster id, state, who asked for it, bytes moved, and why it broke.
@@ -440,14 +447,26 @@ class LLMDataDist:
         RuntimeError
             Before `init`.
         """
-        rows: List[Dict[str, Any]] = self._require_engine().links()
-        return rows
+        return self._require_engine().links()
 
     @property
     def listen_address(self) -> Optional[Tuple[str, int]]:
         """Where this process listens; the port is the real one where port 0 was asked for. None for a pure client."""
-        address: Optional[Tuple[str, int]] = self._require_engine().listener
-        return address
+        return self._require_engine().listener
+
+
+def _link_error(operation: str, code: LLMStatusCode, reason: str) -> LLMLinkError:
+    return LLMLinkError(f"{operation} failed, error code is {code}, {reason}.", status_code=code, operation=operation)
+
+
+def _move_listener(engine: "Engine", address: Optional[Tuple[str, int]]) -> None:
+    """Listen at another address, or nowhere (None); where that fails, go back."""
+    before = engine.listener
+    try:
+        engine.set_listener(address)
+    except LLMException:
+        engine.set_listener(before)
+        raise
 
 
 def _check_link_arguments(comm_name: str, cluster_rank_info: Dict[int, int], rank_table: str) -> None:
@@ -455,7 +474,6 @@ def _check_link_arguments(comm_name: str, cluster_rank_info: Dict[int, int], ran
     if not 0 < len(comm_name) < MAX_COMM_NAME:
         raise LLMParamInvalidError(
             f"comm_name has {len(comm_name)} characters; 1 to {MAX_COMM_NAME - 1} are allowed")
-    check_isinstance("cluster_rank_info", cluster_rank_info, dict, allow_none=False)
     check_dict("cluster_rank_info", cluster_rank_info, int, int)
     if len(cluster_rank_info) > MAX_MEMBERS:
         raise LLMParamInvalidError(f"cluster_rank_info has {len(cluster_rank_info)} members; {MAX_MEMBERS} at most")

@@ -1,22 +1,31 @@
 """`KvCacheManager`: the memory calls of the first generation of the API, on the same engine as the second."""
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 from llm_datadist.caches import CPU_CACHE_ID, KvCache
 from llm_datadist.configs import LLMRole
 from llm_datadist.descriptors import CacheDesc, Placement
 from llm_datadist.keys import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
 from llm_datadist.manager_base import (
-    ManagerBase, block_pairs, blocks_key_specs, check_desc, check_pull_key, key_specs, layers_of_pull, lazy_addresses,
+    KeySpec,
+    ManagerBase,
+    block_pairs,
+    blocks_key_specs,
+    check_desc,
+    check_pull_key,
+    check_size,
+    check_tensors_per_layer,
+    cluster_of,
+    key_specs,
+    layers_of_pull,
+    lazy_addresses,
     remote_key,
 )
 from llm_datadist.status import LLMParamInvalidError, LLMStatusCode
-from llm_datadist.task import CacheTask, start_transfer
+from llm_datadist.task import CacheTask, transfer_cache_async
 from llm_datadist.transfer_config import LayerSynchronizer, TransferConfig
-from llm_datadist.utils.utils import (
-    check_dict, check_int32, check_int64, check_isinstance, check_uint32, check_uint64,
-)
+from llm_datadist.utils.utils import check_dict, check_int32, check_int64, check_isinstance, check_uint32, check_uint64
 
 if TYPE_CHECKING:
     from llm_datadist.core.engine import Engine
@@ -146,7 +155,7 @@ class KvCacheManager(ManagerBase):
             self._require_role("allocate_blocks_cache with a key", LLMRole.PROMPT, LLMRole.MIX)
         return self._new_cache(cache_desc, lambda: blocks_key_specs(blocks_cache_key), True)
 
-    def _new_cache(self, cache_desc: CacheDesc, specs: Any, is_blocks: bool) -> KvCache:
+    def _new_cache(self, cache_desc: CacheDesc, specs: Callable[[], List[KeySpec]], is_blocks: bool) -> KvCache:
         if cache_desc.placement == Placement.HOST:
             raise LLMParamInvalidError("cache_desc.placement=Placement.HOST is not allowed; allocate on DEVICE")
         check_desc(cache_desc)
@@ -178,7 +187,7 @@ class KvCacheManager(ManagerBase):
         check_isinstance("cache", cache, KvCache)
         _check_device("cache", cache)
         self._require_initialized()
-        self._llm_engine.deallocate(cache.cache_id)
+        self._llm_engine.deallocate(self._id_of(cache))
         cache._forget_memory()
 
     def remove_cache_key(self, cache_key: CacheKey) -> None:
@@ -250,17 +259,16 @@ class KvCacheManager(ManagerBase):
         check_isinstance("cache_key", cache_key, [CacheKey, CacheKeyByIdAndIndex])
         check_isinstance("kv_cache", kv_cache, KvCache)
         check_uint32("batch_index", batch_index)
-        check_int64("size", size)
-        if size != -1 and size <= 0:
-            raise LLMParamInvalidError(f"size={size} is not allowed; it must be -1 or positive")
+        check_size(size)
         _check_device("kv_cache", kv_cache)
         src_offset, dst_offset = _offset("src_cache_offset", kwargs), _offset("dst_cache_offset", kwargs)
-        src_tensors, dst_tensors = layers_of_pull(kv_cache.cache_desc, kwargs)
+        tensors_per_layer = check_tensors_per_layer(kwargs.get("tensor_num_per_layer", 2))
         if isinstance(cache_key, CacheKey):
             check_pull_key(cache_key)
+        src_tensors, dst_tensors = layers_of_pull(kv_cache.cache_desc, tensors_per_layer, kwargs)
         self._require_initialized()
         self._llm_engine.pull_cache(
-            cache_key.cluster_id, remote_key(cache_key), kv_cache.cache_id, batch_index, size, src_tensors,
+            cluster_of(cache_key), remote_key(cache_key), self._id_of(kv_cache), batch_index, size, src_tensors,
             dst_tensors, src_offset or 0, dst_offset or 0, release=src_offset is None and dst_offset is None)
 
     def pull_blocks(
@@ -294,17 +302,19 @@ class KvCacheManager(ManagerBase):
         self._require_role("pull_blocks", LLMRole.DECODER)
         check_isinstance("prompt_cache_key", prompt_cache_key, BlocksCacheKey)
         check_isinstance("decoder_kv_cache", decoder_kv_cache, KvCache)
-        check_isinstance("prompt_blocks", prompt_blocks, list, int, allow_none=False)
-        check_isinstance("decoder_blocks", decoder_blocks, list, int, allow_none=False)
+        check_isinstance("prompt_blocks", prompt_blocks, list, allow_none=False)       # elements: where they are read
+        check_isinstance("decoder_blocks", decoder_blocks, list, allow_none=False)
         _check_device("decoder_kv_cache", decoder_kv_cache)
         if not prompt_blocks or len(prompt_blocks) != len(decoder_blocks):
             raise LLMParamInvalidError(f"prompt_blocks has {len(prompt_blocks)} entries and decoder_blocks "
                                        f"{len(decoder_blocks)}; they must be equally many, at least one")
-        src_tensors, dst_tensors = layers_of_pull(decoder_kv_cache.cache_desc, kwargs)
+        tensors_per_layer = check_tensors_per_layer(kwargs.get("tensor_num_per_layer", 2))
+        src_tensors, dst_tensors = layers_of_pull(decoder_kv_cache.cache_desc, tensors_per_layer, kwargs)
+        cluster_id, key = cluster_of(prompt_cache_key), remote_key(prompt_cache_key)
         self._require_initialized()
         self._llm_engine.pull_blocks(
-            prompt_cache_key.cluster_id, remote_key(prompt_cache_key), decoder_kv_cache.cache_id, prompt_blocks,
-            decoder_blocks, src_tensors, dst_tensors, release=False)
+            cluster_id, key, self._id_of(decoder_kv_cache), prompt_blocks, decoder_blocks, src_tensors, dst_tensors,
+            release=False)
 
     def transfer_cache_async(
         self, src_cache: KvCache, layer_synchronizer: LayerSynchronizer,
@@ -342,14 +352,11 @@ class KvCacheManager(ManagerBase):
         self._require_role("transfer_cache_async", LLMRole.PROMPT)
         check_isinstance("src_cache", src_cache, KvCache, allow_none=False)
         _check_device("src_cache", src_cache)
-        if dst_block_indices and not src_block_indices:
-            raise LLMParamInvalidError("dst_block_indices without src_block_indices is not allowed: "
-                                       "a batch slot cannot be cut into blocks here")
         self._require_initialized()
-        return start_transfer(
-            self._llm_engine, src_cache.cache_id, src_cache.cache_desc, src_cache.is_blocks_cache, layer_synchronizer,
-            transfer_configs, TransferConfig, src_block_indices, dst_block_indices, dst_block_memory_size,
-            LLMStatusCode.LLM_WAIT_PROCESS_TIMEOUT)
+        return transfer_cache_async(
+            self._llm_engine, self._id_of(src_cache), src_cache, layer_synchronizer, transfer_configs,
+            src_block_indices, dst_block_indices, dst_block_memory_size, config_types=(TransferConfig,),
+            cuts_slots=False, timeout_code=LLMStatusCode.LLM_WAIT_PROCESS_TIMEOUT)
 
     # ---------------------------------------------------------------------------------------- local operations
 
@@ -386,14 +393,12 @@ class KvCacheManager(ManagerBase):
         check_uint32("dst_batch_index", dst_batch_index)
         check_uint32("src_batch_index", src_batch_index)
         check_uint64("offset", offset)
-        check_int64("size", size)
+        check_size(size)
         check_isinstance("req_id", req_id, int)
-        if size != -1 and size <= 0:
-            raise LLMParamInvalidError(f"size={size} is not allowed; it must be -1 or positive")
         _check_device("dst", dst)
         _check_device("src", src)
         self._require_initialized()
-        self._llm_engine.copy_cache(dst.cache_id, src.cache_id, dst_batch_index, src_batch_index, offset, size)
+        self._llm_engine.copy_cache(self._id_of(dst), self._id_of(src), dst_batch_index, src_batch_index, offset, size)
 
     def copy_blocks(self, cache: KvCache, copy_block_info: Dict[int, List[int]]) -> None:
         """Copy blocks to other blocks of the same cache.
@@ -423,7 +428,7 @@ class KvCacheManager(ManagerBase):
         _check_device("cache", cache)
         src, dst = block_pairs("copy_block_info", copy_block_info, cache.cache_desc.shape[0])
         self._require_initialized()
-        self._llm_engine.copy_blocks(cache.cache_id, src, dst)
+        self._llm_engine.copy_blocks(self._id_of(cache), src, dst)
 
     def swap_blocks(self, src: KvCache, dst: KvCache, src_to_dst: Dict[int, int]) -> None:
         """Copy blocks between a HOST and a DEVICE cache; despite the name, one way.
@@ -440,14 +445,15 @@ class KvCacheManager(ManagerBase):
         TypeError
             An argument has another type.
         LLMParamInvalidError
-            The caches do not fit each other, or a block number is outside its cache. Nothing moved.
+            The caches do not fit each other, a block number is outside its cache, or a cpu cache has an address that
+            is not positive. Nothing moved.
         LLMNotFoundError
             LLM_KV_CACHE_NOT_EXIST: a cache was deallocated.
         """
         check_isinstance("src", src, KvCache)
         check_isinstance("dst", dst, KvCache)
         check_dict("src_to_dst", src_to_dst, int, int)
-        self._swap(_first_device(src), src.cache_desc, _first_device(dst), dst.cache_desc, src_to_dst)
+        self._swap(src, _first_device(src), dst, _first_device(dst), src_to_dst)
 
     def get_cache_tensors(self, cache: KvCache, tensor_index: int = 0) -> "List[Tensor]":
         """Return one tensor of a cache per device, aliasing its memory.

@@ -4,7 +4,8 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Callable, Dict, List, Optional, Sequence, Set, Tuple
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 from llm_datadist.configs import LLMClusterInfo, LLMRole, trans_int_ip
 from llm_datadist.status import LLMParamInvalidError, LLMStatusCode
@@ -18,6 +19,7 @@ __all__ = ["ClusterLinker"]
 
 MAX_PARALLEL = 16
 MAX_CLUSTERS_V1 = 16
+BUSY_WAIT_S = 0.01
 
 Codes = Tuple[LLMStatusCode, List[LLMStatusCode]]
 S = LLMStatusCode
@@ -30,10 +32,19 @@ def _check_common(clusters: Sequence[LLMClusterInfo], timeout: int) -> None:
     check_isinstance("clusters", clusters, [list, tuple], LLMClusterInfo, allow_none=False)
 
 
-def _address(ip: object, port: int) -> Tuple[str, int]:
-    if not isinstance(ip, int):
-        raise TypeError(f"ip of remote_ip_info_list only support int, but got {type(ip).__name__}")
-    return trans_int_ip(ip), port
+def _check_addresses(clusters: Sequence[LLMClusterInfo]) -> None:
+    """Refuse what `LLMClusterInfo` lets through, before anything is tried."""
+    for cluster in clusters:
+        for ip, _ in cluster.remote_ip_info_list:
+            if not isinstance(ip, int):
+                raise TypeError(f"ip of remote_ip_info_list only support int, but got {type(ip).__name__}")
+
+
+def _first_address(cluster: LLMClusterInfo) -> Optional[Tuple[str, int]]:
+    """Where the peer listens, as far as the description says."""
+    for ip, port in cluster.remote_ip_info_list:
+        return trans_int_ip(ip), port                       # type: ignore[arg-type]  # checked by _check_addresses
+    return None
 
 
 class ClusterLinker:
@@ -42,12 +53,12 @@ class ClusterLinker:
     Parameters
     ----------
     engine : Engine
+        The engine that holds the links.
     """
 
     def __init__(self, engine: "Engine") -> None:
         self._engine = engine
-        self._known: Set[int] = set()               # clusters this process ever had a link to
-        self._v1_busy = threading.Lock()
+        self._busy = threading.Lock()               # an operation of the first generation, or a switch of the second
 
     # ----------------------------------------------------------------------------------------- second generation
 
@@ -56,10 +67,11 @@ class ClusterLinker:
         _check_common(clusters, timeout)
         needs_local = not self._engine.options.local_comm_res
         for cluster in clusters:
-            check_uint64("remote_cluster_id", cluster.remote_cluster_id)    # type: ignore[arg-type]
             if needs_local and not cluster.local_ip_info_list:
                 raise LLMParamInvalidError("local_ip_info_list is empty; it must hold one address unless "
                                            "option llm.LocalCommRes is set")
+            check_uint64("remote_cluster_id", cluster.remote_cluster_id)    # type: ignore[arg-type]
+        _check_addresses(clusters)
         return self._for_each(clusters, lambda cluster: self._link_one(cluster, timeout), S.LLM_ALREADY_LINK)
 
     def _link_one(self, cluster: LLMClusterInfo, timeout: int) -> LLMStatusCode:
@@ -78,14 +90,15 @@ class ClusterLinker:
         from llm_datadist.core.status import public_code
 
         cluster_id: int = cluster.remote_cluster_id         # type: ignore[assignment]  # checked above
-        ip, port = _address(*cluster.remote_ip_info_list[0])
+        address, port = cluster.remote_ip_info_list[0]
+        ip = trans_int_ip(address)                          # type: ignore[arg-type]  # checked above
+        is_v1 = self._engine.options.generation == 1
         start = time.monotonic()
         status, text = self._engine.link(cluster_id, ip, port, timeout)
-        code: LLMStatusCode = public_code(status, self._engine.options.generation == 1)
+        code = public_code(status, is_v1)
         if code == S.LLM_LINK_FAILED and (time.monotonic() - start) * 1000 >= timeout:
-            code = public_code(-5, self._engine.options.generation == 1)
+            code = S.LLM_WAIT_PROCESS_TIMEOUT if is_v1 else S.LLM_TIMEOUT
         if code == S.LLM_SUCCESS:
-            self._known.add(cluster_id)
             log.info("linked to cluster %s at %s:%s", cluster_id, ip, port)
         else:
             log.error("link_clusters: cluster %s at %s:%s: %s, %s", cluster_id, ip, port, code, text)
@@ -97,6 +110,7 @@ class ClusterLinker:
         check_isinstance("force", force, bool, allow_none=False)
         for cluster in clusters:
             check_uint64("remote_cluster_id", cluster.remote_cluster_id)    # type: ignore[arg-type]
+        _check_addresses(clusters)
         return self._for_each(clusters, lambda cluster: self._unlink_one(cluster, timeout, force), S.LLM_SUCCESS)
 
     def _unlink_one(self, cluster: LLMClusterInfo, timeout: int, force: bool) -> LLMStatusCode:
@@ -107,13 +121,11 @@ class ClusterLinker:
         if not force and num_addresses > 1:
             log.error("unlink_clusters: cluster %s has %s remote addresses, one at most", cluster_id, num_addresses)
             return S.LLM_PARAM_INVALID
-        status, text, num_links = self._engine.unlink(cluster_id, timeout, force)
-        if num_links:
-            self._known.add(cluster_id)
-        elif not force and num_addresses == 0 and cluster_id not in self._known:
+        if not force and num_addresses == 0 and not self._engine.was_linked(cluster_id):
             log.error("unlink_clusters: cluster %s was never linked, and no address is given", cluster_id)
             return S.LLM_PARAM_INVALID
-        code: LLMStatusCode = public_code(status)
+        status, text, _ = self._engine.unlink(cluster_id, timeout, force, _first_address(cluster))
+        code = public_code(status)
         if code != S.LLM_SUCCESS:
             log.error("unlink_clusters: cluster %s: %s, %s", cluster_id, code, text)
         return code
@@ -140,8 +152,9 @@ class ClusterLinker:
     # ------------------------------------------------------------------------------------------ first generation
 
     def link_v1(self, clusters: Sequence[LLMClusterInfo], timeout: int, role: LLMRole) -> Codes:
-        """Link a DECODER to PROMPTs; a failure undoes the links this call made."""
+        """Link a DECODER to PROMPTs, one after the other. What fails leaves no link on this side."""
         _check_common(clusters, timeout)
+        _check_addresses(clusters)
         if not clusters or role is not LLMRole.DECODER:
             return S.LLM_PARAM_INVALID, []
         return self._v1(clusters, lambda: self._link_all_v1(clusters, timeout))
@@ -149,12 +162,18 @@ class ClusterLinker:
     def _v1(self, clusters: Sequence[LLMClusterInfo], act: Callable[[], Codes]) -> Codes:
         if len(clusters) > MAX_CLUSTERS_V1:
             return S.LLM_CLUSTER_NUM_EXCEED_LIMIT, [S.LLM_CLUSTER_NUM_EXCEED_LIMIT] * len(clusters)
-        if not self._v1_busy.acquire(timeout=0.01):
-            return S.LLM_PROCESSING_LINK, [S.LLM_PROCESSING_LINK] * len(clusters)
+        with self.exclusive() as is_alone:
+            return act() if is_alone else (S.LLM_PROCESSING_LINK, [S.LLM_PROCESSING_LINK] * len(clusters))
+
+    @contextmanager
+    def exclusive(self, waits: bool = False) -> Iterator[bool]:
+        """Keep other operations that do the same away. While one is running: wait for it, or yield False."""
+        is_alone = self._busy.acquire(timeout=-1 if waits else BUSY_WAIT_S)
         try:
-            return act()
+            yield is_alone
         finally:
-            self._v1_busy.release()
+            if is_alone:
+                self._busy.release()
 
     def _link_all_v1(self, clusters: Sequence[LLMClusterInfo], timeout: int) -> Codes:
         num_devices = len(self._engine.options.device_ids)
@@ -184,6 +203,7 @@ class ClusterLinker:
         check_isinstance("force", force, bool, allow_none=False)
         for cluster in clusters:
             check_uint64("remote_cluster_id", cluster.remote_cluster_id)    # type: ignore[arg-type]
+        _check_addresses(clusters)
         if not clusters:
             return S.LLM_PARAM_INVALID, []
         return self._v1(clusters, lambda: self._unlink_all_v1(clusters, timeout, force, role))
@@ -205,20 +225,24 @@ class ClusterLinker:
 
         cluster_id: int = cluster.remote_cluster_id         # type: ignore[assignment]  # checked above
         if role is LLMRole.PROMPT:
-            addresses = {_address(ip, port)[0] for ip, port in cluster.remote_ip_info_list}
-            for row in self._engine.links():
-                if row["peer_ip"] in addresses:
-                    cluster_id = row["cluster_id"]
+            cluster_id = self._peer_at(cluster, cluster_id)
             force = True
         if any(row["cluster_id"] == cluster_id and row["running"] for row in self._engine.links()):
             return S.LLM_LINK_BUSY
-        status, text, num_links = self._engine.unlink(cluster_id, timeout, force)
+        status, text, num_links = self._engine.unlink(cluster_id, timeout, force, _first_address(cluster))
         if num_links == 0:
             return S.LLM_NOT_YET_LINK
         if status < 0 and not force:
             # The peer could not be told; this side is closed anyway.
             log.error("unlink_clusters: cluster %s could not be told: %s", cluster_id, text)
             self._engine.unlink(cluster_id, timeout, True)
-            code: LLMStatusCode = public_code(status, True)
+            code = public_code(status, True)
             return S.LLM_NOTIFY_PROMPT_UNLINK_FAILED if code == S.LLM_UNLINK_FAILED else code
         return S.LLM_SUCCESS
+
+    def _peer_at(self, cluster: LLMClusterInfo, cluster_id: int) -> int:
+        """The linked peer that a PROMPT means: the one of that id, or else one at a remote address of `cluster`."""
+        rows = self._engine.links()
+        addresses = {trans_int_ip(ip) for ip, _ in cluster.remote_ip_info_list}     # type: ignore[arg-type]  # checked
+        at_address = [row["cluster_id"] for row in rows if row["peer_ip"] in addresses]
+        return cluster_id if not at_address or any(row["cluster_id"] == cluster_id for row in rows) else at_address[0]

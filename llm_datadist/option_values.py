@@ -189,7 +189,9 @@ def check_comm_res(option: str, text: str) -> None:
     if text == "":
         return
     config = parse_json_object(option, text)
-    version = config.get("version")
+    version = config.get("version", "")
+    if version == "":
+        return                                              # nothing is named: as the empty text
     if version not in _COMM_RES_VERSIONS:
         raise invalid(option, text, f"version must be one of {', '.join(_COMM_RES_VERSIONS)}, as a text")
     if version != "1.3":

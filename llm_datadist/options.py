@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Callable, Mapping, Optional, Tuple, TypeVar
 
 from llm_datadist.configs import LLMRole, trans_int_ip
+from llm_datadist.endpoints import endpoints_of
 from llm_datadist.option_values import (
     INT32_MAX,
     UINT32_MAX,
@@ -109,6 +110,8 @@ class EngineOptions:
         ``"auto"``, ``"host"`` or ``"cann"``.
     link_base_port : int
         Port, plus device id, at which members of a two-sided link on other hosts are met.
+    endpoints : tuple of bytes
+        Endpoints of `local_comm_res`, 160 bytes each; see ``endpoints.py``.
     """
 
     generation: int = 2
@@ -131,6 +134,7 @@ class EngineOptions:
     rdma_service_level: Optional[int] = None
     provider: str = "auto"
     link_base_port: int = DEFAULT_LINK_BASE_PORT
+    endpoints: Tuple[bytes, ...] = ()
 
     @classmethod
     def parse(
@@ -230,6 +234,7 @@ class _Parser:
             link_total_time_s=self._link_total_time_s(),
             link_retry_count=self._optional(LINK_RETRY_COUNT, integer_in(1, 100)) or 1,
             local_comm_res=self._options.get(LOCAL_COMM_RES),
+            endpoints=endpoints_of(LOCAL_COMM_RES, self._options.get(LOCAL_COMM_RES, ""), device_ids[0]),
             transfer_backend=self._options.get(TRANSFER_BACKEND, ""),
             global_resource_config=self._options.get(GLOBAL_RESOURCE_CONFIG, ""),
             enable_switch_role=self._options.get(ENABLE_SWITCH_ROLE) == "1",

@@ -5,14 +5,15 @@ socket named after communicator and pair, which vanishes with the process that h
 another host is also called at its address, at the base port plus its device id. A caller that comes before the
 other side has asked for the communicator is sent away and tries again until the time is up.
 
-One thread per engine looks after all communicators; each attempt is short, so no order of asking can block another.
+Threads of the engine look after all communicators: one while nobody answers slowly, more, up to `MAX_CALLERS`, while
+calls to hosts that do not answer are on their way. So neither an order of asking nor a host that is gone blocks others.
 """
 from __future__ import annotations
 
 import hashlib
 import threading
 import time
-from typing import TYPE_CHECKING, Dict, FrozenSet, List, Mapping, Optional, Tuple
+from typing import TYPE_CHECKING, Dict, FrozenSet, List, Mapping, Optional, Set, Tuple
 
 from llm_datadist.descriptors import RegisterMemStatus
 from llm_datadist.rank_table import Member
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["Rendezvous"]
 
 MAX_COMMUNICATORS = 512
+MAX_CALLERS = 16                    # threads; as many calls to slow hosts are on their way at once
+MAX_IDLE = 2                        # one looks around while the other one calls
 ATTEMPT_MS = 500                    # for one call; the other side answers at once or is not there
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.002, 0.05
 
@@ -38,6 +41,8 @@ class _Communicator:
         self.own = own
         self.peers = dict(peers)                                # cluster id -> member
         self.missing = set(peers)
+        self.due = {cluster: 0.0 for cluster, peer in peers.items() if peer.rank < own.rank}     # when to call next
+        self.pause = FIRST_PAUSE_S
         self.deadline = deadline
         self.status = RegisterMemStatus.PREPARING
         self.waits = any(peer.rank > own.rank for peer in peers.values())
@@ -78,7 +83,9 @@ class Rendezvous:
         self._communicators: Dict[int, _Communicator] = {}
         self._listeners: Dict[Tuple[str, int], Tuple[int, FrozenSet[int]]] = {}      # (ip, port) -> handle, users
         self._next_id = 1
-        self._thread: Optional[threading.Thread] = None
+        self._threads: Set[threading.Thread] = set()
+        self._num_idle = 0
+        self._pause = FIRST_PAUSE_S                             # between two looks at who has come
         self._closed = False
 
     def link(self, comm_name: str, cluster_rank_info: Mapping[int, int], members: Mapping[int, Member],
@@ -92,13 +99,17 @@ class Rendezvous:
             communicator = _Communicator(self._next_id, digest_of(comm_name, cluster_rank_info), own, peers,
                                          time.monotonic() + total_time_s)
             self._next_id += 1
-            for cluster, peer in peers.items():
-                if peer.rank > own.rank:
-                    self._engine.wish(communicator.digest, cluster, communicator.comm_id)
+            try:
+                for cluster, peer in peers.items():
+                    if peer.rank > own.rank:
+                        self._engine.wish(communicator.digest, cluster, communicator.comm_id)
+            except BaseException:
+                self._engine.forget(communicator.comm_id)
+                raise
             self._communicators[communicator.comm_id] = communicator
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="llm_datadist-rendezvous", daemon=True)
-                self._thread.start()
+            self._pause = FIRST_PAUSE_S
+            if not self._num_idle:
+                self._add_thread()
             self._changed.notify_all()
         return communicator.comm_id
 
@@ -122,7 +133,7 @@ class Rendezvous:
             return communicator.status
 
     def close(self) -> None:
-        """Drop everything and end the thread."""
+        """Drop everything and end the threads."""
         with self._lock:
             self._closed = True
             for communicator in self._communicators.values():
@@ -130,8 +141,8 @@ class Rendezvous:
                 self._forget(communicator)
             self._communicators.clear()
             self._changed.notify_all()
-            thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
+            threads = list(self._threads)
+        for thread in threads:
             thread.join()
 
     # Below: under the lock, unless said otherwise.
@@ -158,12 +169,14 @@ class Rendezvous:
         if all(peer.server == own.server for peer in communicator.peers.values()):
             return
         at = (own.address, self._port_of(own))
+        users: FrozenSet[int] = frozenset()
         if at in self._listeners:
             handle, users = self._listeners[at]
         else:
-            handle, users = self._engine.listen_at(*at), frozenset()
-            if handle is None:
+            opened = self._engine.listen_at(*at)
+            if opened is None:
                 return                                  # the address is another network's, or in use
+            handle = opened
         self._listeners[at] = (handle, users | {communicator.comm_id})
 
     def _port_users(self) -> FrozenSet[int]:
@@ -198,26 +211,68 @@ class Rendezvous:
     def _pending(self) -> List[_Communicator]:
         return [c for c in self._communicators.values() if c.status is RegisterMemStatus.PREPARING]
 
-    def _run(self) -> None:
-        pause = FIRST_PAUSE_S
-        while True:
-            with self._lock:
-                while not self._closed and not self._pending():
-                    pause = FIRST_PAUSE_S
-                    self._changed.wait()
-                if self._closed:
-                    return
-                calls = self._prepare_round()
-            progress = False
-            for communicator, cluster in calls:
-                progress |= self._call(communicator, cluster)
-            pause = FIRST_PAUSE_S if progress else min(pause * 1.5, LAST_PAUSE_S)
-            with self._lock:
-                if not self._closed and self._pending():
-                    self._changed.wait(pause)
+    def _add_thread(self) -> None:
+        if len(self._threads) < MAX_CALLERS:
+            thread = threading.Thread(target=self._run, name="llm_datadist-rendezvous", daemon=True)
+            self._threads.add(thread)
+            thread.start()
 
-    def _prepare_round(self) -> List[Tuple[_Communicator, int]]:
-        calls = []
+    def _run(self) -> None:
+        with self._lock:
+            while not self._closed:
+                self._look_around()
+                call = self._next_call()
+                if call is not None:
+                    if not self._num_idle:
+                        self._add_thread()                      # somebody must look around while this one calls
+                    self._make_call(*call)
+                elif self._num_idle == MAX_IDLE:
+                    break
+                else:
+                    self._wait()
+            self._threads.discard(threading.current_thread())
+
+    def _wait(self) -> None:
+        """Sleep until a call is due, or it is time to look around again."""
+        self._num_idle += 1
+        pending = self._pending()
+        if pending:
+            due = [at for communicator in pending for at in communicator.due.values()]
+            self._changed.wait(min([self._pause] + [max(at - time.monotonic(), 0.0) for at in due]))
+            self._pause = min(self._pause * 1.5, LAST_PAUSE_S)
+        else:
+            self._changed.wait()
+        self._num_idle -= 1
+
+    def _next_call(self) -> Optional[Tuple[_Communicator, int]]:
+        """Take the call that has been due for longest."""
+        now = time.monotonic()
+        due = [(at, communicator.comm_id, cluster) for communicator in self._pending()
+               for cluster, at in communicator.due.items() if at <= now]
+        if not due:
+            return None
+        _, comm_id, cluster = min(due)
+        communicator = self._communicators[comm_id]
+        del communicator.due[cluster]
+        return communicator, cluster
+
+    def _make_call(self, communicator: _Communicator, cluster: int) -> None:
+        self._lock.release()
+        try:
+            met = self._call(communicator, cluster)
+        finally:
+            self._lock.acquire()
+        if not met:
+            communicator.due[cluster] = time.monotonic() + communicator.pause
+            communicator.pause = min(communicator.pause * 1.5, LAST_PAUSE_S)
+        elif communicator.dropped:
+            self._engine.forget(communicator.comm_id)           # unlinked while the call was on its way
+        else:
+            communicator.missing.discard(cluster)
+            self._collect_callers(communicator)
+
+    def _look_around(self) -> None:
+        """See who has come and whose time is up; wait for callers."""
         now = time.monotonic()
         for communicator in self._pending():
             self._collect_callers(communicator)
@@ -231,9 +286,6 @@ class Rendezvous:
                           sorted(communicator.missing))
                 continue
             self._open_listeners(communicator)
-            calls += [(communicator, cluster) for cluster in communicator.missing
-                      if communicator.peers[cluster].rank < communicator.own.rank]
-        return calls
 
     def _call(self, communicator: _Communicator, cluster: int) -> bool:
         """Try once to reach a member of lower rank. Without the lock."""
@@ -247,23 +299,18 @@ class Rendezvous:
             left_ms = int((communicator.deadline - time.monotonic()) * 1000)
             if left_ms <= 0:
                 return False
-            status, text = self._engine.link(cluster, ip, port, min(ATTEMPT_MS, left_ms), communicator.digest,
-                                             communicator.comm_id)
+            try:
+                status, text = self._engine.link(cluster, ip, port, min(ATTEMPT_MS, left_ms), communicator.digest,
+                                                 communicator.comm_id)
+            except LLMException as error:       # it must not end the thread that looks after the others
+                log.error("link %s: calling cluster %s failed: %s", communicator.comm_id, cluster, error)
+                return False
             if status == 0:
-                self._met(communicator, cluster)
                 return True
             log.info("link %s: cluster %s not reached at %s: %s", communicator.comm_id, cluster, ip, text)
         return False
 
-    def _met(self, communicator: _Communicator, cluster: int) -> None:
-        with self._lock:
-            if communicator.dropped:
-                self._engine.forget(communicator.comm_id)      # unlinked while the call was on its way
-                return
-            communicator.missing.discard(cluster)
-            self._collect_callers(communicator)
-
 
 def _unknown(operation: str, comm_id: int) -> LLMException:
-    return LLMLinkError(f"{operation} failed, error code is {LLMStatusCode.LLM_NOT_YET_LINK}, comm_id {comm_id} is unknown.",
-                        status_code=LLMStatusCode.LLM_NOT_YET_LINK)
+    return LLMLinkError(f"{operation} failed, error code is {LLMStatusCode.LLM_NOT_YET_LINK}, comm_id {comm_id} is "
+                        "unknown.", status_code=LLMStatusCode.LLM_NOT_YET_LINK, operation=operation)

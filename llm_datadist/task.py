@@ -8,10 +8,13 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Type, Union
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Dict, List, Optional, Sequence, Tuple, Type, Union
 
+from llm_datadist.caches import Cache, KvCache
 from llm_datadist.descriptors import CacheDesc, Placement
-from llm_datadist.manager_base import remote_key
+from llm_datadist.keys import BlocksCacheKey
+from llm_datadist.manager_base import RemoteKey, cluster_of, remote_key, tensors_of
 from llm_datadist.status import LLMException, LLMParamInvalidError, LLMStatusCode
 from llm_datadist.transfer_config import LayerSynchronizer, TransferConfig, TransferWithCacheKeyConfig
 from llm_datadist.utils import log
@@ -21,42 +24,135 @@ if TYPE_CHECKING:
     from llm_datadist.core.engine import Engine
     from llm_datadist.core.put import RemotePut
 
-__all__ = [
-    "CacheTask", "TransferAsyncThread", "TransferCacheJob", "TransferCacheParameters", "start_transfer",
-    "transfer_cache_async",
-]
+__all__ = ["CacheTask", "TransferAsyncThread", "TransferCacheJob", "TransferCacheParameters", "transfer_cache_async"]
 
 TENSORS_PER_LAYER = 2
 MAX_WORKERS = 32
 UINT64_MAX = 2**64 - 1
 
-_Config = Union[TransferConfig, TransferWithCacheKeyConfig]
+AnyConfig = Union[TransferConfig, TransferWithCacheKeyConfig]
+Blocks = Sequence[int]
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Where one config sends to; a copy, for the client may use its config again at once."""
+
+    cluster_id: int
+    layers: range                       # of the source
+    first_layer: int                    # of the destination, for the first of `layers`
+    batch_index: int
+    key: Optional[RemoteKey]            # None: by address
+    addrs: Tuple[int, ...]
 
 
 class TransferCacheParameters:
-    """What is sent: source, blocks and sizes, checked."""
+    """What one transfer sends and where to, checked and copied.
+
+    Parameters
+    ----------
+    cache_id : int
+        The source in this process.
+    cache_desc : CacheDesc
+        Its descriptor: placement DEVICE, two tensors per layer.
+    is_blocks_cache : bool
+        Whether its ``shape[0]`` counts blocks.
+    configs : sequence of TransferConfig or TransferWithCacheKeyConfig
+        One destination each. A ``src_layer_range`` of None is set to all layers.
+    src_block_indices, dst_block_indices : list or tuple of int, optional
+        Both: blocks to blocks, paired by position. Only the latter: a batch slot cut into blocks. A blocks cache
+        without either sends its block 0.
+    dst_block_memory_size : int, optional
+        Bytes of a destination block; 0 counts as absent.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A number is no int, or outside its integer range.
+    LLMParamInvalidError
+        The arguments contradict each other or the descriptor.
+    """
 
     def __init__(
-        self, cache_id: int, cache_desc: CacheDesc, is_blocks: bool, configs: Sequence[_Config],
-        src_blocks: Optional[Sequence[int]], dst_blocks: Optional[Sequence[int]], block_bytes: Optional[int],
+        self, cache_id: int, cache_desc: CacheDesc, is_blocks_cache: bool, configs: Sequence[AnyConfig],
+        src_block_indices: Optional[Blocks] = None, dst_block_indices: Optional[Blocks] = None,
+        dst_block_memory_size: Optional[int] = None,
     ) -> None:
         from llm_datadist.core.put import parse_indices
 
+        if cache_desc.num_tensors % TENSORS_PER_LAYER:
+            raise LLMParamInvalidError(f"num_tensors={cache_desc.num_tensors} is not allowed; a layer has two tensors")
         self.cache_id = cache_id
         self.num_layers = cache_desc.num_tensors // TENSORS_PER_LAYER
+        self.tensor_bytes = cache_desc.size
         self.stride_bytes = cache_desc.size // cache_desc.shape[0]
-        self.is_blocks = is_blocks
-        self.configs = list(configs)
-        self.src_blocks = parse_indices(src_blocks, "src_block_indices") if src_blocks else None
-        self.dst_blocks = parse_indices(dst_blocks, "dst_block_indices") if dst_blocks else None
-        self.block_bytes = block_bytes or self.stride_bytes
-        # Bytes of a destination tensor, from its address on, that this transfer may write.
-        self.first_byte = min(dst_blocks) * self.block_bytes if dst_blocks else 0
-        self.num_bytes = (max(dst_blocks) + 1) * self.block_bytes - self.first_byte if dst_blocks else self.stride_bytes
+        self.is_blocks_cache = is_blocks_cache
+        from_blocks = is_blocks_cache or bool(src_block_indices)
+        self.targets = [_target(config, self.num_layers, from_blocks) for config in configs]
+        self.block_bytes = dst_block_memory_size or 0
+        self.src_blocks = parse_indices(src_block_indices, "src_block_indices") if src_block_indices else None
+        self.dst_blocks = parse_indices(dst_block_indices, "dst_block_indices") if dst_block_indices else None
+        self.first_dst_block = min(dst_block_indices) if dst_block_indices else 0
+        self.last_dst_block = max(dst_block_indices) if dst_block_indices else 0
+
+    def dst_range(self) -> Tuple[int, int]:
+        """Return the first byte, from the address of a destination tensor on, and the bytes that may be written.
+
+        Raises
+        ------
+        LLMParamInvalidError
+            What is to be sent has no such form: it ends the transfer, and is reported by its task.
+        """
+        if self.is_blocks_cache and self.dst_blocks is not None and self.src_blocks is None:
+            raise LLMParamInvalidError("src_block_indices is empty, but the source is a blocks cache")
+        if self.src_blocks is not None and not self.is_blocks_cache:
+            raise LLMParamInvalidError("src_block_indices is given, but the source is a contiguous cache")
+        if self.src_blocks is not None and self.block_bytes not in (0, self.stride_bytes):
+            raise LLMParamInvalidError(f"dst_block_memory_size={self.block_bytes} is not allowed; "
+                                       f"a block of the source has {self.stride_bytes} bytes")
+        if self.src_blocks is None and self.dst_blocks is not None and not 0 < self.block_bytes <= self.tensor_bytes:
+            raise LLMParamInvalidError(f"dst_block_memory_size={self.block_bytes} is not allowed; "
+                                       f"it must be in [1, {self.tensor_bytes}], the bytes of a source tensor")
+        unit_bytes = self.stride_bytes if self.src_blocks is not None else self.block_bytes or self.stride_bytes
+        first, stop = self.first_dst_block * unit_bytes, (self.last_dst_block + 1) * unit_bytes
+        if stop >= 2**64:
+            raise LLMParamInvalidError(f"dst_block_indices: block {self.last_dst_block} of {unit_bytes} bytes is not "
+                                       f"allowed; it ends outside the address space")
+        return first, stop - first
+
+
+def _target(config: AnyConfig, num_layers: int, from_blocks: bool) -> _Target:
+    """Check one config and copy it."""
+    if config.src_layer_range is None:
+        config.src_layer_range = range(num_layers)
+    layers = config.src_layer_range
+    if from_blocks and config.src_batch_index != 0:
+        raise LLMParamInvalidError(f"src_batch_index={config.src_batch_index} is not allowed for blocks; it must be 0")
+    if not 0 <= layers.start < layers.stop <= num_layers:
+        raise LLMParamInvalidError(f"src_layer_range={layers} is not allowed; the source has {num_layers} layers")
+    if isinstance(config, TransferConfig):
+        if len(config.dst_addrs) != TENSORS_PER_LAYER * len(layers):
+            raise LLMParamInvalidError(f"dst_addrs has {len(config.dst_addrs)} addresses; "
+                                       f"{len(layers)} layers need {TENSORS_PER_LAYER * len(layers)}")
+        return _Target(config.dst_cluster_id, layers, 0, config.src_batch_index, None, tuple(config.dst_addrs))
+    # The setters of a config check one value at a time, so what must fit together is checked here once more.
+    key, dst_layers = config.cache_key, config.dst_layer_range
+    if key is None:
+        raise TypeError("cache_key of a config only support type BlocksCacheKey or CacheKeyByIdAndIndex, "
+                        "but got NoneType")
+    if dst_layers is None:
+        dst_layers = range(len(layers))
+    tensors_of("dst_layer_range", dst_layers, TENSORS_PER_LAYER)
+    if dst_layers.stop - dst_layers.start != len(layers):
+        raise LLMParamInvalidError(f"src_layer_range={layers} and dst_layer_range={dst_layers} differ in length")
+    if isinstance(key, BlocksCacheKey) and config.src_batch_index != 0:
+        raise LLMParamInvalidError(f"src_batch_index={config.src_batch_index} is not allowed with a BlocksCacheKey; "
+                                   "it must be 0")
+    return _Target(cluster_of(key), layers, dst_layers.start, config.src_batch_index, remote_key(key), ())
 
 
 class TransferCacheJob:
-    """One call of ``transfer_cache_async``: its state, and its results per config.
+    """One transfer: its state, and its results per config.
 
     Parameters
     ----------
@@ -66,6 +162,13 @@ class TransferCacheJob:
         What is sent.
     layer_synchronizer : LayerSynchronizer
         Asked before each layer.
+
+    Attributes
+    ----------
+    results : list of LLMStatusCode or None
+        One per config; None for one that has not finished.
+    error : BaseException or None
+        What ended the job early.
     """
 
     def __init__(
@@ -76,7 +179,7 @@ class TransferCacheJob:
         self._synchronizer = layer_synchronizer
         self._puts: Dict[int, "RemotePut"] = {}
         self._done = threading.Event()
-        self.results: List[Optional[LLMStatusCode]] = [None] * len(parameters.configs)
+        self.results: List[Optional[LLMStatusCode]] = [None] * len(parameters.targets)
         self.error: Optional[BaseException] = None
 
     def wait(self, timeout_s: Optional[float]) -> bool:
@@ -95,75 +198,78 @@ class TransferCacheJob:
             self._done.set()
 
     def _send_layers(self) -> None:
+        targets = self._parameters.targets
         for layer in range(self._parameters.num_layers):
-            targets = [i for i, config in enumerate(self._parameters.configs) if layer in _layers(config)]
-            if not targets:
+            waiting = [i for i, target in enumerate(targets) if layer in target.layers]
+            if not waiting:
                 continue
             try:
                 is_complete = self._synchronizer.synchronize_layer(layer, None)
             except BaseException:
-                self._fail(targets, LLMStatusCode.LLM_FAILED)
+                self._fail(waiting, LLMStatusCode.LLM_FAILED)
                 raise
             if not is_complete:
-                self._fail(targets, LLMStatusCode.LLM_PARAM_INVALID)
+                self._fail(waiting, LLMStatusCode.LLM_PARAM_INVALID)
+                self.error = LLMParamInvalidError(f"the synchronizer says that layer {layer} is not complete")
                 return
-            for i in targets:
-                if not self._send_layer(i, layer):
+            for i in waiting:
+                if not self._send_layer(i, targets[i], layer):
                     return
 
-    def _fail(self, targets: List[int], code: LLMStatusCode) -> None:
-        for i in targets:
+    def _fail(self, indices: List[int], code: LLMStatusCode) -> None:
+        for i in indices:
             self.results[i] = code
 
-    def _send_layer(self, i: int, layer: int) -> bool:
-        config = self._parameters.configs[i]
+    def _send_layer(self, i: int, target: _Target, layer: int) -> bool:
         try:
-            self._put_layer(i, config, layer)
-            if layer == _layers(config).stop - 1:
+            self._put_layer(i, target, layer)
+            if layer == target.layers.stop - 1:
                 self._puts.pop(i).close()
                 self.results[i] = LLMStatusCode.LLM_SUCCESS
             return True
         except LLMException as error:
             self.error = error
             self.results[i] = error.status_code
-            log.error("transfer_cache_async of layer %s to cluster %s failed: %s", layer, config.dst_cluster_id, error)
+            log.error("transfer_cache_async of layer %s to cluster %s failed: %s", layer, target.cluster_id, error)
             return False
         except BaseException:
             self.results[i] = LLMStatusCode.LLM_FAILED
             raise
 
-    def _put_layer(self, i: int, config: _Config, layer: int) -> None:
+    def _put_layer(self, i: int, target: _Target, layer: int) -> None:
         parameters = self._parameters
         put = self._puts.get(i)
         if put is None:
-            put = self._puts[i] = self._aim(config)
-        position = layer - _layers(config).start
-        if isinstance(config, TransferWithCacheKeyConfig):
-            position += config.dst_layer_range.start if config.dst_layer_range else 0
-        local, remote = layer * TENSORS_PER_LAYER, position * TENSORS_PER_LAYER
-        if parameters.src_blocks is not None:
-            put.put_blocks(local, remote, TENSORS_PER_LAYER, parameters.src_blocks, parameters.dst_blocks)
-        elif parameters.dst_blocks is not None:
-            put.put_slot_to_blocks(local, remote, TENSORS_PER_LAYER, config.src_batch_index, parameters.dst_blocks,
+            put = self._puts[i] = self._aim(target)
+        local = layer * TENSORS_PER_LAYER
+        remote = (target.first_layer + layer - target.layers.start) * TENSORS_PER_LAYER
+        if parameters.dst_blocks is None:
+            put.put_slot(local, remote, TENSORS_PER_LAYER, target.batch_index)
+        elif parameters.src_blocks is None:
+            put.put_slot_to_blocks(local, remote, TENSORS_PER_LAYER, target.batch_index, parameters.dst_blocks,
                                    parameters.block_bytes)
         else:
-            put.put_slot(local, remote, TENSORS_PER_LAYER, config.src_batch_index)
+            put.put_blocks(local, remote, TENSORS_PER_LAYER, parameters.src_blocks, parameters.dst_blocks)
 
-    def _aim(self, config: _Config) -> "RemotePut":
+    def _aim(self, target: _Target) -> "RemotePut":
         from llm_datadist.core.put import RemotePut
 
-        put = RemotePut(self._engine, config.dst_cluster_id, self._parameters.cache_id)
+        parameters = self._parameters
+        first_byte, num_bytes = parameters.dst_range()
+        put = RemotePut(self._engine, target.cluster_id, parameters.cache_id)
         try:
-            if isinstance(config, TransferWithCacheKeyConfig):
-                num_tensors = TENSORS_PER_LAYER * config.dst_layer_range.stop if config.dst_layer_range else 0
-                put.aim_at_key(remote_key(config.cache_key),    # type: ignore[arg-type]  # checked at construction
-                               min(num_tensors, UINT64_MAX))
-            elif self._parameters.first_byte + self._parameters.num_bytes > UINT64_MAX:
+            if put.stride_bytes != parameters.stride_bytes:
+                raise LLMParamInvalidError(f"the descriptor says {parameters.stride_bytes} bytes per slot or block, "
+                                           f"but the cache was made with {put.stride_bytes}")
+            if target.key is not None:
+                num_tensors = TENSORS_PER_LAYER * (target.first_layer + len(target.layers))
+                put.aim_at_key(target.key, min(num_tensors, UINT64_MAX))
+            elif first_byte + num_bytes > UINT64_MAX:
                 raise LLMParamInvalidError("dst_block_indices reach beyond the address space")
             else:
-                put.aim_at_addresses(config.dst_addrs, self._parameters.first_byte, self._parameters.num_bytes)
+                put.aim_at_addresses(target.addrs, first_byte, num_bytes)
         except BaseException:
-            put.close()         # the error keeps this frame, and that would keep the source pinned
+            put.close()                 # the exception is kept, and with it this frame: nothing may stay pinned by it
             raise
         return put
 
@@ -221,7 +327,7 @@ class TransferAsyncThread:
     Parameters
     ----------
     job : TransferCacheJob
-        The job.
+        The job to run.
     timeout_code : LLMStatusCode
         What a wait that runs out reports.
     """
@@ -322,55 +428,60 @@ class CacheTask:
         return self._thread.job.error if self._thread.job.wait(_seconds(timeout_in_millis)) else None
 
 
-def _layers(config: _Config) -> range:
-    layers = config.src_layer_range
-    assert layers is not None       # filled in before the job starts
-    return layers
-
-
-def start_transfer(
-    engine: "Engine", cache_id: int, cache_desc: CacheDesc, is_blocks: bool, layer_synchronizer: LayerSynchronizer,
-    transfer_configs: Sequence[_Config], config_type: Type[Any], src_block_indices: Optional[Sequence[int]],
-    dst_block_indices: Optional[Sequence[int]], dst_block_memory_size: Optional[int], timeout_code: LLMStatusCode,
+def transfer_cache_async(
+    engine: "Engine", cache_id: int, cache: Union[Cache, KvCache], layer_synchronizer: LayerSynchronizer,
+    transfer_configs: Sequence[AnyConfig], src_block_indices: Optional[Blocks] = None,
+    dst_block_indices: Optional[Blocks] = None, dst_block_memory_size: Optional[int] = None, *,
+    config_types: Sequence[Type[AnyConfig]] = (TransferConfig, TransferWithCacheKeyConfig), cuts_slots: bool = True,
+    timeout_code: LLMStatusCode = LLMStatusCode.LLM_TIMEOUT,
 ) -> CacheTask:
-    """Check the arguments of ``transfer_cache_async`` and start it; errors as documented there."""
-    if cache_desc.placement == Placement.HOST:
+    """Check a transfer and start it: what the managers' calls of this name have in common.
+
+    Parameters
+    ----------
+    engine : Engine
+        The engine to write through.
+    cache_id : int
+        Id of the source in `engine`.
+    cache : Cache or KvCache
+        The source, placement DEVICE.
+    layer_synchronizer, transfer_configs, src_block_indices, dst_block_indices, dst_block_memory_size
+        As for `CacheManager.transfer_cache_async`.
+    config_types : sequence of type
+        What `transfer_configs` may hold; all of one type.
+    cuts_slots : bool
+        Whether a batch slot may be cut into blocks.
+    timeout_code : LLMStatusCode
+        What a wait that runs out reports.
+
+    Returns
+    -------
+    CacheTask
+        The running transfer.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument has another type, or a number is outside its integer range.
+    LLMParamInvalidError
+        The arguments contradict each other or the source.
+    """
+    if cache.cache_desc.placement == Placement.HOST:
         raise LLMParamInvalidError("src_cache is on HOST, which is not allowed; a transfer starts on DEVICE")
-    _check_blocks(src_block_indices, dst_block_indices, dst_block_memory_size, is_blocks)
+    _check_blocks(src_block_indices, dst_block_indices, dst_block_memory_size)
+    if dst_block_indices and not src_block_indices and not cuts_slots:
+        raise LLMParamInvalidError("dst_block_indices without src_block_indices is not allowed: "
+                                   "a batch slot cannot be cut into blocks here")
     check_isinstance("layer_synchronizer", layer_synchronizer, LayerSynchronizer, allow_none=False)
-    check_isinstance("transfer_configs", transfer_configs, [list, tuple], config_type, allow_none=False)
-    if cache_desc.num_tensors % TENSORS_PER_LAYER:
-        raise LLMParamInvalidError(f"num_tensors={cache_desc.num_tensors} is not allowed; a layer has two tensors")
-    num_layers = cache_desc.num_tensors // TENSORS_PER_LAYER
-    for config in transfer_configs:
-        _check_config(config, num_layers, bool(src_block_indices))
-    stride_bytes = cache_desc.size // cache_desc.shape[0]
-    if is_blocks and src_block_indices and dst_block_memory_size not in (None, 0, stride_bytes):
-        raise LLMParamInvalidError(f"dst_block_memory_size={dst_block_memory_size} is not allowed; "
-                                   f"a block of the source has {stride_bytes} bytes")
-    if not src_block_indices and dst_block_indices and not 0 < (dst_block_memory_size or 0) <= cache_desc.size:
-        raise LLMParamInvalidError(f"dst_block_memory_size={dst_block_memory_size} is not allowed; "
-                                   f"it must be in (0, {cache_desc.size}], the bytes of a source tensor")
-    parameters = TransferCacheParameters(cache_id, cache_desc, is_blocks, transfer_configs, src_block_indices,
-                                         dst_block_indices, dst_block_memory_size)
+    _check_types(transfer_configs, config_types)
+    parameters = TransferCacheParameters(cache_id, cache.cache_desc, cache.is_blocks_cache, transfer_configs,
+                                         src_block_indices, dst_block_indices, dst_block_memory_size)
     thread = TransferAsyncThread(TransferCacheJob(engine, parameters, layer_synchronizer), timeout_code)
     thread.start()
     return CacheTask(thread)
 
 
-def transfer_cache_async(
-    engine: "Engine", cache_id: int, cache_desc: CacheDesc, is_blocks: bool, layer_synchronizer: LayerSynchronizer,
-    transfer_configs: Sequence[_Config], **kwargs: Any,
-) -> CacheTask:
-    """Start a transfer below the managers; see ``CacheManager.transfer_cache_async`` for the arguments."""
-    return start_transfer(
-        engine, cache_id, cache_desc, is_blocks, layer_synchronizer, transfer_configs,
-        (TransferConfig, TransferWithCacheKeyConfig), kwargs.get("src_block_indices"), kwargs.get("dst_block_indices"),
-        kwargs.get("dst_block_memory_size"), LLMStatusCode.LLM_TIMEOUT)
-
-
-def _check_blocks(src: Optional[Sequence[int]], dst: Optional[Sequence[int]], block_bytes: Optional[int],
-                  is_blocks: bool) -> None:
+def _check_blocks(src: Optional[Blocks], dst: Optional[Blocks], block_bytes: Optional[int]) -> None:
     for name, blocks in (("src_block_indices", src), ("dst_block_indices", dst)):
         check_isinstance(name, blocks, [list, tuple], int)
         for index, block in enumerate(blocks or ()):
@@ -380,25 +491,13 @@ def _check_blocks(src: Optional[Sequence[int]], dst: Optional[Sequence[int]], bl
     if src and len(src) != len(dst or ()):
         raise LLMParamInvalidError(
             f"src_block_indices has {len(src)} entries and dst_block_indices {len(dst or ())}; they pair by position")
-    if dst and not src:
-        if is_blocks:
-            raise LLMParamInvalidError("src_block_indices is empty, but the source is a blocks cache")
-        if block_bytes is None:
-            raise LLMParamInvalidError("dst_block_memory_size is needed to cut a batch slot into blocks")
-    if src and not is_blocks:
-        raise LLMParamInvalidError("src_block_indices is given, but the source is a contiguous cache")
+    if dst and not src and not block_bytes:
+        raise LLMParamInvalidError("dst_block_memory_size is needed to cut a batch slot into blocks")
     if not dst and block_bytes:
         raise LLMParamInvalidError(f"dst_block_memory_size={block_bytes} is given without dst_block_indices")
 
 
-def _check_config(config: _Config, num_layers: int, from_blocks: bool) -> None:
-    if config.src_layer_range is None:
-        config.src_layer_range = range(num_layers)
-    layers = config.src_layer_range
-    if not 0 <= layers.start < layers.stop <= num_layers:
-        raise LLMParamInvalidError(f"src_layer_range={layers} is not allowed; the source has {num_layers} layers")
-    if from_blocks and config.src_batch_index != 0:
-        raise LLMParamInvalidError(f"src_batch_index={config.src_batch_index} is not allowed for blocks; it must be 0")
-    if isinstance(config, TransferConfig) and len(config.dst_addrs) != TENSORS_PER_LAYER * len(layers):
-        raise LLMParamInvalidError(f"dst_addrs has {len(config.dst_addrs)} addresses; "
-                                   f"{len(layers)} layers need {TENSORS_PER_LAYER * len(layers)}")
+def _check_types(configs: Sequence[AnyConfig], config_types: Sequence[Type[AnyConfig]]) -> None:
+    check_isinstance("transfer_configs", configs, [list, tuple], config_types, allow_none=False)
+    if not any(all(isinstance(config, kind) for config in configs) for kind in config_types):
+        raise TypeError("transfer_configs inner type only support one kind of config at a time, but got both")

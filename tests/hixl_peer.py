@@ -7,6 +7,7 @@ import ctypes
 import hashlib
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -335,6 +336,11 @@ class Owner:
 
     def destroy(self):
         self.api.check(self.api.lib.HixlCSServerDestroy(self.handle))
+
+    def limit_descriptors(self, spare):
+        """Leave this process `spare` descriptors to open."""
+        limit = len(os.listdir("/proc/self/fd")) - 1 + spare
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
 
     def counts(self):
         """Threads and descriptors of this process."""

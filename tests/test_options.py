@@ -92,7 +92,8 @@ def test_mode(options, generation, remote):
 
 
 @pytest.mark.parametrize("comm_res", [
-    {"version": "1.0", **RANK_TABLE}, {"version": "1.2", "super_pod_list": [], **RANK_TABLE}, {"version": "1.3"},
+    {}, {"version": ""}, {"version": "1.0", **RANK_TABLE}, {"version": "1.2", "super_pod_list": [], **RANK_TABLE},
+    {"version": "1.3"},
     {"version": "1.3", "net_instance_id": "a", "endpoint_list": [ENDPOINT]}])
 def test_local_comm_res_versions(comm_res):
     text = json.dumps(comm_res)
@@ -164,7 +165,7 @@ def test_first_generation(role, options, expected):
         {"buf_cfg": [{**BUFFER, "blk_size": 1 << 21}]}, {"buf_cfg": [{**BUFFER, "max_buf_size": 4 << 20}]},
         {"buf_cfg": [{**BUFFER, "max_buf_size": "1"}]}, {"buf_cfg": [BUFFER, BUFFER]})),
     *(({"llm.LocalCommRes": as_text(value)}, "PI", "llm.LocalCommRes") for value in (
-        "{", "[]", " ", {}, {"version": "1.1"}, {"version": 1.3}, {"version": ["1.3"]}, {"version": "1.0"},
+        "{", "[]", " ", {"version": "1.1"}, {"version": 1.3}, {"version": ["1.3"]}, {"version": "1.0"},
         {"version": "1.0", "server_list": []}, {"version": "1.2", "server_list": [{"server_id": "0"}]},
         {"version": "1.3", "endpoint_list": []}, {"version": "1.3", "endpoint_list": [{"protocol": "roce"}]})),
     *(({**V2, "llm.GlobalResourceConfig": value}, "PI", "llm.GlobalResourceConfig") for value in ("{", "[]", "1")),

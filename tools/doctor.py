@@ -21,7 +21,7 @@ from llm_datadist.core.cann import Provider
 
 SETTINGS = (
     "LLM_DATADIST_PROVIDER", "LLM_DATADIST_HOST_PATHS", "LLM_DATADIST_COPY_THREADS", "LLM_DATADIST_TCP_STREAMS",
-    "ASCEND_HOME_PATH",
+    "LLM_DATADIST_SHARED_TABLE", "LLM_DATADIST_LINK_BASE_PORT", "LLM_DATADIST_HOST_DEVICES", "ASCEND_HOME_PATH",
 )
 _LIMITS = {
     "locked memory": (resource.RLIMIT_MEMLOCK, "pinned memory and RDMA registration"),

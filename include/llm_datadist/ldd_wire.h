@@ -40,7 +40,7 @@ typedef struct {
 
 enum { LDD_HELLO_FORWARD = 0, LDD_HELLO_REVERSE = 1, LDD_HELLO_BOARD = 2 };
 /* Whole frames of a handshake, header included. */
-enum { LDD_HELLO_FRAME_BYTES = 176, LDD_WELCOME_FRAME_BYTES = 272 };
+enum { LDD_HELLO_FRAME_BYTES = 336, LDD_WELCOME_FRAME_BYTES = 432 };
 enum { LDD_MODE_REMOTE_ACCESSIBLE = 1u << 0 };
 
 typedef struct {
@@ -54,6 +54,7 @@ typedef struct {
     uint8_t comm[32];     /* digest of a communicator, all zero for link_clusters */
     uint32_t data_port, check_expected;
     char data_ip[64];
+    uint8_t endpoint[160]; /* EndpointDesc of the data path; all zero where the network needs none */
 } ldd_hello;
 
 typedef struct {
@@ -63,6 +64,7 @@ typedef struct {
     uint8_t instance[16];
     uint32_t data_port, reserved;
     char data_ip[64];
+    uint8_t endpoint[160];
     char text[152];
 } ldd_welcome;
 
@@ -117,8 +119,8 @@ typedef struct {
 } ldd_ack;
 
 static_assert(sizeof(ldd_frame_header) == 16, "frame header");
-static_assert(sizeof(ldd_hello) == 160 && offsetof(ldd_hello, data_port) == 88, "hello");
-static_assert(sizeof(ldd_welcome) == 256 && offsetof(ldd_welcome, data_ip) == 40, "welcome");
+static_assert(sizeof(ldd_hello) == 320 && offsetof(ldd_hello, data_port) == 88, "hello");
+static_assert(sizeof(ldd_welcome) == 416 && offsetof(ldd_welcome, data_ip) == 40, "welcome");
 static_assert(sizeof(ldd_frame_header) + sizeof(ldd_hello) == LDD_HELLO_FRAME_BYTES, "hello frame");
 static_assert(sizeof(ldd_frame_header) + sizeof(ldd_welcome) == LDD_WELCOME_FRAME_BYTES, "welcome frame");
 static_assert(sizeof(ldd_resolve) == 24, "resolve");

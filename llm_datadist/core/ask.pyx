@@ -9,7 +9,7 @@ from libc.stdio cimport snprintf
 from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy, memset
 
-from .cann cimport CommMem, HixlClientConfig, HixlClientDesc
+from .cann cimport CommMem, EndpointDesc, HixlClientConfig, HixlClientDesc
 from .net cimport net_recv, net_send
 from .node cimport ldd_link_break
 from .region cimport ldd_regions_register_client
@@ -200,6 +200,9 @@ cdef ldd_status connect_client(ldd_link* link, int64_t deadline_ns, ldd_detail* 
     config.global_resource_config = json
     desc.server_ip = link.data_ip
     desc.server_port = link.data_port
+    if link.node.regions.num_endpoints:
+        desc.local_endpoint = link.node.regions.endpoints
+        desc.remote_endpoint = <const EndpointDesc*>link.endpoint
     status = ldd_hixl_result(link.node.provider,
                              link.node.provider.hixl.HixlCSClientCreate(&desc, &config, &link.client),
                              b"create the data client", detail)

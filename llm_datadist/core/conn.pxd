@@ -60,7 +60,8 @@ ctypedef struct ldd_service:
     int wake_fd
     ldd_conn* conns
     uint32_t num_handshakes                     # connections with a deadline
-    ldd_mutex lock                              # guards what follows
+    ldd_mutex lock                              # guards what follows, up to the counters
+    bint stopping
     ldd_cond done
     ldd_command* commands
     ldd_wish* wishes

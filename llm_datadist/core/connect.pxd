@@ -10,7 +10,8 @@ from .status cimport ldd_detail, ldd_status
 cdef ldd_status ldd_link_open(ldd_node* node, ldd_service* service, const char* ip, int port, uint64_t cluster_id,
                               const uint8_t* comm, int64_t comm_id, int64_t deadline_ns,
                               ldd_detail* detail) noexcept nogil
-# Tell the peer, then drop every link_clusters link to it. Nothing is dropped when the peer cannot be told.
-cdef ldd_status ldd_link_close(ldd_node* node, uint64_t cluster_id, int64_t deadline_ns,
+# Tell the peer, then drop every link_clusters link to it; the link in hand stays when the peer cannot be told.
+# The peer of a broken link is taken as told when it listens at `ip` (NULL: not asked) and `port`.
+cdef ldd_status ldd_link_close(ldd_node* node, const char* ip, int port, uint64_t cluster_id, int64_t deadline_ns,
                                ldd_detail* detail) noexcept nogil
 cdef void ldd_random(void* data, size_t nbytes) noexcept nogil

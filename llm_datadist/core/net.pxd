@@ -16,6 +16,10 @@ cdef ldd_status net_recv_files(int fd, void* data, size_t nbytes, int* files, in
 cdef bint net_send_files(int fd, const void* data, size_t nbytes, const int* files, int num_files) noexcept nogil
 # Whether the other end is a process of this user, or of root, on this host.
 cdef bint net_is_own_user(int fd) noexcept nogil
+cdef enum:
+    SIGNAL_SLICE_MS = 50                        # how long a wait may go without looking for signals
+# Run pending signal handlers if this is the main thread; nonzero when one raised.
+cdef int net_check_signals() noexcept with gil
 cdef void net_tune(int fd) noexcept nogil
 cdef void net_local_ip(int fd, char* text, size_t size) noexcept nogil
 cdef void net_peer_ip(int fd, char* text, size_t size) noexcept nogil

@@ -170,11 +170,8 @@ cdef extern from * nogil:
     int close(int fd)
     int poll(pollfd* fds, unsigned long count, int timeout_ms)
 
-cdef enum:
-    SIGNAL_SLICE_MS = 50
 
-
-cdef int check_signals() noexcept with gil:
+cdef int net_check_signals() noexcept with gil:
     return PyErr_CheckSignals()
 
 
@@ -197,7 +194,7 @@ cdef ldd_status wait_ready(int fd, short events, int64_t deadline_ns, const char
             return LDD_OK
         if ready < 0 and errno != EINTR:
             return ldd_fail(detail, LDD_E_FAILED, b"poll failed while %s: %s", what, strerror(errno))
-        if check_signals() != 0:
+        if net_check_signals() != 0:
             return LDD_E_INTERRUPTED
 
 

@@ -11,6 +11,7 @@ from .sync cimport ldd_cond, ldd_mutex
 
 cdef enum:
     MAX_LINKS = 4096
+    MAX_PAST = 16384                            # clusters that are remembered after their links have gone
 
 cdef enum ldd_link_origin:
     ORIGIN_LOCAL                                # link_clusters called here
@@ -58,6 +59,7 @@ ctypedef struct ldd_link:
     HixlClientHandle client
     char data_ip[64]
     uint32_t data_port
+    uint8_t endpoint[160]                       # the peer's EndpointDesc; all zero where there is none
     uint64_t seen_epoch                         # of the peer's regions
     ldd_desc_list descs
     ldd_peek* peek                              # the peer's shared table, see peek.pyx
@@ -75,6 +77,11 @@ ctypedef struct ldd_link:
     uint64_t pushed_bytes
     uint64_t num_transfers
 
+# A thread of ours that links to a cluster just now.
+ctypedef struct ldd_attempt:
+    ldd_attempt* next
+    uint64_t cluster_id
+
 ctypedef struct ldd_node:
     const ldd_provider* provider
     aclrtContext context
@@ -90,7 +97,14 @@ ctypedef struct ldd_node:
     ldd_cond idle                         # signalled when a link's last operation ends
     ldd_link* links
     uint32_t num_links
-    uint32_t num_ops                            # running operations of all links, dropped ones included
+    uint32_t num_ops                            # running operations of all links, dropped ones included, and attempts
+    bint closing                                # no new link is taken in
+    ldd_attempt* attempts                       # of link_clusters, at most one per cluster
+    ldd_cond attempted                          # signalled when one of them ends
+    uint64_t* past                              # clusters of earlier and present links of link_clusters
+    uint32_t num_past
+    uint32_t past_capacity
+    uint32_t next_past                          # the oldest entry, once no more are kept
 
 cdef void ldd_node_init(ldd_node* node, const ldd_provider* provider, uint64_t cluster_id) noexcept nogil
 # All links must be gone.
@@ -109,10 +123,12 @@ cdef void ldd_link_end(ldd_link* link) noexcept nogil
 cdef void ldd_link_break(ldd_link* link, const char* reason) noexcept nogil
 # Take it out of the set.
 cdef void ldd_link_drop(ldd_link* link) noexcept nogil
+# Whether a link of link_clusters to this cluster exists or existed, as far back as MAX_PAST clusters.
+cdef bint ldd_link_existed(ldd_node* node, uint64_t cluster_id) noexcept nogil
 # Drop all that match; -1 for any origin or communicator. Returns how many there were.
 cdef uint32_t ldd_links_drop(ldd_node* node, int origin, int64_t comm_id, bint any_cluster,
                              uint64_t cluster_id) noexcept nogil
 # An operation on a link that is already known; False when it is no longer active.
 cdef bint ldd_link_resume(ldd_link* link) noexcept nogil
-# Wait until no operation runs, also on links that were dropped.
-cdef ldd_status ldd_links_wait_idle(ldd_node* node, int64_t deadline_ns) noexcept nogil
+# Drop all links, take in no new ones, and wait until no operation runs, also on links that were dropped earlier.
+cdef ldd_status ldd_node_close(ldd_node* node, int64_t deadline_ns) noexcept nogil

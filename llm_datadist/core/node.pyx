@@ -8,7 +8,7 @@ may touch peer memory**, whatever else became of the link, and is shut down righ
 end as the proof that its leases are over.
 """
 from libc.stdint cimport int64_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memset, strncpy
 
 from .block_plan cimport ldd_desc_list_free, ldd_desc_list_init
@@ -28,11 +28,15 @@ cdef void ldd_node_init(ldd_node* node, const ldd_provider* provider, uint64_t c
     node.cluster_id = cluster_id
     ldd_mutex_init(&node.lock)
     ldd_cond_init(&node.idle)
+    ldd_cond_init(&node.attempted)
 
 
 cdef void ldd_node_destroy(ldd_node* node) noexcept nogil:
     ldd_mutex_destroy(&node.lock)
     ldd_cond_destroy(&node.idle)
+    ldd_cond_destroy(&node.attempted)
+    free(node.past)
+    node.past = NULL
 
 
 cdef ldd_link* ldd_link_new(ldd_node* node, uint64_t cluster_id, ldd_link_origin origin) noexcept nogil:
@@ -79,9 +83,46 @@ cdef void ldd_link_unref(ldd_link* link) noexcept nogil:
         destroy(link)
 
 
+cdef bint existed_locked(const ldd_node* node, uint64_t cluster_id) noexcept nogil:
+    cdef uint32_t i
+    for i in range(node.num_past):
+        if node.past[i] == cluster_id:
+            return True
+    return False
+
+
+cdef bint ldd_link_existed(ldd_node* node, uint64_t cluster_id) noexcept nogil:
+    ldd_lock(&node.lock)
+    cdef bint existed = existed_locked(node, cluster_id)
+    ldd_unlock(&node.lock)
+    return existed
+
+
+cdef void remember_locked(ldd_node* node, uint64_t cluster_id) noexcept nogil:
+    """Without memory the cluster is forgotten with its link, which changes the code of a later unlink and no more."""
+    cdef uint64_t* grown
+    if existed_locked(node, cluster_id):
+        return
+    if node.num_past == MAX_PAST:
+        node.past[node.next_past] = cluster_id
+        node.next_past = (node.next_past + 1) % MAX_PAST
+        return
+    if node.num_past == node.past_capacity:
+        grown = <uint64_t*>realloc(node.past, (node.past_capacity * 2 + 16) * sizeof(uint64_t))
+        if grown == NULL:
+            return
+        node.past = grown
+        node.past_capacity = node.past_capacity * 2 + 16
+    node.past[node.num_past] = cluster_id
+    node.num_past += 1
+
+
 cdef ldd_status ldd_link_publish(ldd_link* link, ldd_detail* detail) noexcept nogil:
     cdef ldd_node* node = link.node
     ldd_lock(&node.lock)
+    if node.closing:
+        ldd_unlock(&node.lock)
+        return ldd_fail(detail, LDD_E_FAILED, b"the engine is being finalized")
     if node.num_links >= MAX_LINKS:
         ldd_unlock(&node.lock)
         return ldd_fail(detail, LDD_E_FAILED, b"%d links exist, which is the most one engine holds", <int>MAX_LINKS)
@@ -90,6 +131,8 @@ cdef ldd_status ldd_link_publish(ldd_link* link, ldd_detail* detail) noexcept no
     link.next = node.links
     node.links = link
     node.num_links += 1
+    if link.origin != ORIGIN_COMM:
+        remember_locked(node, link.cluster_id)
     ldd_unlock(&node.lock)
     return LDD_OK
 
@@ -207,8 +250,12 @@ cdef uint32_t ldd_links_drop(ldd_node* node, int origin, int64_t comm_id, bint a
     return count
 
 
-cdef ldd_status ldd_links_wait_idle(ldd_node* node, int64_t deadline_ns) noexcept nogil:
+cdef ldd_status ldd_node_close(ldd_node* node, int64_t deadline_ns) noexcept nogil:
     cdef ldd_status status = LDD_OK
+    ldd_lock(&node.lock)
+    node.closing = True
+    ldd_unlock(&node.lock)
+    ldd_links_drop(node, -1, -1, True, 0)
     ldd_lock(&node.lock)
     while node.num_ops and status == LDD_OK:
         status = ldd_cond_wait_until(&node.idle, &node.lock, deadline_ns)

@@ -1,7 +1,7 @@
 """Memory that peers may reach, and the data servers that announce it."""
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
-from .cann cimport HixlClientHandle, HixlServerHandle, MemHandle, ldd_provider
+from .cann cimport EndpointDesc, HixlClientHandle, HixlServerHandle, MemHandle, ldd_provider
 from .status cimport ldd_detail, ldd_status
 from .sync cimport ldd_mutex
 
@@ -29,6 +29,8 @@ ctypedef struct ldd_regions:
     uint32_t capacity
     ldd_data_server servers[MAX_DATA_SERVERS]
     uint32_t num_servers
+    EndpointDesc* endpoints                     # ours on a real network; the host provider needs none
+    uint32_t num_endpoints
     uint64_t epoch                              # grows with every change a connected peer should see
 
 cdef void ldd_regions_init(ldd_regions* regions, const ldd_provider* provider) noexcept nogil
@@ -50,3 +52,6 @@ cdef ldd_status ldd_regions_register_client(ldd_regions* regions, HixlClientHand
 # Returns once no server moves bytes for the link of this token any more.
 cdef void ldd_regions_drop_peer(ldd_regions* regions, const uint8_t* token) noexcept nogil
 cdef uint64_t ldd_regions_epoch(ldd_regions* regions) noexcept nogil
+# Before the first server; a copy is kept. The first endpoint is the one links use.
+cdef ldd_status ldd_regions_set_endpoints(ldd_regions* regions, const void* endpoints, uint32_t count) noexcept nogil
+cdef void ldd_regions_own_endpoint(ldd_regions* regions, uint8_t* out) noexcept nogil

@@ -5,7 +5,7 @@ address when the first peer comes in by it, so a process that only ever dials ou
 on loopback alone. Any thread; the lock is held across provider calls that are short.
 """
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport free, realloc
+from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memset, strcmp, strlen, memcpy
 
 from .cann cimport (COMM_MEM_TYPE_DEVICE, COMM_MEM_TYPE_HOST, CommMem, HixlServerConfig, HixlServerDesc,
@@ -44,6 +44,9 @@ cdef void ldd_regions_close(ldd_regions* regions) noexcept nogil:
     free(regions.items)
     regions.items = NULL
     regions.count = regions.capacity = 0
+    free(regions.endpoints)
+    regions.endpoints = NULL
+    regions.num_endpoints = 0
     ldd_unlock(&regions.lock)
     ldd_mutex_destroy(&regions.lock)
 
@@ -146,6 +149,8 @@ cdef ldd_status start_server(ldd_regions* regions, uint32_t s, const char* ip, l
             return ldd_fail(detail, LDD_E_FAILED, b"no free port for a data server at %s", ip)
         desc.server_ip = ip
         desc.server_port = server.port
+        desc.endpoint_list = regions.endpoints
+        desc.endpoint_list_num = regions.num_endpoints
         status = ldd_hixl_result(regions.provider,
                                  regions.provider.hixl.HixlCSServerCreate(&desc, &config, &server.handle),
                                  b"create a data server", detail)
@@ -217,6 +222,20 @@ cdef void ldd_regions_drop_peer(ldd_regions* regions, const uint8_t* token) noex
     for s in range(regions.num_servers):
         regions.provider.ext.LddServerDropPeer(regions.servers[s].handle, token)
     ldd_unlock(&regions.lock)
+
+
+cdef ldd_status ldd_regions_set_endpoints(ldd_regions* regions, const void* endpoints, uint32_t count) noexcept nogil:
+    regions.endpoints = <EndpointDesc*>malloc(max(count, <uint32_t>1) * sizeof(EndpointDesc))
+    if regions.endpoints == NULL:
+        return LDD_E_NO_MEMORY
+    memcpy(regions.endpoints, endpoints, count * sizeof(EndpointDesc))
+    regions.num_endpoints = count
+    return LDD_OK
+
+
+cdef void ldd_regions_own_endpoint(ldd_regions* regions, uint8_t* out) noexcept nogil:
+    if regions.num_endpoints:
+        memcpy(out, regions.endpoints, sizeof(EndpointDesc))
 
 
 cdef uint64_t ldd_regions_epoch(ldd_regions* regions) noexcept nogil:

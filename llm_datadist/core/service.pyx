@@ -81,6 +81,7 @@ cdef extern from * nogil:
 cdef enum:
     EVENTS_PER_WAIT = 64
     MAX_HANDSHAKES = 256                        # a flood of silent connections costs no more than this
+    MAX_UNREAD_BYTES = LDD_WIRE_MAX_PAYLOAD     # of answers; a peer that has so many waiting is not answered any more
     MAX_SMALL_REQUEST = 64                      # bytes of any request but RANGES and HELLO
     READ_BYTES = 4096
 
@@ -108,6 +109,8 @@ cdef bint on_readable(ldd_service* service, ldd_conn* conn) noexcept nogil:
     while True:
         count = recv(conn.fd, chunk, sizeof(chunk), 0)
         if count == 0:
+            if conn.inbox.length:
+                service.num_rejected_frames += 1        # it ends in the middle of a frame
             return False
         if count < 0:
             return errno == EAGAIN or errno == EINTR
@@ -125,15 +128,32 @@ cdef bint on_readable(ldd_service* service, ldd_conn* conn) noexcept nogil:
             if was_handshake:
                 if not ldd_welcome_hello(service, conn, &header, conn.inbox.data + at + sizeof(header)):
                     return False
-                if header.version == LDD_WIRE_VERSION and not ldd_conn_is_listed(service, conn):
+                if header.version != LDD_WIRE_VERSION:
+                    service.num_rejected_frames += 1
+                elif not ldd_conn_is_listed(service, conn):
                     return True                 # the connection is the link's now, and `conn` is gone
-            elif not ldd_answer(service, conn, &header, conn.inbox.data + at + sizeof(header)):
+            elif (conn.outbox.length > MAX_UNREAD_BYTES         # it asks on and on, and reads nothing
+                    or not ldd_answer(service, conn, &header, conn.inbox.data + at + sizeof(header))):
                 service.num_rejected_frames += 1
                 return False
             at += sizeof(header) + header.length
         ldd_bytes_consume(&conn.inbox, at)
         if not ldd_conn_flush(service, conn):
             return False
+
+
+cdef bint make_room(ldd_service* service) noexcept nogil:
+    """End the handshake that has waited longest for its first frame: a peer that means it sends that at once."""
+    cdef ldd_conn* conn = service.conns
+    cdef ldd_conn* oldest = NULL
+    while conn != NULL:
+        if conn.kind == CONN_HANDSHAKE:
+            oldest = conn                       # new ones come first in the list
+        conn = conn.next
+    if oldest == NULL:
+        return False
+    ldd_conn_forget(service, oldest, True)
+    return True
 
 
 cdef void on_connection(ldd_service* service, ldd_conn* listener) noexcept nogil:
@@ -145,7 +165,9 @@ cdef void on_connection(ldd_service* service, ldd_conn* listener) noexcept nogil
                 ldd_nap_ms(10)                  # the listener stays readable: do not spin while files run out
             return
         net_tune(fd)
-        if service.num_handshakes >= MAX_HANDSHAKES or ldd_conn_add(service, fd, CONN_HANDSHAKE) == NULL:
+        if service.num_handshakes >= MAX_HANDSHAKES and not make_room(service):
+            close(fd)
+        elif ldd_conn_add(service, fd, CONN_HANDSHAKE) == NULL:
             close(fd)
 
 
@@ -154,6 +176,14 @@ cdef void end_conn(ldd_service* service, ldd_conn* conn) noexcept nogil:
         ldd_answer_ended(service, conn)
     else:
         ldd_conn_forget(service, conn, True)
+
+
+cdef void drop_command(ldd_command* command) noexcept nogil:
+    """What it brought cannot be served."""
+    close(command.fd)
+    if command.link != NULL:
+        ldd_link_break(command.link, b"the peer cannot be served")
+        ldd_link_unref(command.link)
 
 
 cdef bint run_commands(ldd_service* service) noexcept nogil:
@@ -178,10 +208,7 @@ cdef bint run_commands(ldd_service* service) noexcept nogil:
             if conn != NULL:
                 conn.link = command.link
             else:
-                close(command.fd)
-                if command.link != NULL:
-                    ldd_link_break(command.link, b"no memory to serve the peer")
-                    ldd_link_unref(command.link)
+                drop_command(command)
         command.done = True
     ldd_cond_broadcast(&service.done)
     ldd_unlock(&service.lock)
@@ -234,16 +261,22 @@ cdef void* service_main(void* argument) noexcept nogil:
     return NULL
 
 
-cdef void run(ldd_service* service, ldd_command* command) noexcept nogil:
+cdef bint run(ldd_service* service, ldd_command* command) noexcept nogil:
+    """Have a command carried out and wait for that; False when the thread has been told to stop."""
     cdef uint64_t one = 1
+    cdef bint accepted
     command.done = False
     ldd_lock(&service.lock)
-    command.next = service.commands
-    service.commands = command
-    write(service.wake_fd, &one, sizeof(one))
-    while not command.done:
-        ldd_cond_wait_until(&service.done, &service.lock, LDD_NEVER)
+    accepted = not service.stopping
+    if accepted:
+        service.stopping = command.kind == COMMAND_STOP
+        command.next = service.commands
+        service.commands = command
+        write(service.wake_fd, &one, sizeof(one))
+        while not command.done:
+            ldd_cond_wait_until(&service.done, &service.lock, LDD_NEVER)
     ldd_unlock(&service.lock)
+    return accepted
 
 
 cdef ldd_status ldd_service_start(ldd_service* service, ldd_node* node, ldd_detail* detail) noexcept nogil:
@@ -284,8 +317,8 @@ cdef void ldd_service_stop(ldd_service* service) noexcept nogil:
     close(service.wake_fd)
     free(service.wishes)
     service.wishes = NULL
-    ldd_cond_destroy(&service.done)
-    ldd_mutex_destroy(&service.lock)
+    service.num_wishes = service.wish_capacity = 0
+    # The lock and the condition stay: a late caller finds out by them that it is too late.
 
 
 cdef void command_with_fd(ldd_service* service, ldd_command_kind kind, int fd, ldd_link* link) noexcept nogil:
@@ -294,7 +327,8 @@ cdef void command_with_fd(ldd_service* service, ldd_command_kind kind, int fd, l
     command.kind = kind
     command.fd = fd
     command.link = link
-    run(service, &command)
+    if not run(service, &command) and kind != COMMAND_UNLISTEN:
+        drop_command(&command)
 
 
 cdef void ldd_service_serve(ldd_service* service, int fd, ldd_link* link) noexcept nogil:

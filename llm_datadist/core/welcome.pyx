@@ -14,7 +14,7 @@ from .cache_table cimport ldd_table_add_lane
 from .net cimport net_is_own_user, net_local_ip, net_peer_ip, net_send_files
 from .node cimport (LINK_OPENING, ORIGIN_COMM, ORIGIN_PEER, ldd_link, ldd_link_new, ldd_link_publish, ldd_links_drop,
                     ldd_node)
-from .region cimport ldd_regions_serve
+from .region cimport ldd_regions_own_endpoint, ldd_regions_serve
 from .status cimport (LDD_E_LINK_FAILED, LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_E_PROCESSING_LINK, LDD_OK, ldd_detail,
                       ldd_fail)
 from .sync cimport ldd_lock, ldd_unlock
@@ -86,6 +86,8 @@ cdef ldd_status welcome_forward(ldd_service* service, ldd_conn* conn, const ldd_
     net_peer_ip(conn.fd, link.peer_ip, sizeof(link.peer_ip))
     memcpy(link.data_ip, <const char*>hello.data_ip if hello.data_ip[0] else <const char*>link.peer_ip, sizeof(link.data_ip))
     link.data_port = hello.data_port
+    memcpy(link.endpoint, hello.endpoint, sizeof(link.endpoint))
+    ldd_regions_own_endpoint(&node.regions, answer.endpoint)
     conn.link = link
     answer.data_port = port
     return LDD_OK

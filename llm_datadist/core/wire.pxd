@@ -48,6 +48,7 @@ cdef extern from "llm_datadist/ldd_wire.h" nogil:
         uint32_t data_port
         uint32_t check_expected
         char data_ip[64]
+        uint8_t endpoint[160]
     ctypedef struct ldd_welcome:
         int32_t status
         uint32_t mode
@@ -55,6 +56,7 @@ cdef extern from "llm_datadist/ldd_wire.h" nogil:
         uint8_t instance[16]
         uint32_t data_port
         char data_ip[64]
+        uint8_t endpoint[160]
         char text[152]
     ctypedef struct ldd_resolve:
         uint8_t kind

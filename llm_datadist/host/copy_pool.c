@@ -9,7 +9,7 @@
 
 #include "hixl_time.h"
 
-enum { MAX_THREADS = 64, DEFAULT_MAX_THREADS = 4, HELPER_STACK_BYTES = 256 << 10 };
+enum { DEFAULT_MAX_THREADS = 4, HELPER_STACK_BYTES = 256 << 10 };
 
 /* Waiting for the last piece of a helper: this long without sleeping, about what going to sleep and waking costs. */
 #define SPIN_NS INT64_C(20000)
@@ -18,7 +18,7 @@ static struct {
     pthread_mutex_t lock;
     pthread_cond_t work;
     TAILQ_HEAD(, copy_job) jobs; /* with pieces to claim */
-    pthread_t threads[MAX_THREADS];
+    pthread_t threads[COPY_MAX_THREADS];
     unsigned num_threads;
     unsigned num_users;
     bool stopping;
@@ -61,7 +61,7 @@ static void init_pool(void) {
 
     pool_width = cpus < DEFAULT_MAX_THREADS ? cpus : DEFAULT_MAX_THREADS;
     if (wanted > 0) {
-        pool_width = wanted < MAX_THREADS ? (unsigned)wanted : MAX_THREADS;
+        pool_width = wanted < COPY_MAX_THREADS ? (unsigned)wanted : COPY_MAX_THREADS;
     }
     TAILQ_INIT(&pool.jobs);
     pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
@@ -181,7 +181,7 @@ void copy_pool_retain(void) {
 }
 
 void copy_pool_release(void) {
-    pthread_t threads[MAX_THREADS];
+    pthread_t threads[COPY_MAX_THREADS];
     unsigned i, count = 0;
 
     pthread_mutex_lock(&pool.lock);

@@ -18,6 +18,8 @@
 #include <stdint.h>
 #include <sys/queue.h>
 
+enum { COPY_MAX_THREADS = 64 };
+
 typedef struct copy_job {
     /* Do piece `index`; false gives the rest of the job up (the function records why). Any thread, no lock held. */
     bool (*run)(struct copy_job *job, size_t index);

@@ -22,6 +22,9 @@
 /* How long a submission may wait for a region list it needs. */
 #define REFRESH_NS HIXL_SECOND_NS
 
+/* Arrays are kept for the next batch: large ones only in the slots that are used over and over. */
+enum { KEPT_SLOTS = 8, KEPT_ITEMS = 1024 };
+
 #define SLOT_BITS 12
 static_assert(HIXL_MAX_BATCHES == 1u << SLOT_BITS, "a slot fits a handle");
 
@@ -74,9 +77,24 @@ static void end_batch(hixl_batch *batch, hixl_batch_state state) {
     batch->state = state;
 }
 
+static void *trimmed(void *items, size_t *capacity) {
+    if (*capacity <= KEPT_ITEMS) {
+        return items;
+    }
+    free(items);
+    *capacity = 0;
+    return NULL;
+}
+
 static void free_slot(hixl_batch *batch) {
     hixl_client *client = batch->client;
     end_batch(batch, HIXL_BATCH_FREE);
+    if (batch->slot >= KEPT_SLOTS) {
+        batch->mapped.items = trimmed(batch->mapped.items, &batch->mapped.capacity);
+        batch->cma.items = trimmed(batch->cma.items, &batch->cma.capacity);
+        batch->pieces = trimmed(batch->pieces, &batch->piece_capacity);
+        batch->tcp_ops = trimmed(batch->tcp_ops, &batch->tcp_capacity);
+    }
     client->free_slots[client->num_free++] = (uint16_t)batch->slot;
 }
 
@@ -241,8 +259,9 @@ static HixlStatus submit(hixl_client *client, uint32_t num_ops, const HixlOneSid
     }
     batch = take_slot(client);
     if (batch == NULL) {
-        return hixl_fail(error, HIXL_RESOURCE_EXHAUSTED, "%u batches are not queried to their end, at most %d may be",
-                         client->num_slots, HIXL_MAX_BATCHES);
+        return hixl_fail(error, HIXL_RESOURCE_EXHAUSTED,
+                         "no room for another batch: %u are not queried to their end, %d may be", client->num_slots,
+                         HIXL_MAX_BATCHES);
     }
     batch->is_put = is_put;
     status = hixl_plan(batch, ops, num_ops, deadline_ns, error);

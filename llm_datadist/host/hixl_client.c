@@ -16,9 +16,9 @@ enum { DEFAULT_STREAMS = 2 };
 const char *const hixl_path_names[HIXL_NUM_PATHS] = {"shm", "cma", "tcp"};
 
 hixl_client *hixl_checked_client(HixlClientHandle handle, hixl_error *error) {
-    hixl_client *client = handle;
-    if (client == NULL || client->magic != HIXL_CLIENT_MAGIC) {
-        hixl_fail(error, HIXL_PARAM_INVALID, "client handle %p is not one", handle);
+    hixl_client *client = hixl_handle_object(HIXL_CLIENT_HANDLE, handle);
+    if (client == NULL) {
+        hixl_fail(error, HIXL_PARAM_INVALID, "client handle %p is not open", handle);
         return NULL;
     }
     if (client->pid != getpid()) {
@@ -67,20 +67,19 @@ static HixlStatus parse_paths(hixl_client *client, hixl_error *error) {
     return HIXL_SUCCESS;
 }
 
-static HixlStatus parse_streams(hixl_client *client, hixl_error *error) {
-    const char *text = getenv("LLM_DATADIST_TCP_STREAMS");
+/* A count from the environment; absent or empty: *out stays. */
+static HixlStatus parse_count(const char *name, unsigned max, unsigned *out, hixl_error *error) {
+    const char *text = getenv(name);
     char *end;
     long value;
     if (text == NULL || text[0] == '\0') {
-        client->num_streams = DEFAULT_STREAMS;
         return HIXL_SUCCESS;
     }
     value = strtol(text, &end, 10);
-    if (*end != '\0' || value < 1 || value > HIXL_MAX_STREAMS) {
-        return hixl_fail(error, HIXL_PARAM_INVALID, "LLM_DATADIST_TCP_STREAMS='%.40s' is not a number in 1..%d", text,
-                         HIXL_MAX_STREAMS);
+    if (*end != '\0' || value < 1 || value > (long)max) {
+        return hixl_fail(error, HIXL_PARAM_INVALID, "%s='%.40s' is not a number in 1..%u", name, text, max);
     }
-    client->num_streams = (unsigned)value;
+    *out = (unsigned)value;
     return HIXL_SUCCESS;
 }
 
@@ -112,11 +111,17 @@ static HixlStatus parse_token(hixl_client *client, const char *config, hixl_erro
 static HixlStatus configure(hixl_client *client, const HixlClientDesc *desc, const HixlClientConfig *config,
                             hixl_error *error) {
     HixlStatus status = hixl_parse_address(desc->server_ip, desc->server_port, &client->address, error);
+    unsigned checked; /* the pool reads it too, once for the process, but has nobody to tell about a bad value */
+
+    client->num_streams = DEFAULT_STREAMS;
     if (status == HIXL_SUCCESS) {
         status = parse_paths(client, error);
     }
     if (status == HIXL_SUCCESS) {
-        status = parse_streams(client, error);
+        status = parse_count("LLM_DATADIST_TCP_STREAMS", HIXL_MAX_STREAMS, &client->num_streams, error);
+    }
+    if (status == HIXL_SUCCESS) {
+        status = parse_count("LLM_DATADIST_COPY_THREADS", COPY_MAX_THREADS, &checked, error);
     }
     return status == HIXL_SUCCESS ? parse_token(client, config->global_resource_config, error) : status;
 }
@@ -152,6 +157,9 @@ LDD_EXPORT HixlStatus HixlCSClientCreate(const HixlClientDesc *desc, const HixlC
         return hixl_fail(error, HIXL_RESOURCE_EXHAUSTED, "no memory for a client");
     }
     status = configure(client, desc, config, error);
+    if (status == HIXL_SUCCESS && (*out_client = hixl_handle_publish(HIXL_CLIENT_HANDLE, client)) == NULL) {
+        status = hixl_fail(error, HIXL_RESOURCE_EXHAUSTED, "too many servers and clients are open");
+    }
     if (status != HIXL_SUCCESS) {
         free(client);
         return status;
@@ -164,9 +172,7 @@ LDD_EXPORT HixlStatus HixlCSClientCreate(const HixlClientDesc *desc, const HixlC
     pthread_mutex_init(&client->lock, NULL);
     copy_pool_retain();
     client->pid = getpid();
-    client->magic = HIXL_CLIENT_MAGIC;
     hixl_fork_watch(&client->fork_node, &fork_ops, client);
-    *out_client = client;
     return HIXL_SUCCESS;
 }
 
@@ -322,8 +328,8 @@ LDD_EXPORT HixlStatus HixlCSClientDestroy(HixlClientHandle handle) {
     if (client == NULL) {
         return error->status;
     }
+    hixl_handle_withdraw(handle);
     hixl_fork_forget(&client->fork_node);
-    client->magic = 0;
     free_batches(client); /* first: pieces in flight use mappings and the pid */
     hixl_tcp_close(client);
     hixl_remote_close(client);

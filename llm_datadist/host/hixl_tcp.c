@@ -125,23 +125,27 @@ static bool share_out(hixl_client *client, const hixl_batch *batch, unsigned num
 }
 
 static bool begin_batch(hixl_client *client, const hixl_batch *batch, hixl_error *error) {
-    unsigned i, num_streams;
+    unsigned i, wanted, num_streams = 0;
     uint64_t bytes = 0;
     size_t k;
 
     for (k = 0; k < batch->num_tcp_ops; k++) {
         bytes += batch->tcp_ops[k].desc.bytes;
     }
-    num_streams = bytes <= SINGLE_STREAM_BYTES ? 1 : client->num_streams;
+    wanted = bytes <= SINGLE_STREAM_BYTES ? 1 : client->num_streams;
+    while (num_streams < wanted &&
+           (client->streams[num_streams].fd >= 0 || open_stream(client, &client->streams[num_streams], error))) {
+        num_streams++;
+    }
+    if (num_streams == 0) { /* some are enough */
+        return false;
+    }
     if (!share_out(client, batch, num_streams, bytes)) {
         hixl_fail(error, HIXL_RESOURCE_EXHAUSTED, "no memory for a batch of %" PRIu64 " bytes", bytes);
         return false;
     }
     for (i = 0; i < num_streams; i++) {
         hixl_stream *stream = &client->streams[i];
-        if (stream->fd < 0 && !open_stream(client, stream, error)) {
-            return false;
-        }
         stream->frame_end = 0;
         begin_frame(client, stream, batch->is_put);
         stream->active = true;
@@ -382,7 +386,8 @@ size_t hixl_tcp_poll_set(hixl_client *client, struct pollfd *entries) {
     for (i = 0; i < client->num_streams; i++) {
         const hixl_stream *stream = &client->streams[i];
         if (stream->active) {
-            entries[n++] = (struct pollfd){.fd = stream->fd, .events = (short)(stream->sent ? POLLIN : POLLIN | POLLOUT)};
+            short events = (short)(stream->sent ? POLLIN : POLLIN | POLLOUT);
+            entries[n++] = (struct pollfd){.fd = stream->fd, .events = events};
         }
     }
     return n;

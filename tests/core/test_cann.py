@@ -17,8 +17,19 @@ def no_toolkit(monkeypatch):
     monkeypatch.delenv("ASCEND_HOME_PATH", raising=False)
 
 
+def run_elsewhere(code, *args, home="", library_path=""):
+    """Run Python code in a new process, where no library is loaded yet; return the lines it prints."""
+    environ = {**os.environ, "ASCEND_HOME_PATH": str(home), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environ["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, [str(library_path), environ.get("LD_LIBRARY_PATH")]))
+    # At "/": python -c looks for modules in its directory first, and the sources are not the installed package.
+    done = subprocess.run([sys.executable, "-c", code, *args], env=environ, cwd="/", capture_output=True, text=True,
+                          timeout=100)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
 def open_elsewhere(which, home="", library_path=""):
-    """Open a provider in a new process, where nothing is loaded yet; return what it is, or the error, as lines."""
+    """Open a provider in a new process; return what it is, or the error, as lines."""
     code = (
         "import sys\n"
         "from llm_datadist.core.cann import Provider\n"
@@ -29,11 +40,7 @@ def open_elsewhere(which, home="", library_path=""):
         "except Exception as error:\n"
         "    print(type(error).__name__, error.status_code.name, error, sep='\\n')\n"
     )
-    environ = {**os.environ, "ASCEND_HOME_PATH": str(home), "LD_LIBRARY_PATH": str(library_path),
-               "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run([sys.executable, "-c", code, which], env=environ, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    return run_elsewhere(code, which, home=home, library_path=library_path)
 
 
 def toolkit(root, **files):
@@ -159,8 +166,5 @@ def test_a_copy_that_is_loaded_already_is_taken_first(tmp_path):
         "except Exception as error:\n"
         "    print(error)\n"
     )
-    environ = {**os.environ, "ASCEND_HOME_PATH": str(home), "LD_LIBRARY_PATH": str(tmp_path),
-               "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    assert f"{loaded} lacks symbol" in done.stdout
+    (text,) = run_elsewhere(code, home=home, library_path=tmp_path)
+    assert f"{loaded} lacks symbol" in text

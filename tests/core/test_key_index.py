@@ -103,6 +103,7 @@ def test_handles_go_stale():
     first, _ = table.allocate(pool, 2, 1, 1, [(0, KEY_REQ, 1, 0)])
     old = table.resolve(KEY_REQ, 1)
     table.remove_key(KEY_REQ, 1, 0)
+    table.take((old.key[0], old.key[1] + 1), 0, 2)              # an entry that is free
     second, _ = table.allocate(pool, 2, 1, 1, [(0, KEY_REQ, 1, 0)])
     new = table.resolve(KEY_REQ, 1)
     assert old.key != new.key and old.key[0] == new.key[0]      # the entry is used again, the generation is not
@@ -120,13 +121,18 @@ def test_handles_go_stale():
     assert table.stats()["num_owned"] == 0
 
 
-def test_entry_of_an_id_cannot_be_taken():
-    """Ids live in the same index; a forged handle to one must not drop it."""
+def test_forged_handles_take_nothing():
+    """A handle may come from a peer: a forged one must drop neither an id nor the key of a registered cache."""
     table, pool = CacheTable(), pool_of(8)
-    cache_id, _ = table.allocate(pool, 2, 1, 1)
-    for index in range(4):
-        for generation in range(1, 6):
+    cache_id, _ = table.allocate(pool, 2, 1, 1, [(0, KEY_PREFIX, 1, 0)])
+    registered = table.register([4096, 8192], 1, 1, [(0, KEY_REQ, 1, 0)])
+    for index in range(8):
+        for generation in range(6):
             table.take((index, generation), 0, 2)
-    table.unpin(table.pin_local(cache_id))
+    assert table.stats()["num_keys"] == 2
+    for key in ((KEY_REQ, 1), (KEY_PREFIX, 1), (KEY_BY_ID, cache_id), (KEY_BY_ID, registered)):
+        table.unpin(table.resolve(*key))
+    table.remove_key(KEY_PREFIX, 1, 0)
+    table.unregister(registered)
     table.deallocate(cache_id)
     assert table.stats()["num_owned"] == 0

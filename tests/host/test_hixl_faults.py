@@ -2,6 +2,7 @@
 import contextlib
 import ctypes
 import os
+import resource
 import socket
 import threading
 import time
@@ -87,6 +88,20 @@ def test_server_killed_under_a_batch(api, peer, local, tcp):
         code, status, text = client.wait(batch)
         assert (code, status) == (hixl.NOT_CONNECTED, hixl.STATUS_FAILED)
         assert text
+        assert_poisoned(client, peer, local)
+
+
+def test_server_killed_while_batches_run(api, peer, local, path):
+    """Whatever the moment, the client gets an error of a kind and lives."""
+    with api.client(peer.port) as client:
+        client.connect()
+        timer = threading.Timer(0.05, peer.kill)
+        timer.start()
+        with fails(hixl.NOT_CONNECTED, hixl.FAILED) as info:
+            while True:
+                client.get([(peer.addr, local, SIZE // 2)])
+        timer.join()
+        assert info.value.status == hixl.NOT_CONNECTED
         assert_poisoned(client, peer, local)
 
 
@@ -379,3 +394,87 @@ def test_signals_leave_waits_alone(api, peer, local, tcp):
         for _ in range(3):
             with fails(hixl.NOT_CONNECTED, hixl.FAILED):
                 client.put([(peer.addr, local, 10)])
+
+
+def in_child(work):
+    """Run `work` in a forked child: limits set there do not bind this process. Its text, or "" when it is fine."""
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        text = "the child ended early"
+        try:
+            text = work() or ""
+        except BaseException as error:
+            text = repr(error)
+        finally:
+            os.write(write_end, text.encode())
+            os._exit(0)
+    os.close(write_end)
+    with os.fdopen(read_end) as pipe:
+        text = pipe.read()
+    os.waitpid(child, 0)
+    return text
+
+
+def test_no_address_space_for_a_mapping(api, peer, monkeypatch):
+    """The region then travels the next path."""
+    monkeypatch.setenv("LLM_DATADIST_HOST_PATHS", "shm,cma")
+    peer.call("fill", peer.addr, SIZE, 6)
+
+    def work():
+        buffer = ctypes.create_string_buffer(MIB)
+        with api.client(peer.port) as client:
+            with open("/proc/self/statm") as statm:
+                used = int(statm.read().split()[0]) * os.sysconf("SC_PAGESIZE")
+            resource.setrlimit(resource.RLIMIT_AS, (used + SIZE // 2, resource.RLIM_INFINITY))
+            client.connect().get([(peer.addr, ctypes.addressof(buffer), MIB)])
+            assert client.paths() == "cma", client.paths()
+            assert buffer.raw == hixl.pattern(MIB, 6)
+
+    assert in_child(work) == ""
+
+
+def test_client_out_of_descriptors(api, peer, local, tcp):
+    def work():
+        with api.client(peer.port) as client:
+            highest = max(map(int, os.listdir("/proc/self/fd")))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (highest, highest))
+            held = []
+            with contextlib.suppress(OSError):
+                while True:
+                    held.append(os.dup(0))
+            with fails(hixl.RESOURCE_EXHAUSTED):
+                client.connect()
+            os.close(held.pop())
+            client.connect()
+            with fails(hixl.RESOURCE_EXHAUSTED):  # a data connection wants another
+                client.get([(peer.addr, local, 1)])
+            os.close(held.pop())
+        with api.client(peer.port) as client:  # as many connections as there are descriptors for
+            client.connect().get([(peer.addr, local, SIZE)])
+
+    assert in_child(work) == ""
+
+
+def test_server_out_of_descriptors_recovers(api, peer, local, tcp):
+    peer.call("limit_descriptors", 4)
+    crowd = [socket.create_connection(("127.0.0.1", peer.port)) for _ in range(20)]
+    time.sleep(0.2)
+    for sock in crowd:
+        sock.close()
+    with api.client(peer.port) as client:
+        client.connect().get([(peer.addr, local, 4096)])
+
+
+def test_ipv6(api, local):
+    port = hixl.free_port()
+    server = api.server(port, "::1")
+    try:
+        api.check(api.lib.HixlCSServerListen(server, 4))
+    except hixl.HixlError as error:
+        pytest.skip(f"no IPv6 here: {error.text}")
+    else:
+        with api.client(port, ip="::1") as client:
+            assert client.connect().remote_mem() == []
+    finally:
+        api.check(api.lib.HixlCSServerDestroy(server))

@@ -263,6 +263,15 @@ def test_token_of_another_is_refused(server, admin):
         assert wire.hello(DATA, admin.client_id, admin.nonce, token=b"x" * 16)[3] == hixl.NOT_CONNECTED
 
 
+def test_connections_of_one_client_are_limited(server, admin):
+    wires = [Wire(server[0]) for _ in range(60)]
+    statuses = [wire.hello(DATA, admin.client_id, admin.nonce)[3] for wire in wires]
+    assert statuses[:18] == [hixl.SUCCESS] * 18
+    assert statuses[-1] == hixl.RESOURCE_EXHAUSTED
+    for wire in wires:
+        wire.sock.close()
+
+
 def test_other_versions_are_told(server):
     with Wire(server[0]) as wire:
         welcome = wire.hello(ADMIN, os.urandom(16), version=VERSION + 1)

@@ -98,7 +98,7 @@ class PagedKV:
 
 
 def poison(tensors: Sequence[np.ndarray]) -> None:
-    """Fill the tensors with NaN, so that a token nobody delivered spoils every later one instead of passing for zeros."""
+    """Fill the tensors with NaN, so that a token nobody delivered spoils every later one, instead of passing for 0."""
     for tensor in tensors:
         tensor.fill(np.nan)
 
