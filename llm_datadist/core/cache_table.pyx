@@ -7,7 +7,7 @@ pool. The transitions themselves are in ``cache_state.pyx``.
 """
 from libc.stddef cimport size_t
 from libc.stdint cimport UINT64_MAX, int64_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy
 
 from llm_datadist.core.board cimport (

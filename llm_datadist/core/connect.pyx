@@ -46,7 +46,8 @@ cdef ldd_status already_linked_locked(ldd_node* node, uint64_t cluster_id, ldd_d
     if link.state == LINK_ACTIVE:
         return ldd_fail(detail, LDD_E_ALREADY_LINKED, b"cluster %llu is linked already",
                         <unsigned long long>cluster_id)
-    return ldd_fail(detail, LDD_E_ALREADY_LINKED, b"cluster %llu is linked already, though broken (%s): unlink it first",
+    return ldd_fail(detail, LDD_E_ALREADY_LINKED,
+                    b"cluster %llu is linked already, though broken (%s): unlink it first",
                     <unsigned long long>cluster_id, link.reason)
 
 

@@ -454,6 +454,7 @@ cdef ldd_status open_end(ldd_table* table, ldd_swap_end* end, uint32_t num_tenso
         fill_slots(&end.slots, &end.view)
     if end.slots.num_tensors != num_tensors or end.slots.stride != block_bytes:
         return ldd_fail(detail, LDD_E_PARAM,
-                        b"%u tensors with blocks of %llu bytes were described, but there are %zu with %llu", num_tensors,
+                        b"%u tensors with blocks of %llu bytes were described, but there are %zu with %llu",
+                        num_tensors,
                         <unsigned long long>block_bytes, end.slots.num_tensors, <unsigned long long>end.slots.stride)
     return LDD_OK

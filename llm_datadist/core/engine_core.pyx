@@ -16,7 +16,7 @@ from .cann cimport ACL_MEM_MALLOC_HUGE_FIRST, aclrtContext
 from .connect cimport ldd_random
 from .local_copy cimport ldd_op_list_free
 from .net cimport net_listen
-from .node cimport ldd_links_drop, ldd_node_close, ldd_node_destroy, ldd_node_init
+from .node cimport ldd_node_close, ldd_node_destroy, ldd_node_init
 from .peek cimport ldd_board_name
 from .pool cimport ldd_pool_create, ldd_pool_destroy, ldd_pool_free_bytes, ldd_pool_largest_bytes
 from .region cimport (ldd_regions_add, ldd_regions_close, ldd_regions_epoch, ldd_regions_init, ldd_regions_serve,

@@ -31,9 +31,9 @@ cdef enum:
     NUM_FILES = 3
 
 cdef ldd_status fetch_files(ldd_link* link, int* files, int64_t deadline_ns) noexcept nogil:
-    """Ask for the files over a Unix socket named after the peer's instance; only a process on this host gets through."""
+    """Ask for the files over a Unix socket named after the peer's instance, which only this host reaches."""
     cdef char name[80]
-    cdef int fd = -1, at, i
+    cdef int fd = -1, i
     cdef ldd_frame_header header
     cdef ldd_hello hello
     cdef ldd_welcome answer
@@ -115,8 +115,8 @@ cdef int read_entry(ldd_peek* peek, uint32_t kind, uint64_t id, uint64_t model_i
     cdef const ldd_cache* caches = <const ldd_cache*>peek.board.caches
     cdef uint64_t seq
     cdef uint32_t mask, at
-    cdef int attempt
-    for attempt in range(ATTEMPTS):
+    cdef int _attempt
+    for _attempt in range(ATTEMPTS):
         seq = ldd_seq_read(&peek.board.head.seq)
         if seq & 1:
             continue
@@ -141,7 +141,8 @@ cdef int read_entry(ldd_peek* peek, uint32_t kind, uint64_t id, uint64_t model_i
     return -1
 
 
-cdef ldd_status missing(ldd_link* link, uint32_t kind, uint64_t id, uint64_t model_id, ldd_detail* detail) noexcept nogil:
+cdef ldd_status missing(ldd_link* link, uint32_t kind, uint64_t id, uint64_t model_id,
+                        ldd_detail* detail) noexcept nogil:
     if kind == KEY_BY_ID:
         return ldd_fail(detail, LDD_E_NOT_EXIST, b"cluster %llu: there is no cache %lld",
                         <unsigned long long>link.cluster_id, <long long>id)
@@ -161,8 +162,8 @@ cdef ldd_status check_access(ldd_link* link, const ldd_cache* cache, uint32_t ki
                         b"batch size is %llu", cluster_id, <unsigned long long>batch_index, <long long>cache.cache_id,
                         <unsigned long long>batch)
     if write and batch_index >= cache.num_slots:
-        return ldd_fail(detail, LDD_E_PARAM, b"cluster %llu: batch index %llu is outside cache %lld of %llu", cluster_id,
-                        <unsigned long long>batch_index, <long long>cache.cache_id,
+        return ldd_fail(detail, LDD_E_PARAM, b"cluster %llu: batch index %llu is outside cache %lld of %llu",
+                        cluster_id, <unsigned long long>batch_index, <long long>cache.cache_id,
                         <unsigned long long>cache.num_slots)
     if remote_mode and not cache.remote_accessible:
         return ldd_fail(detail, LDD_E_PARAM, b"cluster %llu: cache %lld is not remote accessible", cluster_id,

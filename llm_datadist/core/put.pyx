@@ -6,7 +6,6 @@ transfers go on in between. One thread at a time.
 """
 cimport cython
 
-from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
@@ -96,7 +95,7 @@ cdef class RemotePut:
     # -------------------------------------------------------------------------------------------- destination
 
     def aim_at_key(self, key, uint64_t num_tensors):
-        """Lease the cache of the peer that ``(kind, id, model_id, batch_index)`` names; it must have so many tensors."""
+        """Lease the peer's cache that ``(kind, id, model_id, batch_index)`` names; it must have so many tensors."""
         cdef ldd_detail detail
         cdef ldd_status status
         cdef uint32_t kind
@@ -294,7 +293,8 @@ cdef class RemotePut:
                     ldd_desc_list_clear(&self._link.descs)
                     status = ldd_plan_blocks(
                         &self._link.descs, self._addrs + remote_first, dst_blocks.data,
-                        self._num_blocks(self._local.stride), self._local.addrs + local_first, src_blocks.data, self._local.num_slots, count,
+                        self._num_blocks(self._local.stride), self._local.addrs + local_first, src_blocks.data,
+                        self._local.num_slots, count,
                         self._local.stride, dst_blocks.length, True, &detail)
                     status = self._move(status, &detail)
                     self._end()

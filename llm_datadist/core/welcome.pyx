@@ -84,7 +84,8 @@ cdef ldd_status welcome_forward(ldd_service* service, ldd_conn* conn, const ldd_
     memcpy(link.token, hello.token, 16)
     link.comm_id = comm_id
     net_peer_ip(conn.fd, link.peer_ip, sizeof(link.peer_ip))
-    memcpy(link.data_ip, <const char*>hello.data_ip if hello.data_ip[0] else <const char*>link.peer_ip, sizeof(link.data_ip))
+    memcpy(link.data_ip, <const char*>hello.data_ip if hello.data_ip[0] else <const char*>link.peer_ip,
+           sizeof(link.data_ip))
     link.data_port = hello.data_port
     memcpy(link.endpoint, hello.endpoint, sizeof(link.endpoint))
     ldd_regions_own_endpoint(&node.regions, answer.endpoint)
