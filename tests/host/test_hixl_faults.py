@@ -11,6 +11,9 @@ import time
 import hixl_peer as hixl
 import pytest
 
+# Forking with the provider's threads running is what some of these tests are about.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
 MIB = 1 << 20
 SIZE = 64 * MIB
 TOKEN = "00112233445566778899aabbccddeeff"
