@@ -3,25 +3,31 @@ import ctypes
 import os
 import random
 import socket
-import struct
 import time
 
 import hixl_peer as hixl
 import pytest
+from hixl_frames import (
+    ADMIN,
+    DATA,
+    DESC,
+    GET,
+    HELLO,
+    HELLO_MAGIC,
+    LIST,
+    LOCAL,
+    MAP,
+    PUT,
+    REGION,
+    REPLY,
+    REPLY_MAGIC,
+    REQUEST,
+    REQUEST_MAGIC,
+    VERSION,
+    WELCOME,
+)
 
 MIB = 1 << 20
-HELLO = struct.Struct("<QHHI16s16s16s")
-WELCOME = struct.Struct("<QHHI16s16s48sQQ")
-REQUEST = struct.Struct("<IHHIIQQ")
-REPLY = struct.Struct("<IHHIIQQ")
-DESC = struct.Struct("<QQQQ")
-REGION = struct.Struct("<QQQQQQiIQ")
-HELLO_MAGIC = int.from_bytes(b"LDDHIXL\0", "little")
-REQUEST_MAGIC = int.from_bytes(b"HXRQ", "little")
-REPLY_MAGIC = int.from_bytes(b"HXRP", "little")
-VERSION = 1
-ADMIN, LOCAL, DATA = 1, 2, 3
-LIST, MAP, GET, PUT = 1, 2, 3, 4
 SIZE = MIB
 
 
