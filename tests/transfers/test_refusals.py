@@ -112,7 +112,7 @@ ROWS = {
                       {"src_layer_range": range(1, 3), "dst_layer_range": range(2)}),
     "destination layers": (INVALID, [6, 4], "dst", lambda s: s.by_id("slots"),
                            {"src_layer_range": range(2), "dst_layer_range": range(1, 3)}),
-    "far layers": (INVALID, [2**33], "dst", lambda s: s.by_id("slots"),
+    "far layers": (INVALID, [2**32], "dst", lambda s: s.by_id("slots"),
                    {"src_layer_range": range(2**32, 2**32 + 1), "dst_layer_range": range(1)}),
     "step": (INVALID, ["range(0, 4, 2)"], "dst", lambda s: s.by_id("slots"), {"src_layer_range": range(0, 4, 2)}),
     "negative layer": (INVALID, ["range(-1, 1)"], "dst", lambda s: s.by_id("slots"), {"src_layer_range": range(-1, 1)}),
