@@ -459,6 +459,7 @@ def test_arguments_are_checked_first(mode_pair, scene):
             (LLMParamInvalidError, [1, 2], "blocks", (recorder, pair_of_layers, [0], [0, 1])),
             (LLMParamInvalidError, [1, 0], "blocks", (recorder, pair_of_layers, [0])),
             (LLMParamInvalidError, ["dst_block_memory_size"], "src", (recorder, everything, None, [0])),
+            (LLMParamInvalidError, ["dst_block_memory_size"], "src", (recorder, everything, None, [0], 0)),
             (LLMParamInvalidError, [7], "src", (recorder, everything, None, None, 7)),
             (LLMParamInvalidError, [1], "blocks", (recorder, config(made.addrs[:2], None, 1), [0], [0])),
             (ValueError, [-1], "blocks", (recorder, pair_of_layers, [0], [-1])),
@@ -478,7 +479,7 @@ def test_arguments_are_checked_first(mode_pair, scene):
 
 
 @pytest.mark.parametrize("name, lists, part", [
-    ("src", (None, [0], 2 * STRIDE + 1), 2 * STRIDE + 1), ("src", (None, [0], 0), 0),
+    ("src", (None, [0], 2 * STRIDE + 1), 2 * STRIDE + 1),
     ("blocks", ([0], [0], STRIDE - 1), STRIDE - 1), ("blocks", ([0], [0], STRIDE + 1), STRIDE + 1),
     ("blocks", (None, [0], STRIDE), "src_block_indices"), ("src", ([0], [0]), "src_block_indices"),
 ])
