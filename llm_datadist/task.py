@@ -267,8 +267,6 @@ class TransferCacheJob:
             if target.key is not None:
                 num_tensors = TENSORS_PER_LAYER * (target.first_layer + len(target.layers))
                 put.aim_at_key(target.key, min(num_tensors, UINT64_MAX))
-            elif first_byte + num_bytes > UINT64_MAX:
-                raise LLMParamInvalidError("dst_block_indices reach beyond the address space")
             else:
                 put.aim_at_addresses(target.addrs, first_byte, num_bytes)
         except BaseException:

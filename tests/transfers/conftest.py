@@ -25,15 +25,20 @@ def remote_accessible_pair(request):
         yield linked_pair(peers, True, request.param)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=_mode)
+# Over shm keys are looked up and released in the owner's memory, over tcp by asking it.
+ASKING = ("shm", "tcp")
+
+
+@pytest.fixture(scope="module", params=[(mode, path) for mode in (False, True) for path in ASKING],
+                ids=lambda param: f"{_mode(param[0])}-{param[1]}")
 def mode_pair(request):
-    """A pair of each mode, on the default path."""
+    """A pair of each mode, for either way to ask the owner."""
     with Peers() as peers:
-        yield linked_pair(peers, request.param, "")
+        yield linked_pair(peers, *request.param)
 
 
-@pytest.fixture(scope="module")
-def two_sided_pair():
-    """A pair in two-sided mode, on the default path."""
+@pytest.fixture(scope="module", params=ASKING)
+def two_sided_pair(request):
+    """A pair in two-sided mode, for either way to ask the owner."""
     with Peers() as peers:
-        yield linked_pair(peers, False, "")
+        yield linked_pair(peers, False, request.param)

@@ -437,23 +437,6 @@ def test_many_transfers_at_once(mode_pair, scene):
 
 # ------------------------------------------------------------------------------------- what is refused before a start
 
-def test_sizes_that_do_not_fit_are_results(mode_pair, scene):
-    """The API raises for its own list of mistakes alone; these are reported by the task, and nothing moves."""
-    pair = mode_pair
-    scene.make(pair.here, "src", SRC)
-    scene.make(pair.here, "blocks", Spec(2, 4, (STRIDE,), is_blocks=True))
-    made, _ = scene.make(pair.there, "dst", DST)
-    for addrs, name, arguments, number in [
-            (made.addrs, "src", (None, [0], 2 * STRIDE + 1), 2 * STRIDE + 1),
-            (made.addrs[:2], "blocks", ([0], [0], STRIDE - 1), STRIDE - 1),
-    ]:
-        task = pair.here.call(invoke, "transfer_cache_async", Named(name), Recorder(),
-                              [TransferConfig(pair.there.cluster_id, addrs)], *arguments)
-        assert task.get_results(30000) == [LLMStatusCode.LLM_PARAM_INVALID]
-        assert str(number) in str(task.exception())
-    scene.check()
-
-
 def test_arguments_are_checked_first(mode_pair, scene):
     pair = mode_pair
     scene.make(pair.here, "src", SRC)
@@ -476,8 +459,8 @@ def test_arguments_are_checked_first(mode_pair, scene):
             (LLMParamInvalidError, [1, 2], "blocks", (recorder, pair_of_layers, [0], [0, 1])),
             (LLMParamInvalidError, [1, 0], "blocks", (recorder, pair_of_layers, [0])),
             (LLMParamInvalidError, ["dst_block_memory_size"], "src", (recorder, everything, None, [0])),
-            (LLMParamInvalidError, [7], "src", (recorder, everything, None, None, 7)),
             (LLMParamInvalidError, ["dst_block_memory_size"], "src", (recorder, everything, None, [0], 0)),
+            (LLMParamInvalidError, [7], "src", (recorder, everything, None, None, 7)),
             (LLMParamInvalidError, [1], "blocks", (recorder, config(made.addrs[:2], None, 1), [0], [0])),
             (ValueError, [-1], "blocks", (recorder, pair_of_layers, [0], [-1])),
             (ValueError, [-1], "blocks", (recorder, pair_of_layers, [-1], [0])),
@@ -492,6 +475,21 @@ def test_arguments_are_checked_first(mode_pair, scene):
             pair.here.call(invoke, "transfer_cache_async", Named(name), *arguments)
         assert all(str(part) in str(caught.value) for part in names), (arguments, str(caught.value))
     assert recorder.asked == []
+    scene.check()
+
+
+@pytest.mark.parametrize("name, lists, part", [
+    ("src", (None, [0], 2 * STRIDE + 1), 2 * STRIDE + 1),
+    ("blocks", ([0], [0], STRIDE - 1), STRIDE - 1), ("blocks", ([0], [0], STRIDE + 1), STRIDE + 1),
+    ("blocks", (None, [0], STRIDE), "src_block_indices"), ("src", ([0], [0]), "src_block_indices"),
+])
+def test_forms_that_do_not_exist_are_reported_by_the_task(mode_pair, scene, name, lists, part):
+    pair = mode_pair
+    scene.make(pair.here, "src", Spec(2, 2, (STRIDE,)))
+    scene.make(pair.here, "blocks", Spec(2, 4, (STRIDE,), is_blocks=True))
+    made, _ = scene.make(pair.there, "dst", Spec(2, 4, (STRIDE,), seed=1))
+    outcome = pair.here.call(transfer, name, [TransferConfig(pair.there.cluster_id, made.addrs)], *lists)
+    assert outcome.results == [INVALID] and str(part) in str(outcome.error)
     scene.check()
 
 
