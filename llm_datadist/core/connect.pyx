@@ -247,7 +247,7 @@ cdef ldd_status ldd_link_close(ldd_node* node, const char* ip, int port, uint64_
         elif not link_closed(link):
             status = tell_listener(ip, port, deadline_ns, detail)
         ldd_unlock(&link.lock)
-        if status < 0 and link_closed(link):
+        if status < 0 and status != LDD_E_INTERRUPTED and link_closed(link):
             status = LDD_OK                     # the peer unlinked at the same time
         if status == LDD_OK:
             ldd_link_drop(link)

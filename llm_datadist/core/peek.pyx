@@ -20,7 +20,7 @@ from .board cimport (LDD_LANE_RING, LDD_MAX_CACHES, LDD_MAX_CELLS, LDD_MAX_KEYS,
 from .cache_state cimport ldd_cache, ldd_kind_name
 from .key_index cimport KEY_BY_ID, KEY_REQ, LDD_NO_KEY, ldd_cell, ldd_key, ldd_keys_peek
 from .net cimport net_connect, net_recv_files, net_send
-from .status cimport LDD_E_NOT_EXIST, LDD_E_PARAM, LDD_OK, ldd_fail
+from .status cimport LDD_E_INTERRUPTED, LDD_E_NOT_EXIST, LDD_E_PARAM, LDD_OK, ldd_fail
 from .wire cimport *
 
 cdef extern from "<unistd.h>" nogil:
@@ -75,18 +75,23 @@ cdef void ldd_board_name(const uint8_t* instance, char* name, size_t size) noexc
         at += snprintf(name + at, size - at, b"%02x", <unsigned int>instance[i])
 
 
-cdef void ldd_peek_attach(ldd_link* link, int64_t deadline_ns) noexcept nogil:
+cdef ldd_status ldd_peek_attach(ldd_link* link, int64_t deadline_ns) noexcept nogil:
     cdef int files[NUM_FILES]
     cdef int i
+    cdef ldd_status status
     cdef ldd_peek* peek
     cdef ldd_detail ignored
     if link.peek_tried or not link.node.shares_table:
-        return
+        return LDD_OK
     link.peek_tried = True
     for i in range(NUM_FILES):
         files[i] = -1
-    if fetch_files(link, files, deadline_ns) < 0:
-        return
+    status = fetch_files(link, files, deadline_ns)
+    if status == LDD_E_INTERRUPTED:
+        link.peek_tried = False
+        return status
+    if status < 0:
+        return LDD_OK
     peek = <ldd_peek*>calloc(1, sizeof(ldd_peek))
     if peek != NULL and ldd_board_map(&peek.board, files[0], files[1], sizeof(ldd_cell), sizeof(ldd_key),
                                       sizeof(ldd_cache), &ignored) == LDD_OK:
@@ -100,6 +105,7 @@ cdef void ldd_peek_attach(ldd_link* link, int64_t deadline_ns) noexcept nogil:
         free(peek)
         peek = NULL
     link.peek = peek
+    return LDD_OK
 
 
 cdef int read_entry(ldd_peek* peek, uint32_t kind, uint64_t id, uint64_t model_id, uint32_t* key_index, ldd_key* key,

@@ -239,7 +239,9 @@ cdef ldd_status run_locked(ldd_node* node, const ldd_transfer* what, ldd_link* l
     cdef ldd_status status, released
     taken.first = taken.count = 0
     cdef bint peeked
-    ldd_peek_attach(link, deadline_ns)
+    status = ldd_peek_attach(link, deadline_ns)
+    if status < 0:
+        return status
     status = LDD_PEEK_ASK
     if not (what.release and what.remote_first >= 0):
         status = ldd_peek_resolve(link, what.kind, what.id, what.model_id, what.batch_index, what.put, what.release,
