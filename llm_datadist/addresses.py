@@ -91,5 +91,5 @@ def _dlpack_memory_of(name: str, element: Any) -> Tuple[int, int, Any]:
 
 
 def _not_an_address(name: str, element: Any) -> TypeError:
-    return TypeError(f"{name} only support int, or an object that holds memory (data_ptr(), __array_interface__, buffer "
-                     f"or __dlpack__), but got {type(element).__name__}")
+    return TypeError(f"{name} only support int, or an object that holds memory (data_ptr(), __array_interface__, "
+                     f"buffer or __dlpack__), but got {type(element).__name__}")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Dict, List, Optional, Sequence, Tuple, Type, U
 from llm_datadist.caches import Cache, KvCache
 from llm_datadist.descriptors import CacheDesc, Placement
 from llm_datadist.keys import BlocksCacheKey
-from llm_datadist.manager_base import RemoteKey, cluster_of, remote_key, tensors_of
+from llm_datadist.manager_base import RemoteKey, cluster_of, remote_key
 from llm_datadist.status import LLMException, LLMParamInvalidError, LLMStatusCode
 from llm_datadist.transfer_config import LayerSynchronizer, TransferConfig, TransferWithCacheKeyConfig
 from llm_datadist.utils import log
@@ -115,7 +115,7 @@ class TransferCacheParameters:
                                        f"it must be in [1, {self.tensor_bytes}], the bytes of a source tensor")
         unit_bytes = self.stride_bytes if self.src_blocks is not None else self.block_bytes or self.stride_bytes
         first, stop = self.first_dst_block * unit_bytes, (self.last_dst_block + 1) * unit_bytes
-        if stop >= 2**64:
+        if stop > UINT64_MAX:
             raise LLMParamInvalidError(f"dst_block_indices: block {self.last_dst_block} of {unit_bytes} bytes is not "
                                        f"allowed; it ends outside the address space")
         return first, stop - first
@@ -142,7 +142,6 @@ def _target(config: AnyConfig, num_layers: int, from_blocks: bool) -> _Target:
                         "but got NoneType")
     if dst_layers is None:
         dst_layers = range(len(layers))
-    tensors_of("dst_layer_range", dst_layers, TENSORS_PER_LAYER)
     if dst_layers.stop - dst_layers.start != len(layers):
         raise LLMParamInvalidError(f"src_layer_range={layers} and dst_layer_range={dst_layers} differ in length")
     if isinstance(key, BlocksCacheKey) and config.src_batch_index != 0:
