@@ -311,6 +311,11 @@ cdef class Engine:
         """False in a forked child, which must leave the engine alone."""
         return os.getpid() == self._pid
 
+    def check_process(self):
+        """Raise in a forked child, before anything is touched that a thread of the parent may have held."""
+        if os.getpid() != self._pid:
+            self.require_open()
+
     cdef int require_open(self) except -1:
         cdef ldd_detail detail
         if self._open and os.getpid() == self._pid:
@@ -765,6 +770,7 @@ cdef class Engine:
 
     def num_links(self):
         """How many links there are, broken ones included."""
+        self.require_open()
         return self.node.num_links
 
     # ----------------------------------------------------------------------------------- links by rank table
