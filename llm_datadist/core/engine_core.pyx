@@ -214,6 +214,11 @@ cdef class EngineCore:
         """False in a forked child, which must leave the engine alone."""
         return getpid() == self._pid
 
+    def check_process(self):
+        """Raise in a forked child, before anything is touched that a thread of the parent may have held."""
+        if getpid() != self._pid:
+            self.require_open()
+
     cdef int require_open(self) except -1:
         cdef ldd_detail detail
         if self._open and getpid() == self._pid:

@@ -98,6 +98,7 @@ cdef class EngineLinks(EngineCore):
 
     def num_links(self):
         """How many links there are, broken ones included."""
+        self.require_open()
         return self.node.num_links
 
     # ----------------------------------------------------------------------------------- links by rank table

@@ -145,6 +145,7 @@ cdef bint hand_out_table(ldd_service* service, ldd_conn* conn, const ldd_frame_h
     cdef int files[3]
     if (serving == NULL or serving.link.lane != NULL or not service.node.shares_table
             or service.node.table.board.table_fd < 0 or not net_is_own_user(conn.fd)):
+        service.num_rejected_frames += 1
         return False
     lane = ldd_lane_create(&files[2])
     if lane == NULL:
@@ -193,6 +194,7 @@ cdef bint ldd_welcome_hello(ldd_service* service, ldd_conn* conn, const ldd_fram
         elif hello.direction == LDD_HELLO_BOARD and conn.link == NULL:
             return hand_out_table(service, conn, header, &hello, &answer)
         else:
+            service.num_rejected_frames += 1
             return False
     answer.status = status
     snprintf(answer.text, sizeof(answer.text), b"%s", detail.text)
