@@ -12,8 +12,10 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
+    "bench": ("llm_datadist.tools.bench.command", "measure transfers against what the machine does itself"),
     "demo": ("llm_datadist.tools.demo.command", "run prefill and decode of a model in two processes and check it"),
     "doctor": ("llm_datadist.tools.doctor", "say which provider is used, why not another, and what this host allows"),
+    "kvbench": ("llm_datadist.tools.bench.kvcommand", "measure moving the KV cache of a request, for known models"),
     "version": ("llm_datadist.tools.version", "print versions"),
 }
 

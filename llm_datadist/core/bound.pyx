@@ -159,10 +159,14 @@ cdef class CopyBound:
         1 to 64, the calling thread included.
     pid : int, optional
         The process whose memory "vm_read" reads sources from and "vm_write" writes destinations to.
+    num_parts : int, optional
+        Cut the rows into as many parts of equal number, each of which is moved on its own.
     """
     cdef bound_desc* _descs
     cdef size_t _num_descs
     cdef bound_piece* _pieces
+    cdef size_t* _part_ends                     # in pieces
+    cdef readonly size_t num_parts
     cdef bound_team _team
     cdef bound_job _job
     cdef readonly uint64_t num_bytes
@@ -170,13 +174,21 @@ cdef class CopyBound:
     def __cinit__(self):
         memset(&self._team, 0, sizeof(self._team))
 
-    def __init__(self, descs, int num_threads, int pid=0):
+    def __init__(self, descs, int num_threads, int pid=0, size_t num_parts=1):
         cdef ldd_status status
         if self._descs != NULL:
             raise RuntimeError("a CopyBound is initialised once")
         if not 1 <= num_threads <= BOUND_MAX_THREADS:
             raise ValueError(f"num_threads={num_threads} is not allowed; it must be 1 to {BOUND_MAX_THREADS}")
         self._descs = bound_descs(descs, &self._num_descs, &self.num_bytes)
+        if num_parts < 1 or self._num_descs % num_parts:
+            raise ValueError(f"num_parts={num_parts} does not divide {self._num_descs} descriptors")
+        self.num_parts = num_parts
+        self._part_ends = <size_t*>malloc(num_parts * sizeof(size_t))
+        self._pieces = <bound_piece*>malloc(
+            (self.num_bytes // MIN_PIECE_BYTES + self._num_descs + 1) * sizeof(bound_piece))
+        if self._part_ends == NULL or self._pieces == NULL:
+            raise MemoryError()
         self._cut(num_threads)
         self._job.pid = pid
         with nogil:
@@ -187,46 +199,52 @@ cdef class CopyBound:
     def __dealloc__(self):
         with nogil:
             bound_team_stop(&self._team)
+        free(self._part_ends)
         free(self._pieces)
         free(self._descs)
 
-    cdef int _cut(self, int num_threads) except -1:
-        """Cut the descriptors into pieces of about equal length, several per thread; one thread takes all at once."""
-        cdef uint64_t want = min(max(self.num_bytes // (8 * <uint64_t>num_threads), <uint64_t>MIN_PIECE_BYTES),
-                                 <uint64_t>MAX_PIECE_BYTES)
-        cdef uint64_t offset = 0, left, room
-        cdef size_t at = 0, count = 0
+    cdef void _cut(self, int num_threads) noexcept:
+        """Cut each part into pieces of about equal length, several per thread; one thread takes a part at once."""
+        cdef size_t per_part = self._num_descs // self.num_parts, part, i, at, end, count = 0
+        cdef uint64_t total, want, offset, left, room
         cdef bound_piece* piece
-        if num_threads == 1:
-            want = max(self.num_bytes, <uint64_t>1)
-        self._pieces = <bound_piece*>malloc((self.num_bytes // want + 1) * sizeof(bound_piece))
-        if self._pieces == NULL:
-            raise MemoryError()
-        while at < self._num_descs:
-            piece = &self._pieces[count]
-            count += 1
-            piece.first = at
-            piece.offset = offset
-            piece.length = 0
-            while at < self._num_descs and piece.length < want:
-                left = self._descs[at].length - offset
-                room = want - piece.length
-                if left > room:
-                    offset += room
-                    piece.length += room
-                else:
-                    offset = 0
-                    piece.length += left
-                    at += 1
-        self._job.num_pieces = count
-        return 0
+        for part in range(self.num_parts):
+            at = part * per_part
+            end = at + per_part
+            total = 0
+            for i in range(at, end):
+                total += self._descs[i].length
+            want = total
+            if num_threads > 1:
+                want = min(max(total // (8 * <uint64_t>num_threads), <uint64_t>MIN_PIECE_BYTES),
+                           <uint64_t>MAX_PIECE_BYTES)
+            offset = 0
+            while at < end:
+                piece = &self._pieces[count]
+                count += 1
+                piece.first = at
+                piece.offset = offset
+                piece.length = 0
+                while at < end and (piece.length < want or self._descs[at].length == offset):
+                    left = self._descs[at].length - offset
+                    room = want - piece.length
+                    if left > room:
+                        offset += room
+                        piece.length += room
+                    else:
+                        offset = 0
+                        piece.length += left
+                        at += 1
+            self._part_ends[part] = count
 
-    def run(self, str kernel):
-        """Move everything once.
+    def run(self, str kernel, size_t part=0):
+        """Move one part once; by default there is one and it is everything.
 
         Parameters
         ----------
         kernel : {"memcpy", "stream", "vm_read", "vm_write"}
+        part : int, optional
+            0 .. `num_parts` - 1.
 
         Returns
         -------
@@ -239,9 +257,14 @@ cdef class CopyBound:
             The kernel refused to touch the other process.
         """
         cdef int64_t took_ns
+        cdef size_t first
+        if part >= self.num_parts:
+            raise ValueError(f"part={part}: there are {self.num_parts}")
+        first = self._part_ends[part - 1] if part else 0
         self._job.kernel = <bound_kernel><int>_KERNELS[kernel]
         self._job.descs = self._descs
-        self._job.pieces = self._pieces
+        self._job.pieces = self._pieces + first
+        self._job.num_pieces = self._part_ends[part] - first
         self._job.next = 0
         self._job.error = 0
         with nogil:

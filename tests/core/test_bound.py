@@ -62,6 +62,24 @@ def test_run_each_copies_all_and_times_each():
     assert np.array_equal(dst, expected)
 
 
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_parts_move_on_their_own(num_threads):
+    _src, dst, expected, descs = scattered([300 * KIB, 17, 0, 600 * KIB, 64, 1 * KIB], seed=9)
+    bound = CopyBound(descs, num_threads, num_parts=3)
+    for part in range(3):
+        dst[:] = 0xA5
+        bound.run("memcpy", part)
+        inside = np.zeros(len(dst), dtype=bool)
+        for _, start, length in descs[2 * part : 2 * part + 2].astype(np.int64):
+            inside[start - dst.ctypes.data : start - dst.ctypes.data + length] = True
+        assert np.array_equal(dst[inside], expected[inside])
+        assert (dst[~inside] == 0xA5).all()
+    with pytest.raises(ValueError):
+        bound.run("memcpy", 3)
+    with pytest.raises(ValueError):
+        CopyBound(descs, 1, num_parts=4)
+
+
 def test_nothing_to_move():
     bound = CopyBound(np.empty((0, 3), dtype=np.uint64), 2)
     assert bound.num_bytes == 0 and bound.run("memcpy") >= 0 and bound.run_each() == []
