@@ -6,6 +6,7 @@ against the descriptor and which the manager keeps alive while the cache is regi
 from __future__ import annotations
 
 import ctypes
+import sys
 from typing import Any, List, Tuple
 
 from llm_datadist.status import LLMParamInvalidError
@@ -21,7 +22,8 @@ def resolve_addresses(name: str, addrs: List[Any], tensor_bytes: int) -> Tuple[L
     name : str
         Name of the argument, for the texts.
     addrs : list
-        Integers, or objects with ``data_ptr()``, ``__array_interface__``, the buffer protocol or ``__dlpack__``.
+        Integers, or objects with ``data_ptr()``, ``__array_interface__``, the buffer protocol or ``__dlpack__``. A
+        NumPy scalar is neither.
     tensor_bytes : int
         Bytes each object must hold, exactly.
 
@@ -50,6 +52,9 @@ def resolve_addresses(name: str, addrs: List[Any], tensor_bytes: int) -> Tuple[L
 
 def _memory_of(name: str, element: Any) -> Tuple[int, int, Any]:
     """Address, bytes and owner of one object."""
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(element, numpy.generic):        # it offers the memory of a passing copy
+        raise _not_an_address(name, element)
     if callable(getattr(element, "data_ptr", None)):                    # torch, and what looks like it
         if not element.is_contiguous():
             raise LLMParamInvalidError(f"{name} is not contiguous")
@@ -79,8 +84,12 @@ def _memory_of(name: str, element: Any) -> Tuple[int, int, Any]:
 
 def _dlpack_memory_of(name: str, element: Any) -> Tuple[int, int, Any]:
     if not hasattr(element, "__dlpack__"):
-        raise TypeError(f"{name} only support int, or an object that holds memory (data_ptr(), __array_interface__, "
-                        f"buffer or __dlpack__), but got {type(element).__name__}")
+        raise _not_an_address(name, element)
     import numpy as np
 
     return _memory_of(name, np.from_dlpack(element))
+
+
+def _not_an_address(name: str, element: Any) -> TypeError:
+    return TypeError(f"{name} only support int, or an object that holds memory (data_ptr(), __array_interface__, "
+                     f"buffer or __dlpack__), but got {type(element).__name__}")

@@ -1,7 +1,7 @@
 """`CacheManager`: the memory calls of the second generation of the API."""
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
 from llm_datadist.addresses import resolve_addresses
 from llm_datadist.caches import CPU_CACHE_ID, Cache
@@ -22,6 +22,7 @@ from llm_datadist.manager_base import (
     key_specs,
     layers_of_pull,
     lazy_addresses,
+    packed_pull_key,
     remote_key,
     tensors_of,
 )
@@ -43,6 +44,8 @@ __all__ = ["CacheManager"]
 _Keys = Union[Tuple[CacheKey, ...], List[CacheKey]]
 _Blocks = Sequence[int]
 
+UINT32_MAX = 2**32 - 1
+
 
 class CacheManager(ManagerBase):
     """Caches of one process, and the transfers to and from those of linked processes.
@@ -60,6 +63,8 @@ class CacheManager(ManagerBase):
         super().__init__(llm_engine)
         self._remote_accessible = bool(llm_engine.options.remote_cache_accessible)
         self._linked = False
+        self._plain_pull_keys = ((CacheKeyByIdAndIndex,) if self._remote_accessible
+                                 else (CacheKey, CacheKeyByIdAndIndex))
         self._owners: Dict[int, List[Any]] = {}     # what registered memory belongs to, until it is unregistered
 
     def set_is_call_linked(self) -> None:
@@ -415,6 +420,14 @@ class CacheManager(ManagerBase):
         In two-sided mode a successful pull by request key releases the key on the owner, once all of its tensors
         were taken. Releases the GIL.
         """
+        # The usual call, whose arguments need no more than a look; what it means is checked in compiled code.
+        if (not kwargs and type(cache) is Cache and type(cache_key) in self._plain_pull_keys
+                and type(batch_index) is int and 0 <= batch_index <= UINT32_MAX and type(size) is int and size == -1
+                and not cache._is_blocks_cache and cache._cache_manager is self and self._initialized):
+            cluster_id, key = cache_key._packed or packed_pull_key(cache_key)
+            self._llm_engine.pull_cache(cluster_id, key, cache._cache_id, batch_index, -1, None, None, 0, 0,
+                                        not self._remote_accessible)
+            return
         check_isinstance("cache_key", cache_key,
                          CacheKeyByIdAndIndex if self._remote_accessible else [CacheKey, CacheKeyByIdAndIndex])
         check_isinstance("cache", cache, Cache)
@@ -469,6 +482,14 @@ class CacheManager(ManagerBase):
         LLMNotFoundError, LLMLinkError, LLMTimeoutError
             As for `pull_cache`.
         """
+        # The usual call, whose arguments need no more than a look; what it means is checked in compiled code.
+        if (not kwargs and type(src_cache_key) is BlocksCacheKey and type(dst_cache) is Cache
+                and type(src_blocks) in _plain_blocks and type(dst_blocks) in _plain_blocks
+                and len(src_blocks) and len(dst_blocks)
+                and dst_cache._is_blocks_cache and dst_cache._cache_manager is self and self._initialized):
+            cluster_id, key = src_cache_key._packed or packed_pull_key(src_cache_key)
+            self._llm_engine.pull_blocks(cluster_id, key, dst_cache._cache_id, src_blocks, dst_blocks)
+            return
         check_isinstance("src_cache_key", src_cache_key, [CacheKey, CacheKeyByIdAndIndex, BlocksCacheKey])
         check_isinstance("dst_cache", dst_cache, Cache)
         if not dst_cache.is_blocks_cache:
@@ -725,7 +746,10 @@ class CacheManager(ManagerBase):
         TypeError
             An argument has another type.
         LLMParamInvalidError
-            The caches do not fit each other, or a block number is outside its cache. Nothing moved.
+            The caches do not fit each other, a block number is outside its cache, or a cpu cache has an address that
+            is not positive. Nothing moved.
+        LLMNotFoundError
+            LLM_KV_CACHE_NOT_EXIST: a cache was deallocated or unregistered.
         """
         check_isinstance("src_cache", src_cache, Cache)
         check_isinstance("dst_cache", dst_cache, Cache)
@@ -733,6 +757,9 @@ class CacheManager(ManagerBase):
         if not src_cache.is_blocks_cache or not dst_cache.is_blocks_cache:
             raise LLMParamInvalidError("swap_blocks takes blocks caches")
         self._swap(src_cache, src_cache.tensor_addrs, dst_cache, dst_cache.tensor_addrs, src_to_dst)
+
+
+_plain_blocks: Set[type] = {list, tuple}            # types that _check_blocks lets through, as they are met
 
 
 def _check_blocks(name: str, blocks: _Blocks) -> None:
@@ -743,3 +770,4 @@ def _check_blocks(name: str, blocks: _Blocks) -> None:
     if not is_ordered or isinstance(blocks, (str, bytes, bytearray)):
         raise TypeError(f"{name} only support list or tuple of int, or a buffer of integers, "
                         f"but got {type(blocks).__name__}")
+    _plain_blocks.add(type(blocks))

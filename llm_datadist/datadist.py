@@ -112,11 +112,15 @@ class LLMDataDist:
     def finalize(self) -> None:
         """Unlink everything, free the pools, stop listening. Without `init` it does nothing; `init` may follow.
 
+        In a forked child it does nothing either: everything belongs to the parent process.
+
         Raises
         ------
         LLMException
             Never for peers that are gone.
         """
+        if self._engine is not None and not self._engine.is_own_process():
+            return
         with _instance_lock:
             engine, manager, rendezvous = self._engine, self._manager, self._rendezvous
             if engine is None or manager is None or rendezvous is None:
@@ -132,6 +136,7 @@ class LLMDataDist:
     def _require_engine(self) -> "Engine":
         if self._engine is None:
             raise RuntimeError("llm datadist is not initialized")
+        self._engine.check_process()
         return self._engine
 
     def _require_generation(self, generation: int, what: str) -> "Engine":

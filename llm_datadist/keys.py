@@ -1,7 +1,7 @@
 """Names under which a cache is found, on this side and by peers."""
 from __future__ import annotations
 
-from typing import Any, Dict, Tuple, Union
+from typing import Any, Dict, Optional, Tuple, Union
 
 from llm_datadist.status import LLMParamInvalidError
 from llm_datadist.utils.utils import check_int64, check_isinstance, check_uint32, check_uint64
@@ -70,6 +70,8 @@ class CacheKey:
     Compares by identity.
     """
 
+    _packed: Optional[Tuple[int, Tuple[int, int, int, int]]] = None     # how the engine names it, once it was used
+
     def __init__(self, *args: int, **kwargs: int) -> None:
         bound = _bind("CacheKey", ("cluster_id", "req_id", "model_id", "prefix_id"), 2, args, kwargs)
         self._cluster_id = check_uint64("cluster_id", bound["cluster_id"])
@@ -125,6 +127,8 @@ class CacheKeyByIdAndIndex:
         A value is no int, or does not fit its integer type.
     """
 
+    _packed: Optional[Tuple[int, Tuple[int, int, int, int]]] = None     # how the engine names it, once it was used
+
     def __init__(self, cluster_id: int, cache_id: int, batch_index: int = 0) -> None:
         self._cluster_id = check_uint64("cluster_id", cluster_id)
         self._cache_id = check_int64("cache_id", cache_id)
@@ -171,6 +175,8 @@ class BlocksCacheKey:
     -----
     Compares by identity.
     """
+
+    _packed: Optional[Tuple[int, Tuple[int, int, int, int]]] = None     # how the engine names it, once it was used
 
     def __init__(self, *args: int, **kwargs: int) -> None:
         bound = _bind("BlocksCacheKey", ("cluster_id", "model_id"), 1, args, kwargs)

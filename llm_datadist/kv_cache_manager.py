@@ -445,7 +445,8 @@ class KvCacheManager(ManagerBase):
         TypeError
             An argument has another type.
         LLMParamInvalidError
-            The caches do not fit each other, or a block number is outside its cache. Nothing moved.
+            The caches do not fit each other, a block number is outside its cache, or a cpu cache has an address that
+            is not positive. Nothing moved.
         LLMNotFoundError
             LLM_KV_CACHE_NOT_EXIST: a cache was deallocated.
         """

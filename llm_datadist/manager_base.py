@@ -87,6 +87,16 @@ def remote_key(cache_key: AnyKey) -> RemoteKey:
     return KEY_REQ, cache_key.req_id, cache_key.model_id, 0
 
 
+def packed_pull_key(cache_key: AnyKey) -> Tuple[int, RemoteKey]:
+    """Cluster and name of what a pull reads. A key never changes, so that is worked out once for each."""
+    packed = cache_key._packed
+    if packed is None:
+        if isinstance(cache_key, CacheKey):
+            check_pull_key(cache_key)
+        packed = cache_key._packed = cluster_of(cache_key), remote_key(cache_key)
+    return packed
+
+
 # ---------------------------------------------------------------------------------------- descriptors and sizes
 
 def check_desc(cache_desc: CacheDesc) -> int:
@@ -213,6 +223,7 @@ class ManagerBase:
     def __init__(self, llm_engine: "Engine") -> None:
         self._llm_engine = llm_engine
         self._initialized = True
+        self._has_pool = llm_engine.has_pool()
 
     def is_initialized(self) -> bool:
         """Return whether the engine is up."""
@@ -244,7 +255,7 @@ class ManagerBase:
 
     def _require_pool(self, operation: str) -> None:
         self._require_initialized()
-        if not self._llm_engine.has_pool():
+        if not self._has_pool:
             raise LLMNotEnabledError(f"{operation} failed, error code is {LLMStatusCode.LLM_FEATURE_NOT_ENABLED}, "
                                      f"no memory pool is configured.", operation=operation)
 

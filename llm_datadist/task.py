@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Dict, List, Optional, Sequence, Tuple, Type, U
 from llm_datadist.caches import Cache, KvCache
 from llm_datadist.descriptors import CacheDesc, Placement
 from llm_datadist.keys import BlocksCacheKey
-from llm_datadist.manager_base import RemoteKey, cluster_of, remote_key, tensors_of
+from llm_datadist.manager_base import RemoteKey, cluster_of, remote_key
 from llm_datadist.status import LLMException, LLMParamInvalidError, LLMStatusCode
 from llm_datadist.transfer_config import LayerSynchronizer, TransferConfig, TransferWithCacheKeyConfig
 from llm_datadist.utils import log
@@ -28,6 +28,7 @@ __all__ = ["CacheTask", "TransferAsyncThread", "TransferCacheJob", "TransferCach
 
 TENSORS_PER_LAYER = 2
 MAX_WORKERS = 32
+UINT64_MAX = 2**64 - 1
 
 AnyConfig = Union[TransferConfig, TransferWithCacheKeyConfig]
 Blocks = Sequence[int]
@@ -89,8 +90,6 @@ class TransferCacheParameters:
         from_blocks = is_blocks_cache or bool(src_block_indices)
         self.targets = [_target(config, self.num_layers, from_blocks) for config in configs]
         self.block_bytes = dst_block_memory_size or 0
-        if is_blocks_cache and not src_block_indices and not dst_block_indices:
-            src_block_indices = dst_block_indices = (0,)
         self.src_blocks = parse_indices(src_block_indices, "src_block_indices") if src_block_indices else None
         self.dst_blocks = parse_indices(dst_block_indices, "dst_block_indices") if dst_block_indices else None
         self.first_dst_block = min(dst_block_indices) if dst_block_indices else 0
@@ -104,7 +103,7 @@ class TransferCacheParameters:
         LLMParamInvalidError
             What is to be sent has no such form: it ends the transfer, and is reported by its task.
         """
-        if self.is_blocks_cache and self.src_blocks is None:
+        if self.is_blocks_cache and self.dst_blocks is not None and self.src_blocks is None:
             raise LLMParamInvalidError("src_block_indices is empty, but the source is a blocks cache")
         if self.src_blocks is not None and not self.is_blocks_cache:
             raise LLMParamInvalidError("src_block_indices is given, but the source is a contiguous cache")
@@ -116,7 +115,7 @@ class TransferCacheParameters:
                                        f"it must be in [1, {self.tensor_bytes}], the bytes of a source tensor")
         unit_bytes = self.stride_bytes if self.src_blocks is not None else self.block_bytes or self.stride_bytes
         first, stop = self.first_dst_block * unit_bytes, (self.last_dst_block + 1) * unit_bytes
-        if stop >= 2**64:
+        if stop > UINT64_MAX:
             raise LLMParamInvalidError(f"dst_block_indices: block {self.last_dst_block} of {unit_bytes} bytes is not "
                                        f"allowed; it ends outside the address space")
         return first, stop - first
@@ -143,7 +142,6 @@ def _target(config: AnyConfig, num_layers: int, from_blocks: bool) -> _Target:
                         "but got NoneType")
     if dst_layers is None:
         dst_layers = range(len(layers))
-    tensors_of("dst_layer_range", dst_layers, TENSORS_PER_LAYER)
     if dst_layers.stop - dst_layers.start != len(layers):
         raise LLMParamInvalidError(f"src_layer_range={layers} and dst_layer_range={dst_layers} differ in length")
     if isinstance(key, BlocksCacheKey) and config.src_batch_index != 0:
@@ -177,7 +175,7 @@ class TransferCacheJob:
     ) -> None:
         self._engine = engine
         self._parameters = parameters
-        self._synchronizer = layer_synchronizer
+        self._synchronizer: Optional[LayerSynchronizer] = layer_synchronizer
         self._puts: Dict[int, "RemotePut"] = {}
         self._done = threading.Event()
         self.results: List[Optional[LLMStatusCode]] = [None] * len(parameters.targets)
@@ -188,9 +186,12 @@ class TransferCacheJob:
         return self._done.wait(timeout_s)
 
     def run(self) -> None:
-        """Send all layers. Never raises."""
+        """Send all layers, once. Never raises."""
+        # A task may be kept for its results; the client's model behind the synchroniser should not be.
+        synchronizer, self._synchronizer = self._synchronizer, None
+        assert synchronizer is not None
         try:
-            self._send_layers()
+            self._send_layers(synchronizer)
         except BaseException as error:  # whatever a client's synchroniser raises must not end the worker
             self.error = error
             log.error("transfer_cache_async of cache %s failed: %r", self._parameters.cache_id, error)
@@ -198,14 +199,14 @@ class TransferCacheJob:
             self._close_puts()
             self._done.set()
 
-    def _send_layers(self) -> None:
+    def _send_layers(self, synchronizer: LayerSynchronizer) -> None:
         targets = self._parameters.targets
         for layer in range(self._parameters.num_layers):
             waiting = [i for i, target in enumerate(targets) if layer in target.layers]
             if not waiting:
                 continue
             try:
-                is_complete = self._synchronizer.synchronize_layer(layer, None)
+                is_complete = synchronizer.synchronize_layer(layer, None)
             except BaseException:
                 self._fail(waiting, LLMStatusCode.LLM_FAILED)
                 raise
@@ -263,7 +264,8 @@ class TransferCacheJob:
                 raise LLMParamInvalidError(f"the descriptor says {parameters.stride_bytes} bytes per slot or block, "
                                            f"but the cache was made with {put.stride_bytes}")
             if target.key is not None:
-                put.aim_at_key(target.key)
+                num_tensors = TENSORS_PER_LAYER * (target.first_layer + len(target.layers))
+                put.aim_at_key(target.key, min(num_tensors, UINT64_MAX))
             else:
                 put.aim_at_addresses(target.addrs, first_byte, num_bytes)
         except BaseException:
@@ -443,7 +445,7 @@ def transfer_cache_async(
         Id of the source in `engine`.
     cache : Cache or KvCache
         The source, placement DEVICE.
-    layer_synchronizer, transfer_configs, src_block_indices, dst_block_indices, dst_block_memory_size
+    layer_synchronizer, transfer_configs, src_block_indices, dst_block_indices, dst_block_memory_size : object
         As for `CacheManager.transfer_cache_async`.
     config_types : sequence of type
         What `transfer_configs` may hold; all of one type.

@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import ctypes
+import shutil
+import tempfile
 import threading
 from ctypes import POINTER, byref, c_char_p, c_int, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
 
@@ -83,8 +85,13 @@ _TYPES = {
 
 
 def load() -> ctypes.CDLL:
-    """Open the library that the package ships and give its functions their types."""
-    library = ctypes.CDLL(HOST_LIBRARY)
+    """Open a copy of the library that the package ships and give its functions their types.
+
+    A copy has a state of its own: engines of other tests in this process have initialised the library itself, and a
+    test that fails here leaves nothing behind for them.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        library = ctypes.CDLL(shutil.copy(HOST_LIBRARY, directory))
     for name, types in _TYPES.items():
         getattr(library, name).argtypes = types
     for name in ("aclGetRecentErrMsg", "aclrtGetSocName"):

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import pytest
+from engines import Benches
 from peer import Peers
 
 from llm_datadist.status import LLMException, LLMStatusCode, exception_for
@@ -18,8 +19,8 @@ _CODE = {
 def assert_raises():
     """Assert that a call fails with the named kind of error, as the tables of the API name them.
 
-    A builtin kind (TE, VE, AE, RE) excludes an LLMException; the other kinds stand for a status code, and the
-    exception must have the class of that code. Returns the exception.
+    A builtin kind (TE, VE, AE, RE) excludes an LLMException; the other kinds stand for a status code, of which they
+    may also be the name without ``LLM_``, and the exception must have the class of that code. Returns the exception.
     """
     def check(kind, call, *args, **kwargs):
         with pytest.raises(Exception) as caught:
@@ -28,8 +29,9 @@ def assert_raises():
         if kind in _BUILTIN:
             assert isinstance(error, _BUILTIN[kind]) and not isinstance(error, LLMException), repr(error)
         else:
-            assert isinstance(error, exception_for(_CODE[kind])), repr(error)
-            assert error.status_code is _CODE[kind]
+            code = _CODE[kind] if kind in _CODE else LLMStatusCode[f"LLM_{kind}"]
+            assert type(error) is exception_for(code), repr(error)
+            assert error.status_code is code, repr(error)
         return error
 
     return check
@@ -47,3 +49,10 @@ def module_peers():
     """The same for all tests of a module."""
     with Peers() as group:
         yield group
+
+
+@pytest.fixture(scope="module")
+def benches():
+    """Engines of this process with caches, by name; see ``engines.py``."""
+    with Benches() as made:
+        yield made

@@ -35,6 +35,9 @@ BLOCK_BYTES = 1024
 DESC = CacheDesc(NUM_TENSORS, [NUM_BLOCKS, BLOCK_BYTES // 4], DataType.DT_FLOAT)
 ALL_BLOCKS = list(range(NUM_BLOCKS))
 
+# A pull by this path needs the owner's threads, so that one that stands still holds it up.
+TCP_ONLY = {"LLM_DATADIST_HOST_PATHS": "tcp"}
+
 SETTLE_S = 10.0                 # how long something that happens in the background may take
 
 

@@ -36,6 +36,7 @@ import threading
 import time
 import traceback
 from multiprocessing.connection import Connection
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple, Type
 
@@ -372,7 +373,9 @@ class Child(Process):
     def begin(self, function: Function, *args: Any, limit_s: float = CALL_LIMIT_S,
               **kwargs: Any) -> Callable[[], Any]:
         """Start a call; the returned function waits for its result. No other call is possible in between."""
-        where = (function.__module__, sys.modules[function.__module__].__file__ or "", function.__qualname__)
+        path = sys.modules[function.__module__].__file__ or ""
+        module_name = Path(path).stem if function.__module__ == "__main__" else function.__module__
+        where = (module_name, path, function.__qualname__)
         self._lock.acquire()
         try:
             if not self._is_ready:

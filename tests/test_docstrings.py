@@ -16,7 +16,8 @@ MODULES = """
 llm_datadist.status llm_datadist.configs llm_datadist.data_type llm_datadist.descriptors llm_datadist.keys
 llm_datadist.caches llm_datadist.transfer_config llm_datadist.tensor llm_datadist.tensor_view llm_datadist.option_values
 llm_datadist.options llm_datadist.utils.utils llm_datadist.utils.log llm_datadist.v2.llm_utils llm_datadist.v2.config
-llm_datadist.datadist llm_datadist.cache_manager llm_datadist.kv_cache_manager
+llm_datadist.datadist llm_datadist.cache_manager llm_datadist.kv_cache_manager llm_datadist.task
+llm_datadist.rank_table llm_datadist.addresses
 """.split()
 
 
@@ -26,7 +27,6 @@ def public_names():
     What a module with ``__all__`` leaves out of it is a helper, too.
     """
     yield "llm_datadist", llm_datadist, None
-    yield from of_class("llm_datadist.task.CacheTask", llm_datadist.CacheTask)
     for module_name in MODULES:
         module = importlib.import_module(module_name)
         yield module_name, module, None

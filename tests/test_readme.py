@@ -51,7 +51,7 @@ def test_both_commands_and_all_settings_are_named():
 
 def test_linked_files_exist():
     root = Path(__file__).resolve().parent.parent
-    for page in ("README.md", "docs/index.md", "docs/architecture.md"):
+    for page in ("README.md", *(f"docs/{path.name}" for path in (root / "docs").glob("*.md"))):
         text = (root / page).read_text(encoding="utf-8")
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
             assert (root / page).parent.joinpath(target).exists(), f"{page}: {target}"

@@ -47,7 +47,7 @@ def test_warnings_become_errors(build):
 
 
 @pytest.mark.parametrize(("knob", "value"), [
-    ("LDD_DEBUG", "yes"), ("LDD_WERROR", "2"), ("LDD_SANITIZE", "adress"), ("LDD_SANITIZE", "thread,address")])
+    ("LDD_DEBUG", "yes"), ("LDD_WERROR", "2"), ("LDD_SANITIZE", "memoryless"), ("LDD_SANITIZE", "thread,address")])
 def test_a_knob_with_a_meaningless_value_is_named(build, knob, value):
     with pytest.raises(ValueError, match=knob):
         build.BuildContext.read({knob: value})

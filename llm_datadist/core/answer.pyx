@@ -9,8 +9,8 @@ from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memset, strlen
 
 from .board cimport ldd_lane_unmap
-from .cache_table cimport (ldd_cache_view, ldd_table_pin_range, ldd_table_resolve, ldd_table_remove_lane, ldd_table_take,
-                          ldd_table_take_in, ldd_table_unpin)
+from .cache_table cimport (ldd_cache_view, ldd_table_pin_range, ldd_table_resolve, ldd_table_remove_lane,
+                          ldd_table_take, ldd_table_take_in, ldd_table_unpin)
 from .conn cimport ldd_conn_forget, ldd_conn_reply
 from .key_index cimport KEY_BY_ID, LDD_NO_KEY
 from .node cimport (LINK_ACTIVE, ORIGIN_PEER, ldd_lease, ldd_link, ldd_link_break, ldd_link_drop, ldd_link_unref,
@@ -114,7 +114,8 @@ cdef ldd_status on_resolve(ldd_service* service, ldd_conn* conn, uint32_t reques
     answer.status = status
     if status < 0:
         answer.text_bytes = <uint32_t>strlen(detail.text)
-        return ldd_conn_reply(conn, request_id, LDD_FRAME_DESCRIPTOR, &answer, sizeof(answer), detail.text, answer.text_bytes)
+        return ldd_conn_reply(conn, request_id, LDD_FRAME_DESCRIPTOR, &answer, sizeof(answer), detail.text,
+                              answer.text_bytes)
     lease.num_pins = 1
     lease.first.slot = view.slot
     lease.first.generation = view.generation

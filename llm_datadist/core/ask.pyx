@@ -6,14 +6,14 @@ the peer's own words (unknown key, bad range) leaves it as it is.
 """
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
-from libc.stdlib cimport free, realloc
+from libc.stdlib cimport realloc
 from libc.string cimport memcpy, memset
 
 from .cann cimport CommMem, EndpointDesc, HixlClientConfig, HixlClientDesc
 from .net cimport net_recv, net_send
 from .node cimport ldd_link_break
 from .region cimport ldd_regions_register_client
-from .status cimport LDD_E_FAILED, LDD_E_LINK_FAILED, LDD_E_NO_MEMORY, LDD_E_TIMEOUT, LDD_OK, ldd_fail
+from .status cimport LDD_E_FAILED, LDD_E_NO_MEMORY, LDD_E_TIMEOUT, LDD_OK, ldd_fail
 from .sync cimport ldd_now_ns
 from .wait cimport ldd_hixl_result
 from .wire cimport *

@@ -248,7 +248,7 @@ cdef bint _mark(uint64_t* seen, uint64_t first, uint64_t length) noexcept nogil:
 cdef ldd_status _rebuild(ldd_desc_list* out, uint64_t* seen, ldd_detail* detail) noexcept nogil:
     """Rewrite the runs with only those blocks that no later one repeats, in the same order."""
     cdef size_t num_old = out.num_runs, count = num_old, i = num_old
-    cdef uint64_t block, end, begin
+    cdef uint64_t end, begin
     cdef ldd_run* runs
     cdef ldd_run* last
     cdef ldd_run old

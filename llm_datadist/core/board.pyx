@@ -6,7 +6,7 @@ its peer publishes which cache it touches (a hazard) and queues the keys it rele
 goes with its lane, so no count can leak. What peers write is only ever a hint that the owner checks.
 """
 from libc.stddef cimport size_t
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memset
 

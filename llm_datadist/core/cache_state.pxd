@@ -47,7 +47,7 @@ ctypedef struct ldd_cache:
     uint32_t generation
     uint32_t pins
     uint32_t num_keys               # keys in the index that lead here
-    uint32_t num_refs               # those of them that keep the memory (req and prefix keys of owned contiguous caches)
+    uint32_t num_refs               # those that keep the memory: req and prefix keys of owned contiguous caches
     uint8_t owned
     uint8_t is_blocks
     uint8_t host

@@ -29,7 +29,8 @@ cdef enum:
 
 
 cdef ldd_status ldd_cache_describe(ldd_cache* cache, uint32_t num_tensors, uint64_t num_slots, uint64_t tensor_bytes,
-                          uint32_t flags, const ldd_key_spec* keys, uint32_t num_keys, ldd_detail* detail) noexcept nogil:
+                                   uint32_t flags, const ldd_key_spec* keys, uint32_t num_keys,
+                                   ldd_detail* detail) noexcept nogil:
     cdef uint32_t i
     cdef uint64_t batch = 1 if flags & LDD_CACHE_BLOCKS else min(num_slots, <uint64_t>MAX_BATCH)
     cdef bint fits
@@ -255,7 +256,7 @@ cdef void ldd_cache_bury(ldd_table* table) noexcept nogil:
 
 
 cdef bint _has_hazard(ldd_table* table, uint32_t slot, uint32_t generation) noexcept nogil:
-    """Whether a peer says that it touches this cache. The change that hides the cache comes before, see ldd_seq_begin."""
+    """Whether a peer says that it touches this cache. What hides the cache comes before, see ldd_seq_begin."""
     cdef uint64_t wanted = <uint64_t>generation << 32 | (slot + 1)
     cdef uint32_t i, j
     for i in range(table.num_lanes):

@@ -4,7 +4,8 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from llm_datadist.core.board cimport ldd_lane
 from llm_datadist.core.cache_state cimport (
-    LDD_CACHE_BLOCKS, LDD_CACHE_HOST, LDD_CACHE_LAST_KEY_WINS, LDD_CACHE_REMOTE, ldd_cache_view, ldd_key_spec, ldd_table,
+    LDD_CACHE_BLOCKS, LDD_CACHE_HOST, LDD_CACHE_LAST_KEY_WINS, LDD_CACHE_REMOTE, ldd_cache_view, ldd_key_spec,
+    ldd_table,
 )
 from llm_datadist.core.pool cimport ldd_pool
 from llm_datadist.core.status cimport ldd_detail, ldd_status
@@ -95,7 +96,3 @@ cdef void ldd_table_remove_lane(ldd_table* table, ldd_lane* lane) noexcept nogil
 # Do what peers have left to be done, as every other call does first.
 cdef void ldd_table_take_in(ldd_table* table) noexcept nogil
 cdef void ldd_table_set_epoch(ldd_table* table, uint64_t region_epoch) noexcept nogil
-
-
-cdef class CacheTable:
-    cdef ldd_table* t

@@ -109,15 +109,16 @@ cdef bint ldd_conn_flush(ldd_service* service, ldd_conn* conn) noexcept nogil:
     return True
 
 
-cdef ldd_status ldd_conn_reply(ldd_conn* conn, uint32_t request_id, uint32_t type, const void* fixed, size_t fixed_bytes,
-                      const void* rest, size_t rest_bytes) noexcept nogil:
+cdef ldd_status ldd_conn_reply(ldd_conn* conn, uint32_t request_id, uint32_t type, const void* fixed,
+                               size_t fixed_bytes, const void* rest, size_t rest_bytes) noexcept nogil:
     cdef ldd_frame_header header
     header.magic = LDD_WIRE_MAGIC
     header.version = LDD_WIRE_VERSION
     header.type = <uint16_t>type
     header.length = <uint32_t>(fixed_bytes + rest_bytes)
     header.request_id = request_id
-    if (ldd_bytes_append(&conn.outbox, &header, sizeof(header)) < 0 or ldd_bytes_append(&conn.outbox, fixed, fixed_bytes) < 0
+    if (ldd_bytes_append(&conn.outbox, &header, sizeof(header)) < 0
+            or ldd_bytes_append(&conn.outbox, fixed, fixed_bytes) < 0
             or ldd_bytes_append(&conn.outbox, rest, rest_bytes) < 0):
         return LDD_E_NO_MEMORY
     return LDD_OK

@@ -46,7 +46,8 @@ cdef ldd_status already_linked_locked(ldd_node* node, uint64_t cluster_id, ldd_d
     if link.state == LINK_ACTIVE:
         return ldd_fail(detail, LDD_E_ALREADY_LINKED, b"cluster %llu is linked already",
                         <unsigned long long>cluster_id)
-    return ldd_fail(detail, LDD_E_ALREADY_LINKED, b"cluster %llu is linked already, though broken (%s): unlink it first",
+    return ldd_fail(detail, LDD_E_ALREADY_LINKED,
+                    b"cluster %llu is linked already, though broken (%s): unlink it first",
                     <unsigned long long>cluster_id, link.reason)
 
 
@@ -247,7 +248,7 @@ cdef ldd_status ldd_link_close(ldd_node* node, const char* ip, int port, uint64_
         elif not link_closed(link):
             status = tell_listener(ip, port, deadline_ns, detail)
         ldd_unlock(&link.lock)
-        if status < 0 and link_closed(link):
+        if status < 0 and status != LDD_E_INTERRUPTED and link_closed(link):
             status = LDD_OK                     # the peer unlinked at the same time
         if status == LDD_OK:
             ldd_link_drop(link)

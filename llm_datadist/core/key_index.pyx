@@ -6,8 +6,9 @@ dense, reused, and carry a generation, so that a handle kept across a transfer s
 Caches are found by id through the same index (kind ``KEY_BY_ID``).
 
 Cost: 48 bytes per entry and 8 per cell at 37 to 75 % load, with growth by half and by doubling, is at most 94 bytes a
-key; nothing shrinks. Growing rehashes all cells from their stored hashes (about 10 ns a key); every other operation
-is constant. The cache table calls this under its mutex.
+key; nothing shrinks. In memory given by ``ldd_keys_place`` entries stay where they are and the two homes of the cells
+take turns, which costs no more. Growing rehashes all cells from their stored hashes (about 10 ns a key); every other
+operation is constant. The cache table calls this under its mutex.
 """
 from libc.stdint cimport UINT32_MAX, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc

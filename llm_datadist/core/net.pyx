@@ -4,12 +4,15 @@ Sockets are non-blocking; every wait is a poll that ends at a monotonic deadline
 Python looks for signals between slices of such a wait, so Ctrl-C is noticed within `SIGNAL_SLICE_MS`;
 `LDD_E_INTERRUPTED` then means that the signal handler's exception is set.
 """
-from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport errno, EAGAIN, EINTR, EINPROGRESS
-from libc.stdint cimport int64_t, uint16_t
-from libc.string cimport memset, memcpy, strlen, strerror
+from libc.stdint cimport int64_t
+from libc.string cimport strerror
 from .status cimport ldd_fail, LDD_OK, LDD_E_FAILED, LDD_E_TIMEOUT, LDD_E_INTERRUPTED
 from .sync cimport ldd_now_ns
+
+cdef extern from "Python.h":
+    # As a plain number: declared with an exception it would be swallowed below, where nobody may raise.
+    int PyErr_CheckSignals() noexcept
 
 cdef extern from * nogil:
     """
@@ -175,7 +178,8 @@ cdef int net_check_signals() noexcept with gil:
     return PyErr_CheckSignals()
 
 
-cdef ldd_status wait_ready(int fd, short events, int64_t deadline_ns, const char* what, ldd_detail* detail) noexcept nogil:
+cdef ldd_status wait_ready(int fd, short events, int64_t deadline_ns, const char* what,
+                           ldd_detail* detail) noexcept nogil:
     """Sleep until the socket is ready, the deadline passes, or a signal handler raised."""
     cdef pollfd entry
     cdef int64_t left_ns

@@ -14,7 +14,7 @@ from libc.string cimport memset, strncpy
 from .block_plan cimport ldd_desc_list_free, ldd_desc_list_init
 from .board cimport ldd_peek_free
 from .net cimport net_shutdown
-from .status cimport LDD_E_NOT_LINKED, LDD_E_NO_MEMORY, LDD_E_FAILED, LDD_OK, ldd_fail
+from .status cimport LDD_E_NOT_LINKED, LDD_E_FAILED, LDD_OK, ldd_fail
 from .sync cimport (ldd_cond_broadcast, ldd_cond_destroy, ldd_cond_init, ldd_cond_wait_until, ldd_lock,
                     ldd_mutex_destroy, ldd_mutex_init, ldd_unlock)
 

@@ -11,8 +11,8 @@ cdef enum:
 
 # All need link.lock.
 
-# Map the peer's table once, where the peer is on this host and shares it. Never fails a caller.
-cdef void ldd_peek_attach(ldd_link* link, int64_t deadline_ns) noexcept nogil
+# Map the peer's table once, where the peer is on this host and shares it. Fails a caller only by LDD_E_INTERRUPTED.
+cdef ldd_status ldd_peek_attach(ldd_link* link, int64_t deadline_ns) noexcept nogil
 # The abstract Unix name under which an engine hands out its files.
 cdef void ldd_board_name(const uint8_t* instance, char* name, size_t size) noexcept nogil
 # As ldd_ask_resolve; LDD_OK pins the cache until ldd_peek_done. `release`: the pull will take its key.

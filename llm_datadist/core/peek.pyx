@@ -20,7 +20,7 @@ from .board cimport (LDD_LANE_RING, LDD_MAX_CACHES, LDD_MAX_CELLS, LDD_MAX_KEYS,
 from .cache_state cimport ldd_cache, ldd_kind_name
 from .key_index cimport KEY_BY_ID, KEY_REQ, LDD_NO_KEY, ldd_cell, ldd_key, ldd_keys_peek
 from .net cimport net_connect, net_recv_files, net_send
-from .status cimport LDD_E_NOT_EXIST, LDD_E_PARAM, LDD_OK, ldd_fail
+from .status cimport LDD_E_INTERRUPTED, LDD_E_NOT_EXIST, LDD_E_PARAM, LDD_OK, ldd_fail
 from .wire cimport *
 
 cdef extern from "<unistd.h>" nogil:
@@ -31,9 +31,9 @@ cdef enum:
     NUM_FILES = 3
 
 cdef ldd_status fetch_files(ldd_link* link, int* files, int64_t deadline_ns) noexcept nogil:
-    """Ask for the files over a Unix socket named after the peer's instance; only a process on this host gets through."""
+    """Ask for the files over a Unix socket named after the peer's instance, which only this host reaches."""
     cdef char name[80]
-    cdef int fd = -1, at, i
+    cdef int fd = -1, i
     cdef ldd_frame_header header
     cdef ldd_hello hello
     cdef ldd_welcome answer
@@ -75,18 +75,23 @@ cdef void ldd_board_name(const uint8_t* instance, char* name, size_t size) noexc
         at += snprintf(name + at, size - at, b"%02x", <unsigned int>instance[i])
 
 
-cdef void ldd_peek_attach(ldd_link* link, int64_t deadline_ns) noexcept nogil:
+cdef ldd_status ldd_peek_attach(ldd_link* link, int64_t deadline_ns) noexcept nogil:
     cdef int files[NUM_FILES]
     cdef int i
+    cdef ldd_status status
     cdef ldd_peek* peek
     cdef ldd_detail ignored
     if link.peek_tried or not link.node.shares_table:
-        return
+        return LDD_OK
     link.peek_tried = True
     for i in range(NUM_FILES):
         files[i] = -1
-    if fetch_files(link, files, deadline_ns) < 0:
-        return
+    status = fetch_files(link, files, deadline_ns)
+    if status == LDD_E_INTERRUPTED:
+        link.peek_tried = False
+        return status
+    if status < 0:
+        return LDD_OK
     peek = <ldd_peek*>calloc(1, sizeof(ldd_peek))
     if peek != NULL and ldd_board_map(&peek.board, files[0], files[1], sizeof(ldd_cell), sizeof(ldd_key),
                                       sizeof(ldd_cache), &ignored) == LDD_OK:
@@ -100,6 +105,7 @@ cdef void ldd_peek_attach(ldd_link* link, int64_t deadline_ns) noexcept nogil:
         free(peek)
         peek = NULL
     link.peek = peek
+    return LDD_OK
 
 
 cdef int read_entry(ldd_peek* peek, uint32_t kind, uint64_t id, uint64_t model_id, uint32_t* key_index, ldd_key* key,
@@ -109,8 +115,8 @@ cdef int read_entry(ldd_peek* peek, uint32_t kind, uint64_t id, uint64_t model_i
     cdef const ldd_cache* caches = <const ldd_cache*>peek.board.caches
     cdef uint64_t seq
     cdef uint32_t mask, at
-    cdef int attempt
-    for attempt in range(ATTEMPTS):
+    cdef int _attempt
+    for _attempt in range(ATTEMPTS):
         seq = ldd_seq_read(&peek.board.head.seq)
         if seq & 1:
             continue
@@ -135,7 +141,8 @@ cdef int read_entry(ldd_peek* peek, uint32_t kind, uint64_t id, uint64_t model_i
     return -1
 
 
-cdef ldd_status missing(ldd_link* link, uint32_t kind, uint64_t id, uint64_t model_id, ldd_detail* detail) noexcept nogil:
+cdef ldd_status missing(ldd_link* link, uint32_t kind, uint64_t id, uint64_t model_id,
+                        ldd_detail* detail) noexcept nogil:
     if kind == KEY_BY_ID:
         return ldd_fail(detail, LDD_E_NOT_EXIST, b"cluster %llu: there is no cache %lld",
                         <unsigned long long>link.cluster_id, <long long>id)
@@ -155,8 +162,8 @@ cdef ldd_status check_access(ldd_link* link, const ldd_cache* cache, uint32_t ki
                         b"batch size is %llu", cluster_id, <unsigned long long>batch_index, <long long>cache.cache_id,
                         <unsigned long long>batch)
     if write and batch_index >= cache.num_slots:
-        return ldd_fail(detail, LDD_E_PARAM, b"cluster %llu: batch index %llu is outside cache %lld of %llu", cluster_id,
-                        <unsigned long long>batch_index, <long long>cache.cache_id,
+        return ldd_fail(detail, LDD_E_PARAM, b"cluster %llu: batch index %llu is outside cache %lld of %llu",
+                        cluster_id, <unsigned long long>batch_index, <long long>cache.cache_id,
                         <unsigned long long>cache.num_slots)
     if remote_mode and not cache.remote_accessible:
         return ldd_fail(detail, LDD_E_PARAM, b"cluster %llu: cache %lld is not remote accessible", cluster_id,

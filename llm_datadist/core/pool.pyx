@@ -391,7 +391,8 @@ cdef uint64_t _largest_bytes(ldd_pool* pool) noexcept nogil:
     return <uint64_t>pool.pages[run].num_pages << pool.page_shift if run != LDD_NO_PAGE else 0
 
 
-cdef ldd_status _no_room(ldd_pool* pool, uint32_t num_tensors, uint64_t tensor_bytes, ldd_detail* detail) noexcept nogil:
+cdef ldd_status _no_room(ldd_pool* pool, uint32_t num_tensors, uint64_t tensor_bytes,
+                         ldd_detail* detail) noexcept nogil:
     return ldd_fail(detail, LDD_E_NO_MEMORY,
                     b"%u tensors of %llu bytes in pages of %llu bytes were asked for; of %llu bytes %llu are free, "
                     b"the largest run has %llu",

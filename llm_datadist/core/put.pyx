@@ -6,7 +6,6 @@ transfers go on in between. One thread at a time.
 """
 cimport cython
 
-from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
@@ -95,8 +94,8 @@ cdef class RemotePut:
 
     # -------------------------------------------------------------------------------------------- destination
 
-    def aim_at_key(self, key):
-        """Lease the cache of the peer that ``(kind, id, model_id, batch_index)`` names."""
+    def aim_at_key(self, key, uint64_t num_tensors):
+        """Lease the peer's cache that ``(kind, id, model_id, batch_index)`` names; it must have so many tensors."""
         cdef ldd_detail detail
         cdef ldd_status status
         cdef uint32_t kind
@@ -107,6 +106,9 @@ cdef class RemotePut:
             if status == LDD_OK:
                 status = self._resolve(kind, id_, model_id, batch_index, &detail)
                 self._end()
+            if status == LDD_OK and num_tensors > self._num_tensors:
+                status = ldd_fail(&detail, LDD_E_PARAM, b"destination tensors up to %llu are outside the cache's %u",
+                                  <unsigned long long>num_tensors, self._num_tensors)
         self._engine.raise_for(status, &detail, b"transfer_cache_async")
 
     cdef ldd_status _resolve(self, uint32_t kind, uint64_t id_, uint64_t model_id, uint64_t batch_index,
@@ -291,7 +293,8 @@ cdef class RemotePut:
                     ldd_desc_list_clear(&self._link.descs)
                     status = ldd_plan_blocks(
                         &self._link.descs, self._addrs + remote_first, dst_blocks.data,
-                        self._num_blocks(self._local.stride), self._local.addrs + local_first, src_blocks.data, self._local.num_slots, count,
+                        self._num_blocks(self._local.stride), self._local.addrs + local_first, src_blocks.data,
+                        self._local.num_slots, count,
                         self._local.stride, dst_blocks.length, True, &detail)
                     status = self._move(status, &detail)
                     self._end()

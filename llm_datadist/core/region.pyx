@@ -138,10 +138,10 @@ cdef ldd_status start_server(ldd_regions* regions, uint32_t s, const char* ip, l
     cdef HixlServerDesc desc
     cdef HixlServerConfig config
     cdef ldd_data_server* server = &regions.servers[s]
-    cdef int attempt
+    cdef int _attempt
     cdef uint32_t i
     cdef ldd_status status = LDD_E_FAILED
-    for attempt in range(PORT_TRIES):
+    for _attempt in range(PORT_TRIES):
         memset(&desc, 0, sizeof(desc))
         memset(&config, 0, sizeof(config))
         server.port = <uint32_t>net_free_port(ip)

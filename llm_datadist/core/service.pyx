@@ -341,5 +341,3 @@ cdef void ldd_service_listen(ldd_service* service, int fd) noexcept nogil:
 
 cdef void ldd_service_unlisten(ldd_service* service, int fd) noexcept nogil:
     command_with_fd(service, COMMAND_UNLISTEN, fd, NULL)
-
-

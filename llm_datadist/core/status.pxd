@@ -31,3 +31,8 @@ cdef int raise_status(ldd_status status, const ldd_detail* detail, const char* w
 cdef inline int check(ldd_status status, const ldd_detail* detail, const char* what, bint v1=False) except -1 nogil:
     """Return 0, or raise what the table says. `what` names the operation in the text."""
     return 0 if status >= 0 else raise_status(status, detail, what, v1)
+
+cdef inline void start_detail(ldd_detail* detail) noexcept nogil:
+    """Empty: nothing went wrong yet."""
+    detail.provider_code = 0
+    detail.text[0] = 0

@@ -7,17 +7,15 @@ are each bounded by the engine's `sync_timeout_ns`.
 The local cache is pinned for the whole call and the remote one by a lease on its owner, so neither end can
 give the memory away meanwhile. Checks come before the first byte moves.
 """
-from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from .ask cimport ldd_ask_release, ldd_ask_resolve, ldd_link_ready
 from .block_plan cimport ldd_desc_list_clear, ldd_plan_blocks, ldd_plan_contiguous, ldd_plan_slot_to_blocks
 from .cache_table cimport ldd_table_pin_local, ldd_table_unpin
 from .cann cimport CompleteHandle, LDD_CAP_CANCEL
-from .key_index cimport KEY_BY_ID
 from .peek cimport LDD_PEEK_ASK, ldd_peek_attach, ldd_peek_done, ldd_peek_remember, ldd_peek_resolve
 from .node cimport LINK_ACTIVE, ldd_link_begin, ldd_link_break, ldd_link_end
-from .status cimport (LDD_E_FAILED, LDD_E_INTERRUPTED, LDD_E_NOT_ENABLED, LDD_E_NOT_EXIST, LDD_E_NOT_LINKED,
+from .status cimport (LDD_E_INTERRUPTED, LDD_E_NOT_ENABLED, LDD_E_NOT_LINKED,
                       LDD_E_PARAM, LDD_E_TIMEOUT, LDD_OK, ldd_fail)
 from .sync cimport ldd_lock_until, ldd_now_ns, ldd_unlock
 from .wait cimport ldd_hixl_result, ldd_wait_interruptible
@@ -54,7 +52,8 @@ cdef ldd_status ldd_link_lock(ldd_link* link, ldd_detail* detail) noexcept nogil
     if status == LDD_OK and link.state != LINK_ACTIVE:
         ldd_unlock(&link.lock)
         return ldd_fail(detail, LDD_E_NOT_LINKED, b"the link to cluster %llu went away (%s)",
-                        <unsigned long long>link.cluster_id, <const char*>link.reason if link.reason[0] else <const char*>b"unlinked")
+                        <unsigned long long>link.cluster_id,
+                        <const char*>link.reason if link.reason[0] else <const char*>b"unlinked")
     return status
 
 
@@ -176,7 +175,8 @@ cdef ldd_status plan(const ldd_transfer* what, ldd_link* link, const ldd_cache_v
             local_addrs, what.local_slot * local.stride + what.local_offset, count, nbytes, detail)
     if what.shape == SHAPE_BLOCKS:
         if local.stride != remote.desc.stride_bytes:
-            return ldd_fail(detail, LDD_E_PARAM, b"a block is %llu bytes here and %llu bytes in cache %lld of cluster %llu",
+            return ldd_fail(detail, LDD_E_PARAM,
+                            b"a block is %llu bytes here and %llu bytes in cache %lld of cluster %llu",
                             <unsigned long long>local.stride, <unsigned long long>remote.desc.stride_bytes,
                             <long long>remote.desc.cache_id, <unsigned long long>what.cluster_id)
         return ldd_plan_blocks(&link.descs, remote_addrs, what.remote_blocks, remote.desc.num_slots, local_addrs,
@@ -239,7 +239,9 @@ cdef ldd_status run_locked(ldd_node* node, const ldd_transfer* what, ldd_link* l
     cdef ldd_status status, released
     taken.first = taken.count = 0
     cdef bint peeked
-    ldd_peek_attach(link, deadline_ns)
+    status = ldd_peek_attach(link, deadline_ns)
+    if status < 0:
+        return status
     status = LDD_PEEK_ASK
     if not (what.release and what.remote_first >= 0):
         status = ldd_peek_resolve(link, what.kind, what.id, what.model_id, what.batch_index, what.put, what.release,

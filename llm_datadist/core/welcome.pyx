@@ -84,7 +84,8 @@ cdef ldd_status welcome_forward(ldd_service* service, ldd_conn* conn, const ldd_
     memcpy(link.token, hello.token, 16)
     link.comm_id = comm_id
     net_peer_ip(conn.fd, link.peer_ip, sizeof(link.peer_ip))
-    memcpy(link.data_ip, <const char*>hello.data_ip if hello.data_ip[0] else <const char*>link.peer_ip, sizeof(link.data_ip))
+    memcpy(link.data_ip, <const char*>hello.data_ip if hello.data_ip[0] else <const char*>link.peer_ip,
+           sizeof(link.data_ip))
     link.data_port = hello.data_port
     memcpy(link.endpoint, hello.endpoint, sizeof(link.endpoint))
     ldd_regions_own_endpoint(&node.regions, answer.endpoint)
@@ -144,6 +145,7 @@ cdef bint hand_out_table(ldd_service* service, ldd_conn* conn, const ldd_frame_h
     cdef int files[3]
     if (serving == NULL or serving.link.lane != NULL or not service.node.shares_table
             or service.node.table.board.table_fd < 0 or not net_is_own_user(conn.fd)):
+        service.num_rejected_frames += 1
         return False
     lane = ldd_lane_create(&files[2])
     if lane == NULL:
@@ -192,6 +194,7 @@ cdef bint ldd_welcome_hello(ldd_service* service, ldd_conn* conn, const ldd_fram
         elif hello.direction == LDD_HELLO_BOARD and conn.link == NULL:
             return hand_out_table(service, conn, header, &hello, &answer)
         else:
+            service.num_rejected_frames += 1
             return False
     answer.status = status
     snprintf(answer.text, sizeof(answer.text), b"%s", detail.text)

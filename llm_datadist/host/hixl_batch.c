@@ -259,8 +259,9 @@ static HixlStatus submit(hixl_client *client, uint32_t num_ops, const HixlOneSid
     }
     batch = take_slot(client);
     if (batch == NULL) {
-        return hixl_fail(error, HIXL_RESOURCE_EXHAUSTED, "%u batches are not queried to their end, at most %d may be",
-                         client->num_slots, HIXL_MAX_BATCHES);
+        return hixl_fail(error, HIXL_RESOURCE_EXHAUSTED,
+                         "no room for another batch: %u are not queried to their end, %d may be", client->num_slots,
+                         HIXL_MAX_BATCHES);
     }
     batch->is_put = is_put;
     status = hixl_plan(batch, ops, num_ops, deadline_ns, error);

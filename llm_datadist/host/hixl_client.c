@@ -16,9 +16,9 @@ enum { DEFAULT_STREAMS = 2 };
 const char *const hixl_path_names[HIXL_NUM_PATHS] = {"shm", "cma", "tcp"};
 
 hixl_client *hixl_checked_client(HixlClientHandle handle, hixl_error *error) {
-    hixl_client *client = handle;
-    if (client == NULL || client->magic != HIXL_CLIENT_MAGIC) {
-        hixl_fail(error, HIXL_PARAM_INVALID, "client handle %p is not one", handle);
+    hixl_client *client = hixl_handle_object(HIXL_CLIENT_HANDLE, handle);
+    if (client == NULL) {
+        hixl_fail(error, HIXL_PARAM_INVALID, "client handle %p is not open", handle);
         return NULL;
     }
     if (client->pid != getpid()) {
@@ -157,6 +157,9 @@ LDD_EXPORT HixlStatus HixlCSClientCreate(const HixlClientDesc *desc, const HixlC
         return hixl_fail(error, HIXL_RESOURCE_EXHAUSTED, "no memory for a client");
     }
     status = configure(client, desc, config, error);
+    if (status == HIXL_SUCCESS && (*out_client = hixl_handle_publish(HIXL_CLIENT_HANDLE, client)) == NULL) {
+        status = hixl_fail(error, HIXL_RESOURCE_EXHAUSTED, "too many servers and clients are open");
+    }
     if (status != HIXL_SUCCESS) {
         free(client);
         return status;
@@ -169,9 +172,7 @@ LDD_EXPORT HixlStatus HixlCSClientCreate(const HixlClientDesc *desc, const HixlC
     pthread_mutex_init(&client->lock, NULL);
     copy_pool_retain();
     client->pid = getpid();
-    client->magic = HIXL_CLIENT_MAGIC;
     hixl_fork_watch(&client->fork_node, &fork_ops, client);
-    *out_client = client;
     return HIXL_SUCCESS;
 }
 
@@ -327,8 +328,8 @@ LDD_EXPORT HixlStatus HixlCSClientDestroy(HixlClientHandle handle) {
     if (client == NULL) {
         return error->status;
     }
+    hixl_handle_withdraw(handle);
     hixl_fork_forget(&client->fork_node);
-    client->magic = 0;
     free_batches(client); /* first: pieces in flight use mappings and the pid */
     hixl_tcp_close(client);
     hixl_remote_close(client);

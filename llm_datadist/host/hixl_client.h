@@ -21,11 +21,10 @@
 #include "copy_pool.h"
 #include "hixl_error.h"
 #include "hixl_fork.h"
+#include "hixl_handle.h"
 #include "hixl_socket.h"
 #include "hixl_time.h"
 #include "hixl_wire.h"
-
-#define HIXL_CLIENT_MAGIC UINT32_C(0x43584948)
 
 enum {
     HIXL_MAX_BATCHES = 4096, /* not yet queried to their end, per client */
@@ -131,7 +130,6 @@ typedef struct hixl_local_memory {
 } hixl_local_memory;
 
 struct hixl_client {
-    uint32_t magic;
     pid_t pid; /* a forked child must not touch any of this */
     hixl_fork_node fork_node;
     pthread_mutex_t lock;

@@ -162,8 +162,10 @@ HixlStatus hixl_link_check(hixl_client *client, hixl_error *error) {
         return HIXL_SUCCESS;
     }
     if (poll(entries, 2, 0) > 0) {
-        return hixl_fail(error, HIXL_NOT_CONNECTED, "server %s has %s", client->address.text,
-                         entries[1].revents ? "ended" : "closed the connection");
+        int code = entries[0].revents & POLLERR ? hixl_connect_result(client->admin_fd) : 0;
+        const char *why = code != 0 ? strerror(code) : "it closed the connection";
+        return hixl_fail(error, HIXL_NOT_CONNECTED, "server %s: %s", client->address.text,
+                         entries[1].revents ? "its process has ended" : why);
     }
     client->alive_ns = now;
     return HIXL_SUCCESS;

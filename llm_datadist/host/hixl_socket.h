@@ -57,7 +57,11 @@ bool hixl_random_bytes(void *out, size_t bytes);
 void hixl_boot_id(uint8_t out[16]);
 
 static inline int hixl_hex_digit(char c) {
-    return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+    if (c >= '0' && c <= '9') {
+        return c - '0';
+    }
+    c |= 'a' ^ 'A';
+    return c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
 }
 
 /*

@@ -386,7 +386,8 @@ size_t hixl_tcp_poll_set(hixl_client *client, struct pollfd *entries) {
     for (i = 0; i < client->num_streams; i++) {
         const hixl_stream *stream = &client->streams[i];
         if (stream->active) {
-            entries[n++] = (struct pollfd){.fd = stream->fd, .events = (short)(stream->sent ? POLLIN : POLLIN | POLLOUT)};
+            short events = (short)(stream->sent ? POLLIN : POLLIN | POLLOUT);
+            entries[n++] = (struct pollfd){.fd = stream->fd, .events = events};
         }
     }
     return n;

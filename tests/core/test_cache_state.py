@@ -4,7 +4,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from llm_datadist.core.cache_table import CacheTable
+from llm_datadist.core.cache_object import CacheTable
 from llm_datadist.core.pool import PagePool
 from llm_datadist.status import LLMMemoryError, LLMNotFoundError, LLMParamInvalidError, LLMTimeoutError
 

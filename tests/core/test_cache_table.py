@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from llm_datadist.core.cache_table import CacheTable
+from llm_datadist.core.cache_object import CacheTable
 from llm_datadist.core.pool import PagePool
 from llm_datadist.status import (
     LLMException,

@@ -3,12 +3,16 @@ import contextlib
 import ctypes
 import os
 import resource
+import signal
 import socket
 import threading
 import time
 
 import hixl_peer as hixl
 import pytest
+
+# Forking with the provider's threads running is what some of these tests are about.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 MIB = 1 << 20
 SIZE = 64 * MIB
@@ -67,6 +71,40 @@ def assert_unchanged(addr, size, seconds=0.3):
     before = ctypes.string_at(addr, size)
     time.sleep(seconds)
     assert ctypes.string_at(addr, size) == before
+
+
+def test_pid_of_a_dead_server_is_taken_by_another(api, peer, local, monkeypatch):
+    """Reading by pid alone would now read a stranger."""
+    monkeypatch.setenv("LLM_DATADIST_HOST_PATHS", "cma")
+    pid = peer.process.pid
+    with api.client(peer.port) as client:
+        client.connect().get([(peer.addr, local, 4096)])
+        ctypes.memset(local, 0xEE, 4096)
+        peer.kill()
+        child = 0
+        for _ in range(50):
+            try:
+                with open("/proc/sys/kernel/ns_last_pid", "w") as last:
+                    last.write(str(pid - 1))
+            except OSError:
+                pytest.skip("pids cannot be chosen here")
+            child = os.fork()
+            if child == 0:
+                while True:
+                    signal.pause()
+            if child == pid:
+                break
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        else:
+            pytest.skip("the pid was not to be had")
+        try:
+            with fails(hixl.NOT_CONNECTED):
+                client.get([(peer.addr, local, 4096)])
+            assert ctypes.string_at(local, 4096) == b"\xee" * 4096
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
 
 
 def test_killed_idle_server(api, peer, local, path):

@@ -291,10 +291,22 @@ def test_parameters_are_checked(api, peer, pool, local, client):
         lambda: lib.HixlCSClientUnregMem(client.handle, 77),
         lambda: lib.LddClientCancel(client.handle, 77),
         lambda: lib.LddServerDropPeer(None, b"0" * 16),
+        lambda: lib.HixlCSServerDestroy(client.handle),
+        lambda: lib.HixlCSClientDestroy(0x1234),
     ]
     for case in cases:
         assert case() == hixl.PARAM_INVALID
         assert lib.LddLastError() != b""
+
+
+def test_destroyed_handles_are_refused(api, peer):
+    client = api.client(peer.port)
+    handle = client.handle
+    client.destroy()
+    with api.client(peer.port):  # may well lie where the first one did
+        assert api.lib.HixlCSClientConnect(handle, 100) == hixl.PARAM_INVALID
+        assert api.lib.HixlCSClientDestroy(handle) == hixl.PARAM_INVALID
+        assert api.lib.LddClientPaths(handle, ctypes.create_string_buffer(32), 32) == hixl.PARAM_INVALID
 
 
 def test_local_registration(api, client, local):

@@ -3,25 +3,31 @@ import ctypes
 import os
 import random
 import socket
-import struct
 import time
 
 import hixl_peer as hixl
 import pytest
+from hixl_frames import (
+    ADMIN,
+    DATA,
+    DESC,
+    GET,
+    HELLO,
+    HELLO_MAGIC,
+    LIST,
+    LOCAL,
+    MAP,
+    PUT,
+    REGION,
+    REPLY,
+    REPLY_MAGIC,
+    REQUEST,
+    REQUEST_MAGIC,
+    VERSION,
+    WELCOME,
+)
 
 MIB = 1 << 20
-HELLO = struct.Struct("<QHHI16s16s16s")
-WELCOME = struct.Struct("<QHHI16s16s48sQQ")
-REQUEST = struct.Struct("<IHHIIQQ")
-REPLY = struct.Struct("<IHHIIQQ")
-DESC = struct.Struct("<QQQQ")
-REGION = struct.Struct("<QQQQQQiIQ")
-HELLO_MAGIC = int.from_bytes(b"LDDHIXL\0", "little")
-REQUEST_MAGIC = int.from_bytes(b"HXRQ", "little")
-REPLY_MAGIC = int.from_bytes(b"HXRP", "little")
-VERSION = 1
-ADMIN, LOCAL, DATA = 1, 2, 3
-LIST, MAP, GET, PUT = 1, 2, 3, 4
 SIZE = MIB
 
 
@@ -261,6 +267,15 @@ def test_hellos_that_do_not_fit(server, admin, kind, client, nonce, status):
 def test_token_of_another_is_refused(server, admin):
     with Wire(server[0]) as wire:
         assert wire.hello(DATA, admin.client_id, admin.nonce, token=b"x" * 16)[3] == hixl.NOT_CONNECTED
+
+
+def test_connections_of_one_client_are_limited(server, admin):
+    wires = [Wire(server[0]) for _ in range(60)]
+    statuses = [wire.hello(DATA, admin.client_id, admin.nonce)[3] for wire in wires]
+    assert statuses[:18] == [hixl.SUCCESS] * 18
+    assert statuses[-1] == hixl.RESOURCE_EXHAUSTED
+    for wire in wires:
+        wire.sock.close()
 
 
 def test_other_versions_are_told(server):

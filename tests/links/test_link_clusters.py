@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from link_steps import (
+    TCP_ONLY,
     cluster,
     drop_links,
     fetch,
@@ -221,7 +222,7 @@ def test_no_local_address(pair):
 
 
 def test_no_local_address_with_a_network_identity(peers):
-    pair = [peers.start(cluster_id, engine_options(llm_LocalCommRes="{}")) for cluster_id in (1, 2)]
+    pair = [peers.start(cluster_id, engine_options(llm_LocalCommRes='{"version": "1.3"}')) for cluster_id in (1, 2)]
     assert pair[1].call(link_infos, [cluster(1, pair[0].address, local=[])]) == OK
 
 
@@ -448,7 +449,7 @@ def unlink_during_a_pull_that_hangs(node, cluster_id):
 
 def test_unlinking_does_not_wait_longer_than_its_time(peers):
     """The pull keeps the link until its own time is up: the unlink waits for it, but never says LLM_LINK_BUSY."""
-    client, server = peers.start(1, engine_options(timeout_ms=1500)), peers.start(2)
+    client, server = peers.start(1, engine_options(timeout_ms=1500), env=TCP_ONLY), peers.start(2)
     client.call(link, (2, server.address))
     with stopped(server):
         assert client.call(unlink_during_a_pull_that_hangs, 2) == (S.LLM_TIMEOUT, S.LLM_TIMEOUT)

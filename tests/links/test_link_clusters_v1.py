@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from link_steps import (
+    TCP_ONLY,
     cluster,
     drop_links,
     fetch,
@@ -33,7 +34,8 @@ def start_prompt(peers, cluster_id):
 
 
 def start_decoder(peers, cluster_id, timeout_ms=10000):
-    return peers.start(cluster_id, engine_options_v1(listen=False, timeout_ms=timeout_ms), role=LLMRole.DECODER)
+    return peers.start(cluster_id, engine_options_v1(listen=False, timeout_ms=timeout_ms), role=LLMRole.DECODER,
+                       env=TCP_ONLY)
 
 
 @pytest.fixture(scope="module")

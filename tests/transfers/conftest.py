@@ -1,87 +1,9 @@
 """Linked pairs of processes, kept for a whole module, which uses one of these fixtures."""
 from __future__ import annotations
 
-from typing import Any, Dict, List, Tuple
-
 import pytest
-from peer import Peers, Process, engine_options
-from transfers.caches import Made, Spec, contents, drop_all, make
-
-PATHS = ("shm", "cma", "tcp")
-PATHS_VARIABLE = "LLM_DATADIST_HOST_PATHS"
-HERE, THERE = 2, 2**63 + 1          # cluster ids; any uint64 will do
-
-
-class Pair:
-    """Two linked engines: `here`, which asked for the link, and `there`, which listens.
-
-    Attributes
-    ----------
-    remote_accessible : bool
-        The mode of both.
-    path : str
-        How bytes go between them.
-    """
-
-    def __init__(self, peers: Peers, remote_accessible: bool, path: str, here: Process, there: Process) -> None:
-        self.peers = peers
-        self.remote_accessible = remote_accessible
-        self.path = path
-        self.here = here
-        self.there = there
-
-    def ends(self, reverse: bool) -> Tuple[Process, Process]:
-        """The process that calls, and its peer; a link serves both directions."""
-        return (self.there, self.here) if reverse else (self.here, self.there)
-
-    def scene(self) -> "Scene":
-        """Caches for one example."""
-        return Scene(self)
-
-
-class Scene:
-    """Caches of one example, dropped at its end, with what they must contain."""
-
-    def __init__(self, pair: Pair) -> None:
-        self._pair = pair
-        self._models: Dict[str, Tuple[Process, Any]] = {}
-
-    def make(self, process: Process, name: str, spec: Spec) -> Tuple[Made, Any]:
-        """Make a cache, and its model, which the example changes as the call must change the cache."""
-        made = process.call(make, name, spec)
-        model = spec.model()
-        self._models[name] = (process, model)
-        return made, model
-
-    def check(self) -> None:
-        """Compare every cache with its model, byte for byte."""
-        for name, (process, model) in self._models.items():
-            found: List[bytes] = process.call(contents, name)
-            for index, (tensor, expected) in enumerate(zip(found, model.contents())):
-                if tensor != expected:
-                    at = next(i for i in range(len(expected)) if tensor[i] != expected[i])
-                    raise AssertionError(f"tensor {index} of {name!r} differs at byte {at} of {len(expected)} (stride "
-                                         f"{model.stride}): {tensor[at:at + 16].hex()}, not "
-                                         f"{expected[at:at + 16].hex()}")
-
-    def __enter__(self) -> "Scene":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for process in (self._pair.here, self._pair.there):
-            if process.is_running:
-                process.call(drop_all)
-
-
-def linked_pair(peers: Peers, remote_accessible: bool, path: str, **options: Any) -> Pair:
-    """Start and link two engines."""
-    env = {PATHS_VARIABLE: path}
-    there = peers.start(THERE, engine_options(remote_accessible=remote_accessible, host_pool=16 << 20, **options),
-                        env=env)
-    here = peers.here(HERE, engine_options(remote_accessible=remote_accessible, host_pool=16 << 20, **options),
-                      env=env)
-    peers.link(here, there)
-    return Pair(peers, remote_accessible, path, here, there)
+from peer import Peers
+from transfers.pair import PATHS, linked_pair
 
 
 def _mode(remote_accessible: bool) -> str:
@@ -103,15 +25,20 @@ def remote_accessible_pair(request):
         yield linked_pair(peers, True, request.param)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=_mode)
+# Over shm keys are looked up and released in the owner's memory, over tcp by asking it.
+ASKING = ("shm", "tcp")
+
+
+@pytest.fixture(scope="module", params=[(mode, path) for mode in (False, True) for path in ASKING],
+                ids=lambda param: f"{_mode(param[0])}-{param[1]}")
 def mode_pair(request):
-    """A pair of each mode, on the default path."""
+    """A pair of each mode, for either way to ask the owner."""
     with Peers() as peers:
-        yield linked_pair(peers, request.param, "")
+        yield linked_pair(peers, *request.param)
 
 
-@pytest.fixture(scope="module")
-def two_sided_pair():
-    """A pair in two-sided mode, on the default path."""
+@pytest.fixture(scope="module", params=ASKING)
+def two_sided_pair(request):
+    """A pair in two-sided mode, for either way to ask the owner."""
     with Peers() as peers:
-        yield linked_pair(peers, False, "")
+        yield linked_pair(peers, False, request.param)
