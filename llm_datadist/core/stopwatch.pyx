@@ -11,9 +11,10 @@ from libc.stdlib cimport free, malloc
 from array import array
 
 from .block_plan cimport (ldd_desc_list, ldd_desc_list_clear, ldd_desc_list_free, ldd_desc_list_init, ldd_plan_blocks)
+from .cache_object cimport CacheTable
 from .cache_state cimport ldd_cache_view, ldd_key_spec
-from .cache_table cimport (CacheTable, ldd_table_allocate, ldd_table_deallocate, ldd_table_remove_key,
-                           ldd_table_resolve, ldd_table_unpin)
+from .cache_table cimport (ldd_table_allocate, ldd_table_deallocate, ldd_table_remove_key, ldd_table_resolve,
+                           ldd_table_unpin)
 from .index_list cimport IndexList
 from .key_index cimport KEY_REQ
 from .pool cimport LDD_NO_PAGE, PagePool, ldd_pool_alloc_tensors, ldd_pool_free, ldd_span
