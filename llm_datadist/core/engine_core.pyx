@@ -29,6 +29,7 @@ from .wait cimport ldd_acl_result
 from .wire cimport LDD_MODE_REMOTE_ACCESSIBLE
 
 cdef extern from "<unistd.h>" nogil:
+    int close(int fd)
     int getpid()
 
 cdef enum:
@@ -264,6 +265,8 @@ cdef class EngineCore:
                 status = ldd_regions_serve(&self.node.regions, c_ip, &data_port, &detail)
             if status == LDD_OK:
                 ldd_service_listen(&self.service, fd)
+            elif fd >= 0:
+                close(fd)
         self.raise_for(status, &detail, b"listen")
         self._listen_fd = fd
         self.listener = (address[0], bound)

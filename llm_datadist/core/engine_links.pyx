@@ -1,13 +1,29 @@
 """The links of an engine: by address, by rank table, and what is known of them."""
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy
 
 from .ask cimport ldd_ask_ping
 from .connect cimport ldd_link_close, ldd_link_open
 from .node cimport (ORIGIN_COMM, ORIGIN_LOCAL, ORIGIN_PEER, ldd_link, ldd_link_begin, ldd_link_end, ldd_link_existed,
-                    ldd_links_drop, ldd_node)
+                    ldd_link_origin, ldd_link_state, ldd_links_drop, ldd_node)
 from .status cimport (LDD_E_INTERRUPTED, LDD_E_LINK_BUSY, LDD_OK, ldd_detail, ldd_fail, ldd_status, start_detail)
 from .sync cimport ldd_lock, ldd_lock_until, ldd_now_ns, ldd_unlock
 from .welcome cimport ldd_service_forget, ldd_service_met, ldd_service_wish
+
+
+# What `links` tells of a link.
+ctypedef struct ldd_link_row:
+    uint64_t cluster_id
+    ldd_link_origin origin
+    ldd_link_state state
+    int64_t comm_id
+    char peer_ip[64]
+    char reason[160]
+    uint32_t ops
+    uint64_t pulled_bytes
+    uint64_t pushed_bytes
+    uint64_t num_transfers
 
 
 cdef class EngineLinks(EngineCore):
@@ -79,22 +95,27 @@ cdef class EngineLinks(EngineCore):
 
     def links(self):
         """One dict per link: cluster_id, state, origin, comm_id, peer_ip, pulled_bytes, pushed_bytes, num_transfers."""
-        cdef ldd_link* link
-        rows = []
+        cdef uint32_t capacity, count, i
+        cdef ldd_link_row* rows
         self.require_open()
-        ldd_lock(&self.node.lock)
-        link = self.node.links
-        while link != NULL:
-            rows.append({
-                "cluster_id": link.cluster_id, "state": ("opening", "active", "broken", "closed")[<int>link.state],
-                "origin": ("local", "peer", "comm")[<int>link.origin], "comm_id": link.comm_id,
-                "peer_ip": link.peer_ip.decode(), "pulled_bytes": link.pulled_bytes,
-                "pushed_bytes": link.pushed_bytes, "num_transfers": link.num_transfers,
-                "running": link.ops, "reason": link.reason.decode("utf-8", "replace"),
-            })
-            link = link.next
-        ldd_unlock(&self.node.lock)
-        return rows
+        capacity = self.node.num_links + 16
+        rows = <ldd_link_row*>malloc(capacity * sizeof(ldd_link_row))
+        if rows == NULL:
+            raise MemoryError()
+        try:
+            # Objects are made without the lock: making one may run any finaliser, or let another thread go on.
+            with nogil:
+                count = copy_links(&self.node, rows, capacity)
+            return [{
+                "cluster_id": rows[i].cluster_id,
+                "state": ("opening", "active", "broken", "closed")[<int>rows[i].state],
+                "origin": ("local", "peer", "comm")[<int>rows[i].origin], "comm_id": rows[i].comm_id,
+                "peer_ip": rows[i].peer_ip.decode(), "pulled_bytes": rows[i].pulled_bytes,
+                "pushed_bytes": rows[i].pushed_bytes, "num_transfers": rows[i].num_transfers,
+                "running": rows[i].ops, "reason": rows[i].reason.decode("utf-8", "replace"),
+            } for i in range(count)]
+        finally:
+            free(rows)
 
     def num_links(self):
         """How many links there are, broken ones included."""
@@ -139,6 +160,30 @@ cdef ldd_status ping_link(ldd_node* node, uint64_t cluster_id, int64_t deadline_
         ldd_unlock(&link.lock)
     ldd_link_end(link)
     return status
+
+
+cdef uint32_t copy_links(ldd_node* node, ldd_link_row* rows, uint32_t capacity) noexcept nogil:
+    cdef ldd_link* link
+    cdef ldd_link_row* row
+    cdef uint32_t count = 0
+    ldd_lock(&node.lock)
+    link = node.links
+    while link != NULL and count < capacity:
+        row = &rows[count]
+        row.cluster_id = link.cluster_id
+        row.origin = link.origin
+        row.state = link.state
+        row.comm_id = link.comm_id
+        memcpy(row.peer_ip, link.peer_ip, sizeof(row.peer_ip))
+        memcpy(row.reason, link.reason, sizeof(row.reason))
+        row.ops = link.ops
+        row.pulled_bytes = link.pulled_bytes
+        row.pushed_bytes = link.pushed_bytes
+        row.num_transfers = link.num_transfers
+        count += 1
+        link = link.next
+    ldd_unlock(&node.lock)
+    return count
 
 
 cdef uint32_t count_links(ldd_node* node, uint64_t cluster_id) noexcept nogil:

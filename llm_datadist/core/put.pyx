@@ -9,6 +9,7 @@ cimport cython
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
+from posix.unistd cimport getpid
 
 from .ask cimport ldd_ask_ranges, ldd_ask_release, ldd_ask_resolve, ldd_link_ready, ldd_remote_cache
 from .block_plan cimport (ldd_desc_list_clear, ldd_plan_blocks, ldd_plan_contiguous, ldd_plan_slot_to_blocks)
@@ -81,11 +82,13 @@ cdef class RemotePut:
         engine.raise_for(status, &detail, b"transfer_cache_async")
 
     def __dealloc__(self):
+        free(self._addrs)
+        if self._engine is None or getpid() != self._engine._pid:
+            return                                  # a forked child shares the table, and must not touch it
         if self._pinned and self._engine.table != NULL:
             ldd_table_unpin(self._engine.table, self._local.slot, self._local.generation)
         if self._link != NULL:
             ldd_link_unref(self._link)
-        free(self._addrs)
 
     @property
     def stride_bytes(self):
@@ -304,7 +307,7 @@ cdef class RemotePut:
         """End the lease and unpin the source. Idempotent; a peer that is gone has ended the lease itself."""
         cdef ldd_detail detail
         cdef ldd_status status = LDD_OK
-        if not self._pinned or self._engine.table == NULL:
+        if not self._pinned or self._engine.table == NULL or getpid() != self._engine._pid:
             return
         with nogil:
             if self._lease and self._begin(&detail) == LDD_OK:

@@ -12,8 +12,8 @@ from .conn cimport CONN_SERVING, ldd_conn_forget, ldd_conn_reply, ldd_wish
 from .board cimport ldd_lane, ldd_lane_create, ldd_lane_unmap
 from .cache_table cimport ldd_table_add_lane
 from .net cimport net_is_own_user, net_local_ip, net_peer_ip, net_send_files
-from .node cimport (LINK_OPENING, ORIGIN_COMM, ORIGIN_PEER, ldd_link, ldd_link_new, ldd_link_publish, ldd_links_drop,
-                    ldd_node)
+from .node cimport (LINK_OPENING, ORIGIN_COMM, ORIGIN_PEER, ldd_link, ldd_link_break, ldd_link_new, ldd_link_publish,
+                    ldd_links_drop, ldd_node)
 from .region cimport ldd_regions_own_endpoint, ldd_regions_serve
 from .status cimport (LDD_E_LINK_FAILED, LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_E_PROCESSING_LINK, LDD_OK, ldd_detail,
                       ldd_fail)
@@ -102,12 +102,30 @@ cdef ldd_conn* find_token(ldd_service* service, const uint8_t* token) noexcept n
     return conn
 
 
-cdef ldd_status activate(ldd_service* service, ldd_conn* reverse, const ldd_hello* hello,
+cdef ldd_status meet_wish(ldd_service* service, const ldd_hello* hello, ldd_link* link,
+                          ldd_detail* detail) noexcept nogil:
+    """Publish the link of a communicator that is still wished for."""
+    cdef ldd_wish* wish
+    cdef ldd_status status
+    ldd_lock(&service.lock)
+    wish = find_wish(service, hello.comm, link.cluster_id)
+    if wish == NULL or wish.comm_id != link.comm_id:
+        status = ldd_fail(detail, LDD_E_PROCESSING_LINK, b"the communicator was given up meanwhile")
+    else:
+        status = ldd_link_publish(link, detail)
+        wish.met = status == LDD_OK
+    ldd_unlock(&service.lock)
+    return status
+
+
+cdef ldd_status activate(ldd_service* service, ldd_conn* reverse, const ldd_hello* hello, ldd_link** out,
                          ldd_detail* detail) noexcept nogil:
-    """The second connection of a link arrived: it is the one we ask on."""
+    """The second connection of a link arrived: it is the one we ask on.
+
+    The link is returned locked: who finds it now must not ask before our answer to this connection is on its way.
+    """
     cdef ldd_conn* forward = find_token(service, hello.token)
     cdef ldd_link* link
-    cdef ldd_wish* wish
     cdef ldd_status status
     if forward == NULL or forward.link.state != LINK_OPENING:
         return ldd_fail(detail, LDD_E_LINK_FAILED, b"no link is being opened under this token")
@@ -115,21 +133,17 @@ cdef ldd_status activate(ldd_service* service, ldd_conn* reverse, const ldd_hell
     if link.origin == ORIGIN_PEER:
         # The peer would not ask if it knew of these: they are left over from before it unlinked or restarted.
         ldd_links_drop(service.node, ORIGIN_PEER, -1, False, link.cluster_id)
-    elif link.origin == ORIGIN_COMM:
-        ldd_lock(&service.lock)
-        wish = find_wish(service, hello.comm, link.cluster_id)
-        if wish != NULL and wish.comm_id == link.comm_id:
-            wish.met = True
-        else:
-            wish = NULL
-        ldd_unlock(&service.lock)
-        if wish == NULL:
-            return ldd_fail(detail, LDD_E_PROCESSING_LINK, b"the communicator was given up meanwhile")
     link.ask_fd = reverse.fd
-    status = ldd_link_publish(link, detail)
+    ldd_lock(&link.lock)
+    if link.origin == ORIGIN_COMM:
+        status = meet_wish(service, hello, link, detail)
+    else:
+        status = ldd_link_publish(link, detail)
     if status < 0:
+        ldd_unlock(&link.lock)
         link.ask_fd = -1
         return status
+    out[0] = link
     forward.deadline_ns = 0
     service.num_handshakes -= 1
     return LDD_OK
@@ -173,7 +187,7 @@ cdef bint ldd_welcome_hello(ldd_service* service, ldd_conn* conn, const ldd_fram
     cdef ldd_welcome answer
     cdef ldd_detail detail
     cdef ldd_status status
-    cdef bint handed_over = False
+    cdef ldd_link* activated = NULL
     memset(&answer, 0, sizeof(answer))
     detail.text[0] = 0
     detail.provider_code = 0
@@ -189,8 +203,7 @@ cdef bint ldd_welcome_hello(ldd_service* service, ldd_conn* conn, const ldd_fram
         if hello.direction == LDD_HELLO_FORWARD and conn.link == NULL:
             status = welcome_forward(service, conn, &hello, &answer, &detail)
         elif hello.direction == LDD_HELLO_REVERSE and conn.link == NULL:
-            status = activate(service, conn, &hello, &detail)
-            handed_over = status == LDD_OK
+            status = activate(service, conn, &hello, &activated, &detail)
         elif hello.direction == LDD_HELLO_BOARD and conn.link == NULL:
             return hand_out_table(service, conn, header, &hello, &answer)
         else:
@@ -199,11 +212,14 @@ cdef bint ldd_welcome_hello(ldd_service* service, ldd_conn* conn, const ldd_fram
     answer.status = status
     snprintf(answer.text, sizeof(answer.text), b"%s", detail.text)
     if ldd_conn_reply(conn, header.request_id, LDD_FRAME_WELCOME, &answer, sizeof(answer), NULL, 0) < 0:
-        return False
-    if handed_over:
+        if activated == NULL:
+            return False
+        ldd_link_break(activated, b"no memory to answer the peer")
+    if activated != NULL:
         # The socket now belongs to the link; its small answer fits an empty send buffer.
         send(conn.fd, conn.outbox.data, conn.outbox.length, MSG_NOSIGNAL)
         ldd_conn_forget(service, conn, False)
+        ldd_unlock(&activated.lock)             # the serving connection keeps a reference to it
         return True
     if status < 0:
         conn.closing = True
