@@ -269,11 +269,13 @@ task.synchronize()
 
 def test_a_forked_child_is_refused_and_harms_nothing(start, assert_raises):
     dist = start()
-    cache = dist.cache_manager.allocate_cache(desc())
+    manager = dist.cache_manager
+    cache = manager.allocate_cache(desc())
 
     def child():
-        assert_raises("FAILED", dist.cache_manager.allocate_cache, desc())
-        assert_raises("FAILED", dist.cache_manager.deallocate_cache, cache)
+        assert_raises("FAILED", manager.allocate_cache, desc())
+        assert_raises("FAILED", manager.deallocate_cache, cache)
+        assert_raises("FAILED", lambda: dist.cache_manager)
         assert_raises("FAILED", dist.stats)
         error = assert_raises("FAILED", LLMDataDist(LLMRole.MIX, 2).init, options())
         assert "forked" in str(error)

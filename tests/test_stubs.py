@@ -23,7 +23,7 @@ ALLOWED = r"""
 .*\.__reduce_cython__
 .*\.__setstate_cython__
 .*\.__test__
-llm_datadist\.core\.(block_plan\.PlanProbe|cache_table\.CacheTable|cann\.Provider|index_list\.IndexList)\.__init__
+llm_datadist\.core\.(block_plan\.PlanProbe|cache_object\.CacheTable|cann\.Provider|index_list\.IndexList)\.__init__
 llm_datadist\.core\.local_copy\.CopyProbe\.__init__
 llm_datadist\.core\.engine_core\.EngineCore
 """
