@@ -231,7 +231,9 @@ def test_kvbench_reports_requests(tmp_path):
     assert "ms p50" in result.stdout and "deepseek-v3" in result.stdout
 
 
-@pytest.mark.parametrize("arguments", [("--model", "nonsense"), ("--tokens", "0"), ("--path", "warp"), ("--tokens", "x")])
+@pytest.mark.parametrize("arguments", [
+    ("--model", "nonsense"), ("--tokens", "0"), ("--tokens", "x"), ("--path", "warp"),
+])
 def test_kvbench_bad_options_exit_2(arguments):
     result = run_tool("kvbench", *arguments)
     assert result.returncode == 2 and "Traceback" not in result.stderr
