@@ -6,6 +6,7 @@ measurement between machines, by ``llm-datadist bench --listen``.
 from __future__ import annotations
 
 import faulthandler
+import itertools
 import os
 import resource
 import threading
@@ -60,6 +61,7 @@ class Peer:
         self._views: list = []
         self._reference: TcpServer | None = None
         self._published: list[CacheKey] = []
+        self._churn_ids = itertools.count(1 << 50)
         self._spinner: threading.Thread | None = None
         self._spinning = False
         self._crowd: list = []
@@ -69,7 +71,7 @@ class Peer:
         return {
             "hello": self.hello, "open": self.open, "prepare": self.prepare, "reference": self.reference,
             "clear": self.clear_memory, "verify": self.verify, "publish": self.publish, "hold": self.hold,
-            "cpu": self.cpu, "spin": self.spin, "crowd": self.crowd, "shut": self.shut,
+            "churn": self.churn, "cpu": self.cpu, "spin": self.spin, "crowd": self.crowd, "shut": self.shut,
         }
 
     def hello(self) -> dict:
@@ -141,6 +143,21 @@ class Peer:
         for req_id in range(first_id, first_id + 2 * count, 2):
             manager.deallocate_cache(manager.allocate_cache(desc, [CacheKey(0, req_id), CacheKey(0, req_id + 1)]))
         return {"keys": self._engine.stats()["keys"]}
+
+    def churn(self, count: int, slot_bytes: int) -> dict:
+        """Bind and remove keys of caches that are deallocated, `count` times; nanoseconds of either step."""
+        manager, desc = self._engine.cache_manager, CacheDesc(1, [1, slot_bytes], DataType.DT_INT8)
+        took: dict[str, list[int]] = {"remove": [], "deallocate": []}
+        for _ in range(count):
+            key = CacheKey(0, next(self._churn_ids))
+            cache = manager.allocate_cache(desc, [key])
+            before = time.perf_counter_ns()
+            manager.remove_cache_key(key)
+            between = time.perf_counter_ns()
+            manager.deallocate_cache(cache)
+            took["deallocate"].append(time.perf_counter_ns() - between)
+            took["remove"].append(between - before)
+        return took
 
     def cpu(self) -> dict:
         """Processor time of this process so far."""

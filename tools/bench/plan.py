@@ -50,7 +50,10 @@ def large(path: str, memory: str, group: str, threads: int) -> Case:
 
 
 def preset(name: str, threads: int, streams: int = DEFAULT_STREAMS) -> Plan:
-    """Return a preset: "quick" takes about half a minute, "goals" measures all that `goals` has a limit for."""
+    """Return a preset: "quick" takes about half a minute, "goals" measures all that `goals` has a limit for.
+
+    Raises ValueError for a number of threads or connections that is not allowed.
+    """
     if name == "quick":
         cases = [
             paged("shm", "pool", 16 * KIB, 1, "pool", threads), paged("shm", "pool", 64 * KIB, 8, "pool", threads),
@@ -70,7 +73,10 @@ def preset(name: str, threads: int, streams: int = DEFAULT_STREAMS) -> Plan:
         cases += [paged("tcp", "pool", size * KIB, 1, "tcp", threads) for size in (16, 64, 128)]
         cases += [large("tcp", "pool", "tcp", threads)]
         plan = Plan(cases, tuple(FIGURES), 3.0)
-    return replace(plan, cases=[replace(case, num_streams=streams) for case in plan.cases])
+    plan = replace(plan, cases=[replace(case, num_streams=streams) for case in plan.cases])
+    for case in plan.cases:
+        case.check()
+    return plan
 
 
 def from_axes(axes: Mapping[str, Sequence]) -> Plan:

@@ -164,8 +164,15 @@ class Rig:
 
     def sample(self, count: int) -> list[int]:
         """Do the operation `count` times and return the nanoseconds of each."""
+        return self._sample(self._calls[0] if self._executor is None else self.run, count)
+
+    def sample_link(self, link: int, count: int) -> list[int]:
+        """The same over one link alone."""
+        return self._sample(self._calls[link], count)
+
+    def _sample(self, call: Callable[[], None], count: int) -> list[int]:
         took: list[int] = []
-        sampler = repeat(self._calls[0] if self._executor is None else self.run)
+        sampler = repeat(call)
         while len(took) < count:
             batch = min(count - len(took), self.most_per_chunk)
             self.ready(batch)

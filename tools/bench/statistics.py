@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 _RESAMPLES = 400
 _SEED = 7
@@ -38,18 +38,6 @@ def thin(samples: Sequence[float], most: int) -> list:
         return ordered
     last = len(ordered) - 1
     return [ordered[round(index * last / (most - 1))] for index in range(most)]
-
-
-def interval(
-    samples: Sequence[float], statistic: Callable[[Sequence[float]], float] = median, confidence: float = 0.99
-) -> tuple[float, float]:
-    """Return the bootstrap interval of a statistic; the same samples always give the same one."""
-    if len(samples) < 2:
-        return (samples[0], samples[0]) if samples else (math.nan, math.nan)
-    rng = random.Random(_SEED)
-    found = [statistic(rng.choices(samples, k=len(samples))) for _ in range(_RESAMPLES)]
-    tail = (1 - confidence) / 2
-    return quantile(found, tail), quantile(found, 1 - tail)
 
 
 def change(before: Sequence[float], after: Sequence[float], confidence: float = 0.99) -> tuple[float, float, float]:

@@ -1,18 +1,15 @@
 """What a million live keys change.
 
-The same calls are timed while the engines hold a hundred keys and while they hold a million: pulls by key (the owner's
-table is looked up), removals and deallocations. In the core alone, where no call hides it, random keys of a large table
-miss the processor's caches; that ratio is reported next to the one users see.
+Two peers take turns, one that holds a hundred keys and one that holds a million: pulls by key from either (the owner's
+table is looked up), and removals and deallocations in either. In the core alone, where no call hides it, random keys of
+a large table miss the processor's caches; that ratio is reported next to the one users see.
 """
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
-from time import perf_counter_ns as clock
 
 import numpy as np
 
-from llm_datadist import CacheDesc, CacheKey, DataType, LLMDataDist
 from llm_datadist.core.stopwatch import TableStopwatch
 
 from ..case import ALL_BLOCKS, Case
@@ -26,60 +23,36 @@ MANY, FEW = 1_000_000, 100
 KEYS_PER_CACHE = 2
 SLOT_BYTES = 2048
 _FIRST_HELD = 1 << 40
-_CHUNK = 500
+_CHUNK = 250
 _CORE_CHUNK = 40
+_LEAST_ROUNDS = 8
 
 
 def many_keys(peers: list[Channel], seconds: float, on_progress: Callable[[float], None]) -> list[dict]:
-    """Time the same operations with few and with many live keys, in both processes."""
+    """Time the same operations with few and with many live keys, in turn."""
+    sides = (FEW, MANY)
     found: dict[str, dict[int, list[float]]] = {}
-    case = Case("pull_key", "shm", "pool", SLOT_BYTES, 1, ALL_BLOCKS, 1, 1, 1, 1)
-    # Few, many, few: what drifts between the phases shows up as a difference of the two outer ones and cancels out.
-    phases = (FEW, MANY, FEW)
-    for number, live in enumerate(phases):
-        with Rig(case, peers, page_shift=12, held_caches=live // KEYS_PER_CACHE) as rig:
-            peers[0].send(command="hold", count=live // KEYS_PER_CACHE, first_id=_FIRST_HELD, slot_bytes=SLOT_BYTES)
-            _hold(rig.engine, live // KEYS_PER_CACHE)
-            peers[0].receive()
-            with collection_paused():
-                rounds = max(3, int(seconds * 2))
-                for step in range(rounds):
-                    for name, samples in _round(rig).items():
-                        found.setdefault(name, {}).setdefault(live, []).extend(samples)
-                    on_progress((number + (step + 1) / rounds) / (len(phases) + 1))
+    case = Case("pull_key", "shm", "pool", SLOT_BYTES, 1, ALL_BLOCKS, 1, len(sides), 1, 1)
+    with Rig(case, peers, page_shift=12, held_caches=MANY // KEYS_PER_CACHE) as rig:
+        for peer, live in zip(peers, sides):
+            peer.ask("hold", count=live // KEYS_PER_CACHE, first_id=_FIRST_HELD, slot_bytes=SLOT_BYTES)
+        rounds = max(_LEAST_ROUNDS, int(seconds * 8))
+        with collection_paused():
+            for step in range(rounds + 1):
+                for link, live in enumerate(sides) if step % 2 else reversed(list(enumerate(sides))):
+                    took = peers[link].ask("churn", count=_CHUNK, slot_bytes=SLOT_BYTES)
+                    took["resolve"] = rig.sample_link(link, _CHUNK)
+                    if step:                    # the first round touches what is new
+                        for name in ("resolve", "remove", "deallocate"):
+                            found.setdefault(name, {}).setdefault(live, []).append(median(took[name]))
+                on_progress(step / (rounds + 1))
     values = []
     for name, by_count in found.items():
         few, many = median(by_count[FEW]), median(by_count[MANY])
-        values.append(value(f"{name}_ratio", many / few, "", [each / few for each in by_count[MANY]],
-                            f"{many / 1e3:.2f} us with {MANY} keys, {few / 1e3:.2f} us with {FEW}"))
+        ratios = [m / f for m, f in zip(by_count[MANY], by_count[FEW])]
+        values.append(median_value(f"{name}_ratio", ratios, "",
+                                   f"{many / 1e3:.2f} us with {MANY} keys, {few / 1e3:.2f} us with {FEW}"))
     return values + _core(seconds)
-
-
-def _hold(engine: LLMDataDist, num_caches: int) -> None:
-    """Take `num_caches` caches of two keys each, and keep the keys only."""
-    manager, desc = engine.cache_manager, CacheDesc(1, [KEYS_PER_CACHE, SLOT_BYTES], DataType.DT_INT8)
-    for index in range(num_caches):
-        first = _FIRST_HELD + KEYS_PER_CACHE * index
-        manager.deallocate_cache(manager.allocate_cache(desc, [CacheKey(0, first), CacheKey(0, first + 1)]))
-
-
-_ids = itertools.count(1)
-
-
-def _round(rig: Rig) -> dict[str, list[int]]:
-    """Time one operation after the other, some hundred times; the numbers of live caches and keys are kept."""
-    manager, desc = rig.engine.cache_manager, CacheDesc(1, [KEYS_PER_CACHE, SLOT_BYTES], DataType.DT_INT8)
-    took: dict[str, list[int]] = {"resolve": rig.sample(_CHUNK), "remove": [], "deallocate": []}
-    for _ in range(_CHUNK):
-        key = CacheKey(0, next(_ids))
-        cache = manager.allocate_cache(desc, [key])
-        before = clock()
-        manager.remove_cache_key(key)
-        between = clock()
-        manager.deallocate_cache(cache)
-        took["deallocate"].append(clock() - between)
-        took["remove"].append(between - before)
-    return took
 
 
 def _core(seconds: float) -> list[dict]:
