@@ -208,9 +208,12 @@ def parse_size(text: str) -> int:
         number, unit = number[:-3], number[-3].lower()
     elif number[-1:].lower() in ("k", "m", "g"):
         number, unit = number[:-1], number[-1].lower()
-    size = float(number) * _UNITS[unit]
-    if size != int(size) or size < 1:
-        raise ValueError(f"{text!r} is not a positive number of bytes")
+    try:
+        size = float(number) * _UNITS[unit]
+    except ValueError:
+        size = 0.0
+    if size < 1 or size != size // 1:
+        raise ValueError(f"{text!r} is not a positive number of bytes, such as 4096, 64K or 1.5M")
     return int(size)
 
 

@@ -7,11 +7,11 @@ import json
 import os
 import platform
 import subprocess
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 FORMAT = 1
+FILE_OPTIONS = ("--json", "--csv", "--html", "--markdown", "--png")
 _CSV_COLUMNS = (
     "kind", "name", "operation", "path", "memory", "block_bytes", "num_blocks", "run_blocks", "num_tensors",
     "num_links", "num_threads", "num_streams", "num_bytes", "gb_per_s", "fraction", "reference", "p50_us", "p90_us",
@@ -104,6 +104,16 @@ def _commit() -> str:
     return described.stdout.strip() if described.returncode == 0 else ""
 
 
-def command_line() -> str:
-    """Return how this run was started."""
-    return " ".join(["llm-datadist", *sys.argv[1:]])
+def command_line(arguments: Sequence[str]) -> str:
+    """Return how a run was started, without the files it was to write."""
+    kept: list[str] = []
+    skip = False
+    for argument in arguments:
+        name, has_value = argument.partition("=")[:2]
+        if skip:
+            skip = False
+        elif name in FILE_OPTIONS:
+            skip = not has_value
+        else:
+            kept.append(argument)
+    return " ".join(["llm-datadist", *kept])

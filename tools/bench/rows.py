@@ -164,8 +164,13 @@ class Rig:
 
     def sample(self, count: int) -> list[int]:
         """Do the operation `count` times and return the nanoseconds of each."""
-        self.ready(count)
-        return repeat(self._calls[0] if self._executor is None else self.run)(count)
+        took: list[int] = []
+        sampler = repeat(self._calls[0] if self._executor is None else self.run)
+        while len(took) < count:
+            batch = min(count - len(took), self.most_per_chunk)
+            self.ready(batch)
+            took += sampler(batch)
+        return took
 
     def cpu_ns(self) -> int:
         """Processor time of all processes so far."""

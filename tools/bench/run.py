@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -43,7 +44,7 @@ class Runner:
         rows = self._rows(plan, progress)
         figures = self._figures(plan, progress)
         return {
-            "format": results.FORMAT, "command": results.command_line(), "started": started,
+            "format": results.FORMAT, "command": results.command_line(sys.argv[1:]), "started": started,
             "seconds": round(time.monotonic() - begin, 1), "machine": results.machine(),
             "load": {"before": load_before, "after": results.load()}, "rows": rows, "figures": figures,
             "goals": goals.judge(rows, figures), "failures": self.failures, "skipped": list(plan.skipped),

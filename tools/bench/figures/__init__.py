@@ -52,6 +52,7 @@ FIGURES = {
     "allocate": Figure("allocate and deallocate 122 tensors with 2 keys", "overhead", "allocate_cost", num_peers=0),
     "keys": Figure("10^6 live keys against 10^2", "keys", "many_keys"),
     "owner": Figure("owner's interpreter spinning in pure Python against idle", "owner", "busy_owner"),
+    "owner_tcp": Figure("the same over TCP, where the owner answers", "owner", "busy_owner_tcp", path="tcp"),
     "link": Figure("linking, and 512 links", "links", "many_links", num_peers=8),
     "wait": Figure("time-outs: how late, and how much processor time they take", "waits", "late_and_busy", path="tcp"),
 }

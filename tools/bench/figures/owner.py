@@ -18,20 +18,34 @@ _MOST_ROUNDS = 60
 
 
 def busy_owner(peers: list[Channel], seconds: float, on_progress: Callable[[float], None]) -> list[dict]:
-    """Pull with the owner's interpreter idle and spinning in turn, by blocks and by request key."""
+    """Pull through shared memory with the owner's interpreter idle and spinning in turn, by blocks and by key."""
+    return _compare(peers, "shm", {"blocks": block_case(), "key": _key_case("shm")}, seconds, on_progress)
+
+
+def busy_owner_tcp(peers: list[Channel], seconds: float, on_progress: Callable[[float], None]) -> list[dict]:
+    """The same over TCP, where the owner's service thread answers every pull."""
+    return _compare(peers, "tcp", {"key": _key_case("tcp")}, seconds, on_progress)
+
+
+def _key_case(path: str) -> Case:
+    return Case("pull_key", path, "pool", BLOCK_BYTES, 1, ALL_BLOCKS, 1, 1, 1, 1)
+
+
+def _compare(
+    peers: list[Channel], path: str, cases: dict[str, Case], seconds: float, on_progress: Callable[[float], None]
+) -> list[dict]:
     values = []
-    by_key = Case("pull_key", "shm", "pool", BLOCK_BYTES, 1, ALL_BLOCKS, 1, 1, 1, 1)
-    over_tcp = Case("pull_key", "tcp", "pool", BLOCK_BYTES, 1, ALL_BLOCKS, 1, 1, 1, 1)
-    for number, (name, case) in enumerate((("blocks", block_case()), ("key", by_key), ("tcp", over_tcp))):
+    for number, (name, case) in enumerate(cases.items()):
         with Rig(case, peers) as rig:
             sampler = repeat(single_block_call(rig)) if case.is_paged else rig.sample
             idle, busy = _alternate(
-                peers[0], sampler, seconds / 3, lambda fraction, number=number: on_progress((number + fraction) / 3))
+                peers[0], sampler, seconds / len(cases),
+                lambda fraction, number=number: on_progress((number + fraction) / len(cases)))
         for q in (0.5, 0.99):
             ratio = quantile(busy, q) / quantile(idle, q)
             values.append(value(f"{name}_p{q * 100:.0f}_ratio", ratio, "", (), (
-                f"{quantile(busy, q) / 1e3:.1f} us while the owner spins, {quantile(idle, q) / 1e3:.1f} us while it "
-                f"idles; {os.cpu_count()} processors")))
+                f"{quantile(busy, q) / 1e3:.1f} us over {path} while the owner spins, {quantile(idle, q) / 1e3:.1f} us "
+                f"while it idles; {os.cpu_count()} processors")))
     return values
 
 

@@ -1,6 +1,7 @@
 """Waits that end by their deadline: how late they return, and how much processor time they take."""
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -8,19 +9,20 @@ import time
 from collections.abc import Callable
 from time import perf_counter_ns as clock
 
-from llm_datadist import BlocksCacheKey, LLMTimeoutError
+from llm_datadist import BlocksCacheKey
 from llm_datadist.core.wait import TableProbe
+from llm_datadist.status import LLMTimeoutError
 
 from .. import engine as engines
 from ..channel import Channel
 from ..rows import Rig
-from ..statistics import quantile
+from ..statistics import median, quantile, slope
 from . import median_value, value
 from .latency import block_case
 
-_WAIT_MS = 5
+_LIMITS_MS = (0, 1, 2, 4, 8)
 _PULL_MS = 30
-_NUM_WAITS = 300
+_NUM_WAITS = 75
 _LEAST_PULLS = 20
 
 
@@ -31,24 +33,31 @@ def late_and_busy(peers: list[Channel], seconds: float, on_progress: Callable[[f
 
 
 def _core_waits(on_progress: Callable[[float], None]) -> list[dict]:
-    """The wait of a provider that only answers "not yet": ``strnlen(client, 0)`` does, in the place of its query."""
+    """The wait of a provider that only answers "not yet": ``strnlen(client, 0)`` does, in the place of its query.
+
+    It spins for a while and then naps between looks, so its processor time grows with the limit, and what it takes
+    whatever the limit, less that of a wait with no time at all, is the spinning.
+    """
     library = ctypes.CDLL(None)
     probe = TableProbe(caps=0, query=ctypes.cast(library.strnlen, ctypes.c_void_p).value)
     client = ctypes.create_string_buffer(1)
-    late_us, busy_us = [], []
+    late_us: list[float] = []
+    busy_us: dict[int, list[float]] = {limit_ms: [] for limit_ms in _LIMITS_MS}
     for number in range(_NUM_WAITS):
-        before, busy = clock(), time.thread_time_ns()
-        try:
-            probe.wait(ctypes.addressof(client), 0, _WAIT_MS * 1_000_000)
-        except LLMTimeoutError:
-            pass
-        busy_us.append((time.thread_time_ns() - busy) / 1e3)
-        late_us.append((clock() - before) / 1e3 - _WAIT_MS * 1e3)
-        if number % 50 == 0:
-            on_progress(0.5 * number / _NUM_WAITS)
+        for limit_ms in _LIMITS_MS:
+            before, busy = clock(), time.thread_time_ns()
+            with contextlib.suppress(LLMTimeoutError):
+                probe.wait(ctypes.addressof(client), 0, limit_ms * 1_000_000)
+            busy_us[limit_ms].append((time.thread_time_ns() - busy) / 1e3)
+            if limit_ms:
+                late_us.append((clock() - before) / 1e3 - limit_ms * 1e3)
+        on_progress(0.5 * number / _NUM_WAITS)
+    nothing_us = median(busy_us.pop(0))
+    spin_us, per_ms = slope([(limit_ms, median(busy) - nothing_us) for limit_ms, busy in busy_us.items()])
     return [
-        value("core_late_p99_us", quantile(late_us, 0.99), "us", late_us, f"after a wait of {_WAIT_MS} ms, polling"),
-        median_value("core_busy_us", busy_us, "us", "processor time of such a wait"),
+        value("core_late_p99_us", quantile(late_us, 0.99), "us", late_us, "a wait that polls, after its limit"),
+        value("core_spin_us", max(0.0, spin_us), "us", (), "processor time that does not depend on the limit"),
+        value("core_poll_percent", per_ms / 10, "%", (), "of a processor, from then on"),
     ]
 
 
@@ -65,11 +74,10 @@ def _pulls(peer: Channel, seconds: float, on_progress: Callable[[float], None]) 
             os.kill(pid, signal.SIGSTOP)
             try:
                 before, busy = clock(), time.thread_time_ns()
-                try:
+                with contextlib.suppress(LLMTimeoutError):
                     manager.pull_blocks(key, cache, blocks, blocks)
-                except LLMTimeoutError:
-                    busy_us.append((time.thread_time_ns() - busy) / 1e3)
-                    late_us.append((clock() - before) / 1e3 - _PULL_MS * 1e3)
+                busy_us.append((time.thread_time_ns() - busy) / 1e3)
+                late_us.append((clock() - before) / 1e3 - _PULL_MS * 1e3)
             finally:
                 os.kill(pid, signal.SIGCONT)
             engines.unlink(rig.engine, rig.clusters, force=True)
