@@ -21,7 +21,7 @@ def withdraw(node):
 
 
 def wait_for_a_turn(node, owner_id):
-    """Pull in two threads from a cluster that does not answer; return how the main thread's ended, and if the other runs."""
+    """Pull in two threads from a cluster that is stopped; return how the main one ended, and if the other runs."""
     manager = node.cache_manager
     cache = manager.allocate_blocks_cache(DESC)
 
