@@ -17,7 +17,7 @@ STUBBED = sorted(path.stem for path in CORE.glob("*.pyi"))
 COMPILED = sorted({path.name.partition(".")[0] for path in CORE.glob("*.so")})
 
 # What Cython adds to a module or class; that it shows any arguments for a constructor that takes none; and that no
-# class can inherit from this one and another with fields of its own, for which stubs of older type checkers lack a word.
+# class can inherit from this one and another with fields of its own, for which older type checkers lack a word.
 ALLOWED = r"""
 .*\.__pyx_capi__
 .*\.__reduce_cython__

@@ -48,6 +48,7 @@ ctypedef struct ldd_lane:
     uint32_t ring_head                          # entries ever written
     uint32_t ring_tail                          # entries the owner has taken in
     ldd_lane_entry ring[LDD_LANE_RING]          # keys the peer has released
+    uint32_t closed                             # the owner heeds this lane no longer: what a hazard kept may be gone
 
 # The owner's mappings. All NULL where the kernel has no memfd: then there is no sharing, only the table.
 ctypedef struct ldd_board:
@@ -101,6 +102,11 @@ cdef extern from * nogil:
     }
     static inline uint64_t ldd_load64(const uint64_t *at) { return __atomic_load_n(at, __ATOMIC_SEQ_CST); }
     static inline uint32_t ldd_load32(const uint32_t *at) { return __atomic_load_n(at, __ATOMIC_ACQUIRE); }
+    /* After everything that was read or written before. */
+    static inline uint32_t ldd_load32_last(const uint32_t *at) {
+        __atomic_thread_fence(__ATOMIC_SEQ_CST);
+        return __atomic_load_n(at, __ATOMIC_RELAXED);
+    }
     static inline void ldd_store64(uint64_t *at, uint64_t value) { __atomic_store_n(at, value, __ATOMIC_SEQ_CST); }
     static inline void ldd_store32(uint32_t *at, uint32_t value) { __atomic_store_n(at, value, __ATOMIC_RELEASE); }
     static inline void ldd_ring(uint64_t *bell) { __atomic_add_fetch(bell, 1, __ATOMIC_SEQ_CST); }
@@ -115,6 +121,7 @@ cdef extern from * nogil:
     bint ldd_seq_unchanged(const uint64_t* seq, uint64_t before)
     uint64_t ldd_load64(const uint64_t* at)
     uint32_t ldd_load32(const uint32_t* at)
+    uint32_t ldd_load32_last(const uint32_t* at)
     void ldd_store64(uint64_t* at, uint64_t value)
     void ldd_store32(uint32_t* at, uint32_t value)
     void ldd_ring(uint64_t* bell)

@@ -446,6 +446,7 @@ cdef void ldd_table_remove_lane(ldd_table* table, ldd_lane* lane) noexcept nogil
     for i in range(table.num_lanes):
         if table.lanes[i].lane == lane:
             _read_ring(table, &table.lanes[i])
+            ldd_store32(&lane.closed, 1)            # before anything is freed
             table.num_lanes -= 1
             table.lanes[i] = table.lanes[table.num_lanes]
             break
@@ -462,9 +463,10 @@ cdef void ldd_table_take_in(ldd_table* table) noexcept nogil:
 
 cdef void ldd_table_set_epoch(ldd_table* table, uint64_t region_epoch) noexcept nogil:
     ldd_lock(&table.mutex)
-    _begin(table)
-    table.board.head.region_epoch = region_epoch
-    _end(table)
+    if region_epoch > table.board.head.region_epoch:        # callers come in any order
+        _begin(table)
+        table.board.head.region_epoch = region_epoch
+        _end(table)
     ldd_unlock(&table.mutex)
 
 

@@ -14,7 +14,8 @@ from .region cimport ldd_regions_own_endpoint, ldd_regions_serve
 from .service cimport ldd_service_serve
 from .status cimport (LDD_E_ALREADY_LINKED, LDD_E_FAILED, LDD_E_LINK_FAILED, LDD_E_NO_MEMORY,
                       LDD_E_TIMEOUT, LDD_E_UNLINK_FAILED, LDD_E_INTERRUPTED, LDD_OK, ldd_fail)
-from .sync cimport ldd_cond_broadcast, ldd_cond_wait_until, ldd_lock, ldd_lock_until, ldd_now_ns, ldd_unlock
+from .sync cimport ldd_cond_broadcast, ldd_cond_wait_until, ldd_lock, ldd_now_ns, ldd_unlock
+from .wait cimport ldd_lock_interruptible
 from .wire cimport *
 
 cdef extern from "<sys/random.h>" nogil:
@@ -237,9 +238,10 @@ cdef ldd_status ldd_link_close(ldd_node* node, const char* ip, int port, uint64_
         link = next_to_close(node, cluster_id)
         if link == NULL:
             return LDD_OK
-        status = ldd_lock_until(&link.lock, deadline_ns)
+        status = ldd_lock_interruptible(&link.lock, deadline_ns)
         if status < 0:
-            ldd_fail(detail, status, b"the link to cluster %llu is in use", <unsigned long long>cluster_id)
+            if status != LDD_E_INTERRUPTED:
+                ldd_fail(detail, status, b"the link to cluster %llu is in use", <unsigned long long>cluster_id)
             ldd_link_end(link)
             return status
         status = LDD_OK

@@ -176,8 +176,13 @@ cdef class EngineCore:
         start_detail(&detail)
         with nogil:
             idle = ldd_node_close(&self.node, ldd_now_ns() + 2 * self.node.sync_timeout_ns + CLOSE_GRACE_NS)
-            ldd_service_stop(&self.service)
             status = LDD_OK
+            if self.table != NULL:
+                # Peers that read or write here just now see their links end, and say when they are done. Those that
+                # do not are cut off with the service, though memory of the caller may then still be written to.
+                ldd_table_clear(self.table, ldd_now_ns() + min(self.node.sync_timeout_ns, <int64_t>CLOSE_GRACE_NS),
+                                &detail)
+            ldd_service_stop(&self.service)
             if self.table != NULL:
                 status = ldd_table_clear(self.table, ldd_now_ns() + self.node.sync_timeout_ns, &detail)
             if idle == LDD_OK and status == LDD_OK:

@@ -2,25 +2,26 @@
 
 The reader copies what it needs under the table's sequence lock, publishes a hazard (the cache it is about to touch) in
 its lane, and looks once more: if nothing changed in between, the owner will see the hazard before it frees the cache.
-A released key is claimed on the owner's desk, which makes it invisible to every reader at once, and queued in the
-lane, from where the owner takes it in before its next own look at the table. So counts are exact to every observer
+A released key is queued in the lane, from where the owner takes it in before its next own look at the table, and
+marked on the owner's desk, which makes it invisible to every reader at once. So counts are exact to every observer
 though nobody waits. Where the table cannot tell (a change in progress, addresses without a pattern, layered releases),
 the peer's service thread is asked instead.
 """
 from libc.stddef cimport size_t
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
 from .ask cimport ldd_ask_ping, ldd_reply_room
 from .board cimport (LDD_LANE_RING, LDD_MAX_CACHES, LDD_MAX_CELLS, LDD_MAX_KEYS, ldd_board_destroy,
-                     ldd_board_map, ldd_claim32, ldd_lane_map, ldd_load32, ldd_peek, ldd_ring,
+                     ldd_board_map, ldd_claim32, ldd_lane_map, ldd_load32, ldd_load32_last, ldd_peek, ldd_ring,
                      ldd_seq_read, ldd_seq_unchanged, ldd_store32, ldd_store64)
 from .cache_state cimport ldd_cache, ldd_kind_name
 from .key_index cimport KEY_BY_ID, KEY_REQ, LDD_NO_KEY, ldd_cell, ldd_key, ldd_keys_peek
-from .net cimport net_connect, net_recv_files, net_send
-from .status cimport LDD_E_INTERRUPTED, LDD_E_NOT_EXIST, LDD_E_PARAM, LDD_OK, ldd_fail
+from .net cimport net_connect, net_is_own_user, net_recv_files, net_send
+from .node cimport ldd_link_break
+from .status cimport LDD_E_FAILED, LDD_E_INTERRUPTED, LDD_E_NOT_EXIST, LDD_E_PARAM, LDD_OK, ldd_fail
 from .wire cimport *
 
 cdef extern from "<unistd.h>" nogil:
@@ -44,6 +45,9 @@ cdef ldd_status fetch_files(ldd_link* link, int* files, int64_t deadline_ns) noe
     status = net_connect(name, 0, deadline_ns, &fd, NULL)
     if status < 0:
         return status
+    if not net_is_own_user(fd):                     # a name is anybody's to take
+        close(fd)
+        return LDD_E_FAILED
     memset(&header, 0, sizeof(header))
     memset(&hello, 0, sizeof(hello))
     header.magic = LDD_WIRE_MAGIC
@@ -198,7 +202,7 @@ cdef ldd_status ldd_peek_resolve(ldd_link* link, uint32_t kind, uint64_t id, uin
     cdef uint32_t key_index = LDD_NO_KEY
     cdef ldd_status status
     cdef int found
-    if peek == NULL:
+    if peek == NULL or ldd_load32(&peek.lane.closed):
         return LDD_PEEK_ASK
     memset(&cache, 0, sizeof(cache))
     memset(&key, 0, sizeof(key))
@@ -235,23 +239,38 @@ cdef ldd_status ldd_peek_resolve(ldd_link* link, uint32_t kind, uint64_t id, uin
     return LDD_OK
 
 
+cdef ldd_status release_key(ldd_link* link, int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
+    """Queue the key, then hide it from other readers: dying in between leaves a key that the owner takes in."""
+    cdef ldd_peek* peek = link.peek
+    cdef uint32_t* at = &peek.board.desk.marks[peek.key_index]
+    cdef uint32_t mark = ldd_load32(at), head = peek.lane.ring_head
+    cdef ldd_status status
+    if mark == peek.key_generation:
+        return LDD_OK                               # another reader's release came first
+    if head - ldd_load32(&peek.lane.ring_tail) >= LDD_LANE_RING:
+        ldd_ring(&peek.board.desk.doorbell)
+        status = ldd_ask_ping(link, deadline_ns, detail)        # its answer says that the ring was taken in
+        if status < 0:
+            return status
+    peek.lane.ring[head % LDD_LANE_RING].key_index = peek.key_index
+    peek.lane.ring[head % LDD_LANE_RING].key_generation = peek.key_generation
+    ldd_store32(&peek.lane.ring_head, head + 1)
+    ldd_ring(&peek.board.desk.doorbell)
+    # The entry may have been reused and marked anew meanwhile: marks only ever rise.
+    while <int32_t>(peek.key_generation - mark) > 0 and not ldd_claim32(at, mark, peek.key_generation):
+        mark = ldd_load32(at)
+    return LDD_OK
+
+
 cdef ldd_status ldd_peek_done(ldd_link* link, bint take, int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
     cdef ldd_peek* peek = link.peek
-    cdef uint32_t head, mark
     cdef ldd_status status = LDD_OK
-    if take and peek.key_index != LDD_NO_KEY:
-        mark = ldd_load32(&peek.board.desk.marks[peek.key_index])
-        if mark != peek.key_generation and ldd_claim32(&peek.board.desk.marks[peek.key_index], mark,
-                                                       peek.key_generation):
-            head = peek.lane.ring_head
-            if head - ldd_load32(&peek.lane.ring_tail) >= LDD_LANE_RING:
-                ldd_ring(&peek.board.desk.doorbell)
-                status = ldd_ask_ping(link, deadline_ns, detail)    # its answer says that the ring was taken in
-            if status == LDD_OK:
-                peek.lane.ring[head % LDD_LANE_RING].key_index = peek.key_index
-                peek.lane.ring[head % LDD_LANE_RING].key_generation = peek.key_generation
-                ldd_store32(&peek.lane.ring_head, head + 1)
-                ldd_ring(&peek.board.desk.doorbell)
+    if ldd_load32_last(&peek.lane.closed):
+        status = ldd_fail(detail, LDD_E_FAILED, b"cluster %llu went away during the transfer",
+                          <unsigned long long>link.cluster_id)
+        ldd_link_break(link, detail.text)
+    elif take and peek.key_index != LDD_NO_KEY:
+        status = release_key(link, deadline_ns, detail)
     ldd_store64(&peek.lane.hazards[0], 0)
     return status
 

@@ -84,6 +84,7 @@ cdef enum:
     MAX_UNREAD_BYTES = LDD_WIRE_MAX_PAYLOAD     # of answers; a peer that has so many waiting is not answered any more
     MAX_SMALL_REQUEST = 64                      # bytes of any request but RANGES and HELLO
     READ_BYTES = 4096
+    READS_PER_TURN = 16
 
 
 cdef bint frame_fits(const ldd_conn* conn, const ldd_frame_header* header) noexcept nogil:
@@ -106,7 +107,8 @@ cdef bint on_readable(ldd_service* service, ldd_conn* conn) noexcept nogil:
     cdef ssize_t count
     cdef size_t at
     cdef bint was_handshake
-    while True:
+    cdef int _turn
+    for _turn in range(READS_PER_TURN):
         count = recv(conn.fd, chunk, sizeof(chunk), 0)
         if count == 0:
             if conn.inbox.length:
@@ -140,6 +142,7 @@ cdef bint on_readable(ldd_service* service, ldd_conn* conn) noexcept nogil:
         ldd_bytes_consume(&conn.inbox, at)
         if not ldd_conn_flush(service, conn):
             return False
+    return True                                     # epoll reports it again, after the others had their turn
 
 
 cdef bint make_room(ldd_service* service) noexcept nogil:

@@ -17,8 +17,8 @@ from .peek cimport LDD_PEEK_ASK, ldd_peek_attach, ldd_peek_done, ldd_peek_rememb
 from .node cimport LINK_ACTIVE, ldd_link_begin, ldd_link_break, ldd_link_end
 from .status cimport (LDD_E_INTERRUPTED, LDD_E_NOT_ENABLED, LDD_E_NOT_LINKED,
                       LDD_E_PARAM, LDD_E_TIMEOUT, LDD_OK, ldd_fail)
-from .sync cimport ldd_lock_until, ldd_now_ns, ldd_unlock
-from .wait cimport ldd_hixl_result, ldd_wait_interruptible
+from .sync cimport ldd_now_ns, ldd_unlock
+from .wait cimport ldd_hixl_result, ldd_lock_interruptible, ldd_wait_interruptible
 from .wire cimport LDD_DESC_BLOCKS, LDD_DESC_HOST, LDD_MODE_REMOTE_ACCESSIBLE
 
 cdef extern from * nogil:
@@ -45,7 +45,7 @@ cdef void ldd_context_leave(ldd_node* node, aclrtContext before) noexcept nogil:
 
 
 cdef ldd_status ldd_link_lock(ldd_link* link, ldd_detail* detail) noexcept nogil:
-    cdef ldd_status status = ldd_lock_until(&link.lock, ldd_now_ns() + link.node.sync_timeout_ns)
+    cdef ldd_status status = ldd_lock_interruptible(&link.lock, ldd_now_ns() + link.node.sync_timeout_ns)
     if status == LDD_E_TIMEOUT:
         return ldd_fail(detail, status, b"other transfers kept the link to cluster %llu busy for %lld ms",
                         <unsigned long long>link.cluster_id, <long long>(link.node.sync_timeout_ns // 1000000))

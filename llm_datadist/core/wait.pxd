@@ -3,6 +3,7 @@ from libc.stdint cimport int64_t
 
 from llm_datadist.core.cann cimport CompleteHandle, HixlClientHandle, HixlStatus, aclError, ldd_provider
 from llm_datadist.core.status cimport ldd_detail, ldd_status
+from llm_datadist.core.sync cimport ldd_mutex
 
 cdef ldd_status ldd_map_hixl(HixlStatus code) noexcept nogil
 cdef ldd_status ldd_map_acl(aclError code) noexcept nogil
@@ -25,6 +26,10 @@ cdef ldd_status ldd_wait_complete(
 cdef ldd_status ldd_wait_interruptible(
     const ldd_provider* provider, HixlClientHandle client, CompleteHandle handle, int64_t deadline_ns,
     ldd_detail* detail) noexcept nogil
+
+# A mutex for a thread that came from Python and has released the GIL: LDD_OK with it, otherwise LDD_E_TIMEOUT or, as
+# above, LDD_E_INTERRUPTED.
+cdef ldd_status ldd_lock_interruptible(ldd_mutex* mutex, int64_t deadline_ns) noexcept nogil
 
 
 cdef class TableProbe:

@@ -25,7 +25,7 @@ from llm_datadist.core.status cimport (
     LDD_E_ALREADY_LINKED, LDD_E_DEVICE_MEM, LDD_E_FAILED, LDD_E_INTERRUPTED, LDD_E_NOT_ENABLED, LDD_E_NOT_LINKED,
     LDD_E_PARAM, LDD_E_SUSPECT_REMOTE, LDD_E_TIMEOUT, LDD_OK, check, ldd_detail, ldd_fail, ldd_status,
 )
-from llm_datadist.core.sync cimport ldd_now_ns
+from llm_datadist.core.sync cimport ldd_lock_until, ldd_mutex, ldd_now_ns
 
 cdef extern from "Python.h":
     # Raw result: the exception stays set in this thread until check() lets it out.
@@ -151,6 +151,21 @@ cdef ldd_status ldd_wait_interruptible(
             return _give_up(provider, client, handle, LDD_E_TIMEOUT, detail)
         if _run_signal_handlers() < 0:
             return _give_up(provider, client, handle, LDD_E_INTERRUPTED, detail)
+
+
+cdef ldd_status ldd_lock_interruptible(ldd_mutex* mutex, int64_t deadline_ns) noexcept nogil:
+    cdef int64_t now, until
+    cdef ldd_status status
+    if PyThread_get_thread_ident() != main_thread:
+        return ldd_lock_until(mutex, deadline_ns)
+    while True:
+        now = ldd_now_ns()
+        until = deadline_ns if deadline_ns - now < 2 * SIGNAL_SLICE_NS else now + SIGNAL_SLICE_NS
+        status = ldd_lock_until(mutex, until)
+        if status != LDD_E_TIMEOUT or until == deadline_ns:
+            return status
+        if _run_signal_handlers() < 0:
+            return LDD_E_INTERRUPTED
 
 
 cdef int _run_signal_handlers() noexcept with gil:
