@@ -222,6 +222,8 @@ def main() -> None:
     """Answer calls until the parent closes the connection."""
     faulthandler.register(signal.SIGALRM, all_threads=True, chain=True)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    # Functions pass by name, and a test module may be known as tests.<name>; behind the installed package in the path.
+    sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     connection = Connection(int(sys.argv[1]))
     connection.send_bytes(b"ready")
     node = Node()

@@ -268,7 +268,8 @@ def test_registered_memory_that_is_not_there(api, peer, local, path, put, monkey
         with pytest.raises(hixl.HixlError) as info:
             (client.put if put else client.get)([(0x10000, local, MIB)])
         assert info.value.status == hixl.FAILED
-        assert "0x10000" in info.value.text
+        # Either half may be refused first where a batch is split over two connections.
+        assert any(hex(address) in info.value.text for address in (0x10000, 0x10000 + MIB // 2))
     peer.call("unregister", handle)
 
 
