@@ -128,6 +128,9 @@ cdef bint ldd_link_existed(ldd_node* node, uint64_t cluster_id) noexcept nogil
 # Drop all that match; -1 for any origin or communicator. Returns how many there were.
 cdef uint32_t ldd_links_drop(ldd_node* node, int origin, int64_t comm_id, bint any_cluster,
                              uint64_t cluster_id) noexcept nogil
+# Drop what is left of links with a cluster that now, as `instance`, links to us: those it made before, and those we
+# made that are broken or lead to an earlier process.
+cdef void ldd_links_drop_stale(ldd_node* node, uint64_t cluster_id, const uint8_t* instance) noexcept nogil
 # An operation on a link that is already known; False when it is no longer active.
 cdef bint ldd_link_resume(ldd_link* link) noexcept nogil
 # Drop all links, take in no new ones, and wait until no operation runs, also on links that were dropped earlier.

@@ -7,9 +7,9 @@ The rule that keeps peers' memory safe: **our asking connection stays open as lo
 may touch peer memory**, whatever else became of the link, and is shut down right after. The peer takes its
 end as the proof that its leases are over.
 """
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
-from libc.string cimport memset, strncpy
+from libc.string cimport memcmp, memset, strncpy
 
 from .block_plan cimport ldd_desc_list_free, ldd_desc_list_init
 from .board cimport ldd_peek_free
@@ -225,6 +225,20 @@ cdef void ldd_link_drop(ldd_link* link) noexcept nogil:
         ldd_link_unref(link)
 
 
+cdef void move_out_locked(ldd_link* link, ldd_link** dropped) noexcept nogil:
+    take_out_locked(link)
+    link.next = dropped[0]
+    dropped[0] = link
+
+
+cdef void unref_all(ldd_link* dropped) noexcept nogil:
+    cdef ldd_link* following
+    while dropped != NULL:
+        following = dropped.next
+        ldd_link_unref(dropped)
+        dropped = following
+
+
 cdef uint32_t ldd_links_drop(ldd_node* node, int origin, int64_t comm_id, bint any_cluster,
                              uint64_t cluster_id) noexcept nogil:
     cdef ldd_link* link
@@ -237,17 +251,29 @@ cdef uint32_t ldd_links_drop(ldd_node* node, int origin, int64_t comm_id, bint a
         following = link.next
         if ((origin < 0 or link.origin == origin) and (comm_id < 0 or link.comm_id == comm_id)
                 and (any_cluster or link.cluster_id == cluster_id)):
-            take_out_locked(link)
-            link.next = dropped
-            dropped = link
+            move_out_locked(link, &dropped)
             count += 1
         link = following
     ldd_unlock(&node.lock)
-    while dropped != NULL:
-        following = dropped.next
-        ldd_link_unref(dropped)
-        dropped = following
+    unref_all(dropped)
     return count
+
+
+cdef void ldd_links_drop_stale(ldd_node* node, uint64_t cluster_id, const uint8_t* instance) noexcept nogil:
+    cdef ldd_link* link
+    cdef ldd_link* following
+    cdef ldd_link* dropped = NULL
+    ldd_lock(&node.lock)
+    link = node.links
+    while link != NULL:
+        following = link.next
+        if link.cluster_id == cluster_id and (
+                link.origin == ORIGIN_PEER or (link.origin == ORIGIN_LOCAL and (
+                    link.state != LINK_ACTIVE or memcmp(link.instance, instance, 16) != 0))):
+            move_out_locked(link, &dropped)
+        link = following
+    ldd_unlock(&node.lock)
+    unref_all(dropped)
 
 
 cdef ldd_status ldd_node_close(ldd_node* node, int64_t deadline_ns) noexcept nogil:

@@ -13,7 +13,7 @@ from .board cimport ldd_lane, ldd_lane_create, ldd_lane_unmap
 from .cache_table cimport ldd_table_add_lane
 from .net cimport net_is_own_user, net_local_ip, net_peer_ip, net_send_files
 from .node cimport (LINK_OPENING, ORIGIN_COMM, ORIGIN_PEER, ldd_link, ldd_link_break, ldd_link_new, ldd_link_publish,
-                    ldd_links_drop, ldd_node)
+                    ldd_links_drop_stale, ldd_node)
 from .region cimport ldd_regions_own_endpoint, ldd_regions_serve
 from .status cimport (LDD_E_LINK_FAILED, LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_E_PROCESSING_LINK, LDD_OK, ldd_detail,
                       ldd_fail)
@@ -132,7 +132,7 @@ cdef ldd_status activate(ldd_service* service, ldd_conn* reverse, const ldd_hell
     link = forward.link
     if link.origin == ORIGIN_PEER:
         # The peer would not ask if it knew of these: they are left over from before it unlinked or restarted.
-        ldd_links_drop(service.node, ORIGIN_PEER, -1, False, link.cluster_id)
+        ldd_links_drop_stale(service.node, link.cluster_id, link.instance)
     link.ask_fd = reverse.fd
     ldd_lock(&link.lock)
     if link.origin == ORIGIN_COMM:
