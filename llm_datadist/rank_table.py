@@ -56,7 +56,7 @@ def parse_rank_table(text: str) -> Dict[int, Member]:
     """
     try:
         table = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LLMParamInvalidError(f"rank_table is no JSON: {error}") from None
     if not isinstance(table, dict):
         raise LLMParamInvalidError("rank_table is not allowed; it must be a JSON object")
