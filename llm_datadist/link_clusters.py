@@ -32,12 +32,18 @@ def _check_common(clusters: Sequence[LLMClusterInfo], timeout: int) -> None:
     check_isinstance("clusters", clusters, [list, tuple], LLMClusterInfo, allow_none=False)
 
 
-def _check_addresses(clusters: Sequence[LLMClusterInfo]) -> None:
+def _check_addresses(clusters: Sequence[LLMClusterInfo], also_local: bool = False) -> None:
     """Refuse what `LLMClusterInfo` lets through, before anything is tried."""
     for cluster in clusters:
-        for ip, _ in cluster.remote_ip_info_list:
-            if not isinstance(ip, int):
-                raise TypeError(f"ip of remote_ip_info_list only support int, but got {type(ip).__name__}")
+        _check_ips("remote_ip_info_list", cluster.remote_ip_info_list)
+        if also_local:
+            _check_ips("local_ip_info_list", cluster.local_ip_info_list)
+
+
+def _check_ips(name: str, infos: Sequence[Tuple[Optional[int], int]]) -> None:
+    for ip, _ in infos:
+        if not isinstance(ip, int):
+            raise TypeError(f"ip of {name} only support int, but got {type(ip).__name__}")
 
 
 def _first_address(cluster: LLMClusterInfo) -> Optional[Tuple[str, int]]:
@@ -71,7 +77,7 @@ class ClusterLinker:
                 raise LLMParamInvalidError("local_ip_info_list is empty; it must hold one address unless "
                                            "option llm.LocalCommRes is set")
             check_uint64("remote_cluster_id", cluster.remote_cluster_id)    # type: ignore[arg-type]
-        _check_addresses(clusters)
+        _check_addresses(clusters, also_local=True)
         return self._for_each(clusters, lambda cluster: self._link_one(cluster, timeout), S.LLM_ALREADY_LINK)
 
     def _link_one(self, cluster: LLMClusterInfo, timeout: int) -> LLMStatusCode:
@@ -154,7 +160,7 @@ class ClusterLinker:
     def link_v1(self, clusters: Sequence[LLMClusterInfo], timeout: int, role: LLMRole) -> Codes:
         """Link a DECODER to PROMPTs, one after the other. What fails leaves no link on this side."""
         _check_common(clusters, timeout)
-        _check_addresses(clusters)
+        _check_addresses(clusters, also_local=True)
         if not clusters or role is not LLMRole.DECODER:
             return S.LLM_PARAM_INVALID, []
         return self._v1(clusters, lambda: self._link_all_v1(clusters, timeout))
