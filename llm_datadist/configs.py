@@ -240,7 +240,10 @@ def _check_mem_utilization(name: str, value: Any) -> Any:
 
 def _check_cluster_info(name: str, value: Any) -> Any:
     """Turn the address texts of ``listen_ip_info`` into integers."""
-    parsed = json.loads(check_isinstance(name, value, str, allow_none=False))
+    try:
+        parsed = json.loads(check_isinstance(name, value, str, allow_none=False))
+    except RecursionError:
+        raise LLMParamInvalidError(f"{name} is no JSON: it nests too deep") from None
     entries = parsed.get("listen_ip_info", []) if isinstance(parsed, dict) else None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise LLMParamInvalidError(

@@ -203,7 +203,9 @@ class TransferWithCacheKeyConfig:
         dst_layer_range: Optional[range] = None, src_batch_index: int = 0,
     ) -> None:
         check_isinstance("cache_key", cache_key, [BlocksCacheKey, CacheKeyByIdAndIndex], allow_none=False)
-        if len(_required("src_layer_range", src_layer_range)) != len(_required("dst_layer_range", dst_layer_range)):
+        src = _required("src_layer_range", src_layer_range)
+        dst = _required("dst_layer_range", dst_layer_range)
+        if src.stop - src.start != dst.stop - dst.start:        # len() overflows where the API takes any range
             raise LLMParamInvalidError(f"src_layer_range={src_layer_range} and dst_layer_range={dst_layer_range} "
                                        "differ in length")
         check_uint32("src_batch_index", src_batch_index)
