@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import reference
 from peer import Peers
 from transfers.caches import GUARD, Named, Spec, bytes_at, drop_all, invoke, make
 from transfers.pair import linked_pair
 from transfers.refusal import INVALID, NOT_EXIST, NOT_LINKED, refused
 
-from llm_datadist import CacheDesc, CacheKeyByIdAndIndex, DataType, LLMStatusCode
+from llm_datadist import BlocksCacheKey, CacheDesc, CacheKey, CacheKeyByIdAndIndex, DataType, LLMStatusCode
 from llm_datadist.status import LLMException
 
 SIZE = 10000
@@ -166,6 +167,40 @@ def map_at(node, addr, letter):
     assert got not in (None, ctypes.c_void_p(-1).value)
     bytes_at(got, SIZE)[:] = letter[0]
     return got
+
+
+def test_a_blocks_key_moves_to_the_newest_registration(pair):
+    """And goes with it: the older cache does not get it back."""
+    key = BlocksCacheKey(pair.there.cluster_id, 6)
+    spec = Spec(1, 4, (64,), is_blocks=True, is_registered=True, keys=(key,))
+    with pair.scene() as scene:
+        _, target = scene.make(pair.here, "dst", Spec(1, 4, (64,), is_blocks=True, seed=9))
+        for seed, name in enumerate(("old", "new")):
+            _, source = scene.make(pair.there, name, spec._replace(seed=seed))
+            pair.here.call(invoke, "pull_blocks", key, Named("dst"), [1], [seed])
+            reference.copy_blocks(target, [seed], source, [1])
+            scene.check()
+        scene.forget("new")
+        refused(NOT_EXIST, pair.here.call, invoke, "pull_blocks", key, Named("dst"), [1], [2])
+        scene.check()
+
+
+def test_a_request_key_stays_with_its_first_registration(pair):
+    """Also when the second cache goes; with the first, the key is gone."""
+    key = CacheKey(pair.there.cluster_id, 8)
+    spec = Spec(1, 2, (64,), is_registered=True, keys=(key,))
+    with pair.scene() as scene:
+        _, source = scene.make(pair.there, "first", spec)
+        scene.make(pair.there, "second", spec._replace(seed=1))
+        _, target = scene.make(pair.here, "dst", Spec(1, 1, (64,), is_blocks=True, seed=9))
+        for _ in range(2):
+            pair.here.call(invoke, "pull_blocks", key, Named("dst"), [], [0])
+            reference.cut_slot(target, [0], source, 0)
+            scene.check()
+            if pair.there.stats()["registered_caches"] == 2:
+                scene.forget("second")
+        scene.forget("first")
+        refused(NOT_EXIST, pair.here.call, invoke, "pull_blocks", key, Named("dst"), [], [0])
 
 
 # --------------------------------------------------------------------------------------------- memory that is not there
