@@ -1,6 +1,7 @@
 """Two linked engines, and caches on both sides that are compared with what they must contain."""
 from __future__ import annotations
 
+import time
 from typing import Any, Dict, List, Tuple
 
 from peer import Peers, Process, engine_options
@@ -32,6 +33,15 @@ class Pair:
     def ends(self, reverse: bool) -> Tuple[Process, Process]:
         """The process that calls, and its peer; a link serves both directions."""
         return (self.there, self.here) if reverse else (self.here, self.there)
+
+    def link_again(self) -> None:
+        """Replace a link that broke, once the owner has let go of what it held for it."""
+        self.peers.unlink(self.here, self.there)
+        deadline = time.monotonic() + 10
+        while self.there.stats()["pins"] and time.monotonic() < deadline:
+            time.sleep(0.002)
+        assert self.there.stats()["pins"] == 0
+        self.peers.link(self.here, self.there)
 
     def scene(self) -> "Scene":
         """Caches for one example."""

@@ -91,15 +91,22 @@ def test_copy_cache_to_another_slot_of_the_same(engine, data):
         bench.check()
 
 
+def copies(num_blocks):
+    """Block copies in which a later one sees what an earlier one wrote: at random, or chains up or down."""
+    blocks = st.integers(0, num_blocks - 1)
+    at_random = st.dictionaries(blocks, st.lists(blocks, max_size=4), max_size=5)
+    up = st.integers(0, num_blocks).map(lambda first: {i: [i + 1] for i in range(first, num_blocks - 1)})
+    down = st.integers(0, num_blocks).map(lambda first: {i: [i - 1] for i in range(num_blocks - 1, first, -1)})
+    return st.one_of(at_random, up, down)
+
+
 @examples
 @given(data=st.data())
 def test_copy_blocks(engine, data):
     stride = data.draw(strides, "block_bytes")
     spec = data.draw(local_specs(engine, stride, num_tensors=data.draw(st.integers(1, 3)), is_blocks=True,
                                  num_slots=data.draw(st.integers(1, 9))), "cache")
-    blocks = st.integers(0, spec.num_slots - 1)
-    # Chains and overwritten sources on purpose: a later copy sees what an earlier one wrote.
-    info = data.draw(st.dictionaries(blocks, st.lists(blocks, max_size=4), max_size=5), "info")
+    info = data.draw(copies(spec.num_slots), "info")
     with Bench(engine) as bench:
         model = bench.make("cache", spec)
         bench.call("copy_blocks", Named("cache"), info)

@@ -6,12 +6,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import reference
 from peer import Peers
 from transfers.caches import GUARD, Named, Spec, bytes_at, drop_all, invoke, make
 from transfers.pair import linked_pair
-from transfers.refusal import NOT_EXIST, NOT_LINKED, refused
+from transfers.refusal import INVALID, NOT_EXIST, NOT_LINKED, refused
 
-from llm_datadist import CacheDesc, CacheKeyByIdAndIndex, DataType, LLMStatusCode
+from llm_datadist import BlocksCacheKey, CacheDesc, CacheKey, CacheKeyByIdAndIndex, DataType, LLMStatusCode
+from llm_datadist.status import LLMException
 
 SIZE = 10000
 
@@ -167,6 +169,40 @@ def map_at(node, addr, letter):
     return got
 
 
+def test_a_blocks_key_moves_to_the_newest_registration(pair):
+    """And goes with it: the older cache does not get it back."""
+    key = BlocksCacheKey(pair.there.cluster_id, 6)
+    spec = Spec(1, 4, (64,), is_blocks=True, is_registered=True, keys=(key,))
+    with pair.scene() as scene:
+        _, target = scene.make(pair.here, "dst", Spec(1, 4, (64,), is_blocks=True, seed=9))
+        for seed, name in enumerate(("old", "new")):
+            _, source = scene.make(pair.there, name, spec._replace(seed=seed))
+            pair.here.call(invoke, "pull_blocks", key, Named("dst"), [1], [seed])
+            reference.copy_blocks(target, [seed], source, [1])
+            scene.check()
+        scene.forget("new")
+        refused(NOT_EXIST, pair.here.call, invoke, "pull_blocks", key, Named("dst"), [1], [2])
+        scene.check()
+
+
+def test_a_request_key_stays_with_its_first_registration(pair):
+    """Also when the second cache goes; with the first, the key is gone."""
+    key = CacheKey(pair.there.cluster_id, 8)
+    spec = Spec(1, 2, (64,), is_registered=True, keys=(key,))
+    with pair.scene() as scene:
+        _, source = scene.make(pair.there, "first", spec)
+        scene.make(pair.there, "second", spec._replace(seed=1))
+        _, target = scene.make(pair.here, "dst", Spec(1, 1, (64,), is_blocks=True, seed=9))
+        for _ in range(2):
+            pair.here.call(invoke, "pull_blocks", key, Named("dst"), [], [0])
+            reference.cut_slot(target, [0], source, 0)
+            scene.check()
+            if pair.there.stats()["registered_caches"] == 2:
+                scene.forget("second")
+        scene.forget("first")
+        refused(NOT_EXIST, pair.here.call, invoke, "pull_blocks", key, Named("dst"), [], [0])
+
+
 # --------------------------------------------------------------------------------------------- memory that is not there
 
 @pytest.mark.parametrize("where", ["page 1", "kernel", "hole"])
@@ -178,12 +214,12 @@ def test_source_that_is_not_there(pair, where):
     else:
         cache_id = pair.there.call(register, "bad", 4096 if where == "page 1" else 2**63 + 4096, SIZE)
         num_bytes = SIZE
-    refused(LLMStatusCode.LLM_FAILED, pull, pair, cache_id, num_bytes)
     made = pair.there.call(make, "good", Spec(1, 1, (SIZE,)))
-    refused(NOT_LINKED, pull, pair, made.cache_id, SIZE, names=pair.there.cluster_id)
-    assert pair.there.stats()["pins"] == 0
-    pair.peers.unlink(pair.here, pair.there)
-    pair.peers.link(pair.here, pair.there)
+    try:
+        refused(LLMStatusCode.LLM_FAILED, pull, pair, cache_id, num_bytes)
+        refused(NOT_LINKED, pull, pair, made.cache_id, SIZE, names=pair.there.cluster_id)
+    finally:
+        pair.link_again()
     assert pull(pair, made.cache_id, SIZE) == Spec(1, 1, (SIZE,)).fill()[0]
 
 
@@ -201,10 +237,11 @@ def test_destination_that_is_not_there(pair):
     """Nothing is mapped at the address: the caller is told, and lives."""
     made = pair.there.call(make, "src", Spec(1, 1, (SIZE,)))
     pair.here.call(register, "nowhere", 4096, SIZE)
-    with pytest.raises(Exception) as caught:
-        pair.here.call(invoke, "pull_cache", CacheKeyByIdAndIndex(pair.there.cluster_id, made.cache_id),
-                       Named("nowhere"))
-    assert caught.value.status_code in (LLMStatusCode.LLM_FAILED, LLMStatusCode.LLM_PARAM_INVALID)
-    pair.peers.unlink(pair.here, pair.there)
-    pair.peers.link(pair.here, pair.there)
+    try:
+        with pytest.raises(LLMException) as caught:
+            pair.here.call(invoke, "pull_cache", CacheKeyByIdAndIndex(pair.there.cluster_id, made.cache_id),
+                           Named("nowhere"))
+        assert caught.value.status_code in (LLMStatusCode.LLM_FAILED, INVALID)
+    finally:
+        pair.link_again()
     assert pull(pair, made.cache_id, SIZE) == Spec(1, 1, (SIZE,)).fill()[0]

@@ -67,10 +67,10 @@ def give_back(node):
         node.kept.pop("large").give_back(node)
 
 
-def arrived(node, dst_blocks, src_blocks, stride, salt):
-    """Whether the blocks of the tensor here are those of the pattern there, in the order of the lists."""
+def arrived(node, dst_blocks, src_blocks, stride, num_bytes, salt):
+    """Whether blocks of the tensor here are those of the pattern of `num_bytes` there, in the order of the lists."""
     tensor = node.kept["large"].tensor.reshape(-1, stride)
-    expected = pattern(tensor.size, salt).reshape(-1, stride)
+    expected = pattern(num_bytes, salt).reshape(-1, stride)
     return all(np.array_equal(tensor[dst], expected[src]) for dst, src in zip(dst_blocks, src_blocks))
 
 
@@ -94,7 +94,7 @@ def move(pair, num_bytes, is_paged, is_registered):
         else:
             src = dst = [0]
             pair.here.call(invoke, "pull_cache", CacheKeyByIdAndIndex(pair.there.cluster_id, cache_id), Named("large"))
-        assert pair.here.call(arrived, dst, src, stride, 1)
+        assert pair.here.call(arrived, dst, src, stride, count * stride, 1)
         assert pair.there.call(is_untouched, 1)
     finally:
         pair.here.call(give_back)
@@ -143,6 +143,22 @@ def test_many_blocks(pair):
             np.frombuffer(to, np.uint8).reshape(count, stride)[shuffled] = np.frombuffer(of, np.uint8).reshape(
                 count, stride)
         scene.check()
+
+
+def test_large_blocks_that_repeat(pair):
+    """Copies that would run side by side, to one and the same block: the last of the list counts."""
+    stride, count = MIB // 2, 24
+    key = BlocksCacheKey(pair.there.cluster_id, 3)
+    src, dst = np.arange(count), np.array([0, 1] * (count // 2))
+    try:
+        pair.there.call(make, count, stride, True, False, key, 1)
+        pair.here.call(make, 3, stride, True, False, None, 10**9)
+        for _ in range(3):
+            pair.here.call(invoke, "pull_blocks", key, Named("large"), src, dst)
+            assert pair.here.call(arrived, [0, 1], [count - 2, count - 1], stride, count * stride, 1)
+    finally:
+        pair.here.call(give_back)
+        pair.there.call(give_back)
 
 
 def test_many_caches(pair):
