@@ -15,6 +15,11 @@ _CODE = {
 }
 
 
+def pytest_addoption(parser):
+    """``--benchmark`` runs ``benchmarks/`` as well, which is skipped otherwise."""
+    parser.addoption("--benchmark", action="store_true", help="run the micro-benchmarks (needs pytest-benchmark)")
+
+
 @pytest.fixture
 def assert_raises():
     """Assert that a call fails with the named kind of error, as the tables of the API name them.

@@ -70,6 +70,7 @@ def write_png(path: str, rows: Sequence[Mapping]) -> None:
         if reference_rate(row):
             axes.plot([reference_rate(row)] * 2, [place - 0.4, place + 0.4], color="#c53030", linewidth=2)
     axes.set_yticks(list(places), [row["label"] for row in rows])
+    axes.margins(y=0.02)
     axes.invert_yaxis()
     axes.set_xlabel("GB/s; the line marks what the machine does itself")
     axes.grid(axis="x", alpha=0.3)

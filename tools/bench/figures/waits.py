@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable
@@ -20,7 +21,8 @@ from ..statistics import median, quantile, slope
 from . import median_value, value
 from .latency import block_case
 
-_LIMITS_MS = (0, 1, 2, 4, 8)
+_LIMITS_US = (1000, 2000, 4000, 8000)
+_SPIN_STEP_US, _MOST_SPIN_US, _NUM_SPINS = 5, 400, 9
 _PULL_MS = 30
 _NUM_WAITS = 75
 _LEAST_PULLS = 20
@@ -35,30 +37,51 @@ def late_and_busy(peers: list[Channel], seconds: float, on_progress: Callable[[f
 def _core_waits(on_progress: Callable[[float], None]) -> list[dict]:
     """The wait of a provider that only answers "not yet": ``strnlen(client, 0)`` does, in the place of its query.
 
-    It spins for a while and then naps between looks, so its processor time grows with the limit, and what it takes
-    whatever the limit, less that of a wait with no time at all, is the spinning.
+    It spins for a while and then naps between looks.
     """
     library = ctypes.CDLL(None)
     probe = TableProbe(caps=0, query=ctypes.cast(library.strnlen, ctypes.c_void_p).value)
     client = ctypes.create_string_buffer(1)
+
+    def wait(limit_us: int) -> None:
+        with contextlib.suppress(LLMTimeoutError):
+            probe.wait(ctypes.addressof(client), 0, limit_us * 1000)
+
     late_us: list[float] = []
-    busy_us: dict[int, list[float]] = {limit_ms: [] for limit_ms in _LIMITS_MS}
+    asleep_us: list[float] = []
+    busy_us: dict[int, list[float]] = {limit_us: [] for limit_us in _LIMITS_US}
     for number in range(_NUM_WAITS):
-        for limit_ms in _LIMITS_MS:
+        for limit_us in _LIMITS_US:
             before, busy = clock(), time.thread_time_ns()
-            with contextlib.suppress(LLMTimeoutError):
-                probe.wait(ctypes.addressof(client), 0, limit_ms * 1_000_000)
-            busy_us[limit_ms].append((time.thread_time_ns() - busy) / 1e3)
-            if limit_ms:
-                late_us.append((clock() - before) / 1e3 - limit_ms * 1e3)
+            wait(limit_us)
+            busy_us[limit_us].append((time.thread_time_ns() - busy) / 1e3)
+            late_us.append((clock() - before) / 1e3 - limit_us)
+            before = clock()
+            time.sleep(limit_us / 1e6)
+            asleep_us.append((clock() - before) / 1e3 - limit_us)
         on_progress(0.5 * number / _NUM_WAITS)
-    nothing_us = median(busy_us.pop(0))
-    spin_us, per_ms = slope([(limit_ms, median(busy) - nothing_us) for limit_ms, busy in busy_us.items()])
+    _, per_us = slope([(limit_us, median(busy)) for limit_us, busy in busy_us.items()])
     return [
         value("core_late_p99_us", quantile(late_us, 0.99), "us", late_us, "a wait that polls, after its limit"),
-        value("core_spin_us", max(0.0, spin_us), "us", (), "processor time that does not depend on the limit"),
-        value("core_poll_percent", per_ms / 10, "%", (), "of a processor, from then on"),
+        value("sleep_late_p99_us", quantile(asleep_us, 0.99), "us", asleep_us,
+              "a plain sleep of the same length, in turn: what the machine adds"),
+        value("core_spin_us", _longest_spin(wait), "us", (), "the longest such wait that never sleeps"),
+        value("core_poll_percent", 100 * per_us, "%", (), "of a processor, while it naps and looks"),
     ]
+
+
+def _longest_spin(wait: Callable[[int], None]) -> float:
+    """Return the longest limit, in microseconds, that usually passes without this thread giving up its processor."""
+    longest = 0
+    for limit_us in range(_SPIN_STEP_US, _MOST_SPIN_US + 1, _SPIN_STEP_US):
+        slept = []
+        for _ in range(_NUM_SPINS):
+            before = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+            wait(limit_us)
+            slept.append(resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw - before)
+        if median(slept) == 0:
+            longest = limit_us
+    return float(longest)
 
 
 def _pulls(peer: Channel, seconds: float, on_progress: Callable[[float], None]) -> list[dict]:
