@@ -383,7 +383,7 @@ cdef inline void _append_runs(ldd_desc_list* out, uint64_t remote, uint64_t loca
     cdef HixlOneSideOpDesc* desc = out.items + out.count
     cdef HixlOneSideOpDesc* previous
     # Runs of one tensor are never adjacent, so only the first can continue what is there.
-    if out.count:
+    if out.count and not out.by_tensor:
         previous = desc - 1
         if (<uint64_t>previous.remote_buf + previous.len == remote + (run.dst if put else run.src)
                 and <uint64_t>previous.local_buf + previous.len == local + (run.src if put else run.dst)):

@@ -241,6 +241,7 @@ cdef class RemotePut:
                 status = self._begin(&detail)
                 if status == LDD_OK:
                     ldd_desc_list_clear(&self._link.descs)
+                    self._link.descs.by_tensor = True           # what addresses name need not be one region
                     status = ldd_plan_contiguous(
                         &self._link.descs, self._addrs + remote_first, self._batch_offset,
                         self._local.addrs + local_first, local_slot * self._local.stride, count, self._local.stride,
@@ -269,6 +270,7 @@ cdef class RemotePut:
                 status = self._begin(&detail)
                 if status == LDD_OK:
                     ldd_desc_list_clear(&self._link.descs)
+                    self._link.descs.by_tensor = True           # what addresses name need not be one region
                     status = ldd_plan_slot_to_blocks(
                         &self._link.descs, self._local.addrs + local_first, local_slot * self._local.stride,
                         self._local.stride, self._addrs + remote_first, dst_blocks.data,
@@ -294,6 +296,7 @@ cdef class RemotePut:
                 status = self._begin(&detail)
                 if status == LDD_OK:
                     ldd_desc_list_clear(&self._link.descs)
+                    self._link.descs.by_tensor = True           # what addresses name need not be one region
                     status = ldd_plan_blocks(
                         &self._link.descs, self._addrs + remote_first, dst_blocks.data,
                         self._num_blocks(self._local.stride), self._local.addrs + local_first, src_blocks.data,

@@ -19,7 +19,7 @@ from .status cimport (LDD_E_INTERRUPTED, LDD_E_NOT_ENABLED, LDD_E_NOT_LINKED,
                       LDD_E_PARAM, LDD_E_TIMEOUT, LDD_OK, ldd_fail)
 from .sync cimport ldd_now_ns, ldd_unlock
 from .wait cimport ldd_hixl_result, ldd_lock_interruptible, ldd_wait_interruptible
-from .wire cimport LDD_DESC_BLOCKS, LDD_DESC_HOST, LDD_MODE_REMOTE_ACCESSIBLE
+from .wire cimport LDD_DESC_BLOCKS, LDD_DESC_HOST, LDD_DESC_OWNED, LDD_MODE_REMOTE_ACCESSIBLE
 
 cdef extern from * nogil:
     int __ATOMIC_RELAXED
@@ -166,6 +166,8 @@ cdef ldd_status plan(const ldd_transfer* what, ldd_link* link, const ldd_cache_v
     cdef uint64_t nbytes = 0
     cdef ldd_status status
     ldd_desc_list_clear(&link.descs)
+    # A pool is one region, whereas every tensor of a registered cache is one, also where they follow each other.
+    link.descs.by_tensor = not (local.owned and remote.desc.flags & LDD_DESC_OWNED)
     if what.shape == SHAPE_SLOT:
         status = slot_bytes(what, local, remote, &nbytes, detail)
         if status < 0:
