@@ -31,6 +31,7 @@ from llm_datadist import (
     Cache,
     CacheKey,
     CacheKeyByIdAndIndex,
+    CacheManager,
     LLMException,
     LLMStatusCode,
     TransferConfig,
@@ -331,3 +332,11 @@ def test_a_transfer_by_address_also_in_remote_accessible_mode(benches):
 def test_transfer_without_configs_has_nothing_to_do(bench):
     task = bench.m.transfer_cache_async(bench.slots, Synchronizer(), [])
     assert task.synchronize() is LLMStatusCode.LLM_SUCCESS and task.get_results() == []
+
+
+def test_visible_helpers(bench, assert_raises):
+    assert bench.dist.cache_manager is bench.m and isinstance(bench.m, CacheManager)
+    CacheManager.check_cache_key(KEY)
+    CacheManager.check_cache_key(PREFIX)
+    for key in (CacheKey(1, NO_ID), CacheKey(1, 2, 0, 3)):
+        assert_raises("PI", CacheManager.check_cache_key, key)

@@ -35,7 +35,6 @@ from llm_datadist import (
     CacheDesc,
     CacheKey,
     CacheKeyByIdAndIndex,
-    CacheManager,
     MemInfo,
     Memtype,
     Placement,
@@ -84,6 +83,7 @@ def bench(benches):
     (lambda b: b.m.allocate_blocks_cache(desc(), CacheKey(1, 1)), "TE"),
     (lambda b: b.m.allocate_blocks_cache(desc(), [BlocksCacheKey(1)]), "TE"),
     (lambda b: b.m.allocate_blocks_cache(desc(num_tensors=0)), "PI"),
+    (lambda b: b.m.allocate_blocks_cache(desc(shape=[1] * 32)), "PI"),
     (lambda b: b.m.allocate_blocks_cache(desc()), "PI", "bare"),
     (lambda b: b.m.allocate_blocks_cache(desc(placement=HOST)), "PI", "device only"),
     (lambda b: b.m.allocate_blocks_cache(desc(), BlocksCacheKey(1, None)), "PI"),
@@ -322,6 +322,7 @@ def test_remote_accessible_follows_placement_and_link(benches, monkeypatch, asse
             return getattr(engine_of, name)
 
         def register(self, *arguments):
+            assert arguments[3] is (placement is HOST)
             told.append(arguments[-1])
             return engine_of.register(*arguments)
 
@@ -539,14 +540,6 @@ def test_remap_needs_a_link(bench, assert_raises):
 
 
 # --------------------------------------------------------------------------------------------------------- life cycle
-
-def test_visible_helpers(bench, assert_raises):
-    assert bench.dist.cache_manager is bench.m and isinstance(bench.m, CacheManager)
-    CacheManager.check_cache_key(KEY)
-    CacheManager.check_cache_key(PREFIX)
-    for key in (CacheKey(1, NO_ID), CacheKey(1, 2, 0, 3)):
-        assert_raises("PI", CacheManager.check_cache_key, key)
-
 
 ALL_CALLS = [
     lambda m, c: m.allocate_cache(desc()), lambda m, c: m.allocate_blocks_cache(desc()),
