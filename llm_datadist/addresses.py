@@ -87,7 +87,16 @@ def _dlpack_memory_of(name: str, element: Any) -> Tuple[int, int, Any]:
         raise _not_an_address(name, element)
     import numpy as np
 
-    return _memory_of(name, np.from_dlpack(element))
+    if not hasattr(np, "from_dlpack"):
+        raise TypeError(f"{name} offers its memory through __dlpack__ alone, which needs NumPy 1.23; "
+                        f"this is {np.__version__}")
+    array = np.from_dlpack(element)
+    # Only since 2.1 does NumPy ask the object; before, it calls all such memory read only.
+    if not array.flags.writeable and np.lib.NumpyVersion(np.__version__) >= "2.1.0":
+        raise LLMParamInvalidError(f"{name} is read only; peers must be able to write to a cache")
+    if not array.flags.c_contiguous:
+        raise LLMParamInvalidError(f"{name} is not contiguous")
+    return array.ctypes.data, array.nbytes, array
 
 
 def _not_an_address(name: str, element: Any) -> TypeError:
