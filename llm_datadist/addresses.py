@@ -113,6 +113,9 @@ def _dlpack_memory_of(name: str, element: Any) -> Tuple[int, int, Any]:
         raise _not_an_address(name, element)
     import numpy as np
 
+    if not hasattr(np, "from_dlpack"):
+        raise TypeError(f"{name} offers its memory through __dlpack__ alone, which needs NumPy 1.23; "
+                        f"this is {np.__version__}")
     source: Any = _DLPackSource(element)
     try:
         array = np.from_dlpack(source)

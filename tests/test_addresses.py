@@ -126,9 +126,17 @@ READ_ONLY.flags.writeable = False
     (bytearray(BYTES + 1), "25 bytes"),
     (bytearray(), "0 bytes"), (np.zeros((0, 3)), "0 bytes"), (np.array(["ab"]), "8 bytes"),
     (np.zeros((3, 2), np.int64)[:, 0], "contiguous"), (np.zeros((2, 3), np.int32).T, "contiguous"),
-    (Tensor(np.zeros(3), contiguous=False), "contiguous"), (memoryview(bytearray(2 * BYTES))[::2], "contiguous"),
+    (Tensor(np.zeros(3), contiguous=False), "contiguous"),
+    (OnlyDlpack(np.zeros((3, 2), np.int64)[:, 0]), "contiguous"), (OnlyDlpack(np.zeros(4, np.int64)), "32 bytes"),
+    (memoryview(bytearray(2 * BYTES))[::2], "contiguous"),
     (READ_ONLY, "read only"), (bytes(BYTES), "read only"), (memoryview(bytes(BYTES)), "read only"),
 ], ids=lambda value: value if isinstance(value, str) else type(value).__name__)
 def test_memory_that_does_not_fit(assert_raises, element, word):
     error = assert_raises("PI", resolve_addresses, "addrs", [element], BYTES)
     assert "addrs[0]" in str(error) and word in str(error)
+
+
+def test_dlpack_needs_a_numpy_that_knows_it(assert_raises, monkeypatch):
+    monkeypatch.delattr(np, "from_dlpack")
+    error = assert_raises("TE", resolve_addresses, "addrs", [OnlyDlpack(np.zeros(3))], BYTES)
+    assert "addrs[0]" in str(error) and "NumPy" in str(error)

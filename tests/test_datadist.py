@@ -398,8 +398,9 @@ def test_link_refuses(start, assert_raises, comm_name, members, text, kind):
 def test_link_returns_ids_that_count_up_and_are_no_status_codes(start, assert_raises):
     dist = start()
     ids = [dist.link("n" * 127, {1: 0, 2: 1}, table(2)), dist.link("other", {0: 0, 1: 3, 2: 5}, table(6))]
-    assert 1 <= ids[0] < ids[1] and not set(ids) & {int(code) for code in LLMStatusCode}
-    assert [dist.query_register_mem_status(comm_id) for comm_id in ids] == [RegisterMemStatus.PREPARING] * 2
+    ids.append(dist.link("four", {1: 0, 2: 1, 3: 2, 4: 3}, table(4)))
+    assert 1 <= ids[0] < ids[1] < ids[2] and not set(ids) & {int(code) for code in LLMStatusCode}
+    assert [dist.query_register_mem_status(comm_id) for comm_id in ids] == [RegisterMemStatus.PREPARING] * 3
     assert_raises("NOT_YET_LINK", dist.cache_manager.pull_cache, CacheKey(2, 1), _slots(dist))
     for comm_id in ids:
         dist.unlink(comm_id)
@@ -504,6 +505,17 @@ def test_switch_role_v2_opens_moves_and_closes_the_listener(start, port):
     assert (dist.stats()["caches"], dist.stats()["keys"]) == (1, 1)
     dist.cache_manager.deallocate_cache(cache)
     dist.cache_manager.remove_cache_key(CacheKey(1, 1))
+
+
+def test_switches_of_the_second_generation_take_turns(start):
+    dist = start()
+    with dist._linker.exclusive():
+        thread = threading.Thread(target=dist.switch_role, args=(LLMRole.PROMPT, {LISTEN: "127.0.0.1:0"}))
+        thread.start()
+        thread.join(0.05)
+        assert thread.is_alive() and dist.listen_address is None
+    thread.join()
+    assert dist.listen_address is not None
 
 
 @pytest.mark.parametrize("generation", [1, 2])

@@ -17,7 +17,7 @@ llm_datadist.status llm_datadist.configs llm_datadist.data_type llm_datadist.des
 llm_datadist.caches llm_datadist.transfer_config llm_datadist.tensor llm_datadist.tensor_view llm_datadist.option_values
 llm_datadist.options llm_datadist.utils.utils llm_datadist.utils.log llm_datadist.v2.llm_utils llm_datadist.v2.config
 llm_datadist.datadist llm_datadist.cache_manager llm_datadist.kv_cache_manager llm_datadist.task
-llm_datadist.rank_table llm_datadist.addresses
+llm_datadist.rank_table llm_datadist.addresses llm_datadist.cache_memory
 """.split()
 
 
@@ -100,7 +100,8 @@ def test_the_walk_reaches_every_public_class():
     assert [name for name in [*llm_datadist.__all__, "CacheManager"]
             if not any(getattr(llm_datadist, name) is member for member in walked)] == []
     assert {"llm_datadist.configs.LlmConfig.device_id", "llm_datadist.caches.Cache.create_cpu_cache",
-            "llm_datadist.cache_manager.CacheManager.pull_blocks", "llm_datadist.status.raise_if_false"} <= set(NAMES)
+            "llm_datadist.cache_manager.CacheManager.pull_blocks",
+            "llm_datadist.cache_memory.CacheMemory.register_cache", "llm_datadist.status.raise_if_false"} <= set(NAMES)
 
 
 def undocumented(value):

@@ -196,6 +196,8 @@ def test_v1_takes_16_clusters(engines, nowhere, engine, operation):
     clusters = [cluster(100 + index, [nowhere]) for index in range(17)]
     overall, codes = call(engines(engine), operation, clusters, 100)
     assert overall is S.LLM_CLUSTER_NUM_EXCEED_LIMIT and len(codes) in (0, 17)
+    overall, codes = call(engines(engine), operation, clusters[:16], 1000)
+    assert overall is not S.LLM_CLUSTER_NUM_EXCEED_LIMIT and len(codes) == 16
 
 
 @pytest.mark.parametrize("remote, local", [(0, 1), (1, 0), (2, 2), (2, 1), (0, 0)])

@@ -65,7 +65,7 @@ def test_a_blocks_key_is_checked_when_it_is_used(assert_raises, value):
 
 def test_check_desc(assert_raises):
     assert check_desc(CacheDesc(1, [2, 3], DataType.DT_INT64)) == 48
-    assert check_desc(desc(shape=[1] * 31)) == 1
+    assert check_desc(desc(shape=[1] * 31)) == 1 and check_desc(desc(shape=[7])) == 7
     for bad in (desc(num_tensors=0), desc(shape=[1] * 32), desc(shape=[1, 0])):
         assert_raises("PI", check_desc, bad)
 
@@ -98,7 +98,8 @@ def test_block_pairs_keep_the_order():
     assert block_pairs("info", {}, 0) == ([], [])
 
 
-@pytest.mark.parametrize("info, block", [({3: [0]}, 3), ({3: []}, 3), ({0: [1, -1]}, -1), ({-1: [0]}, -1),
+@pytest.mark.parametrize("info, block", [({3: [0]}, 3), ({3: []}, 3), ({0: [1, -1]}, -1), ({0: [0, -1]}, -1),
+                                         ({-1: [0]}, -1),
                                          ({0: [2**64]}, 2**64)])
 def test_block_pairs_name_what_is_outside(assert_raises, info, block):
     error = assert_raises("PI", block_pairs, "info", info, 3)

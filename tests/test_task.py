@@ -20,7 +20,14 @@ from llm_datadist import (
     TransferConfig,
     TransferWithCacheKeyConfig,
 )
-from llm_datadist.task import MAX_WORKERS, CacheTask, TransferAsyncThread, TransferCacheJob, TransferCacheParameters
+from llm_datadist.task import (
+    MAX_WORKERS,
+    CacheTask,
+    TransferAsyncThread,
+    TransferCacheJob,
+    TransferCacheParameters,
+    _Workers,
+)
 
 S = LLMStatusCode
 HERE, THERE, NOWHERE = 1, 2, 77
@@ -229,6 +236,39 @@ def test_workers_are_kept_and_few(pair):
     assert len(workers()) <= MAX_WORKERS and len(workers() - before) <= 1
 
 
+class Job:
+    """What the workers need of a job."""
+
+    def __init__(self, gate=None):
+        self.gate = gate
+        self.ended = threading.Event()
+
+    def run(self):
+        if self.gate is not None:
+            self.gate.wait(30)
+        self.ended.set()
+
+
+def test_a_worker_is_started_only_where_none_is_idle():
+    workers = _Workers()
+    for _ in range(5):
+        job = Job()
+        workers.submit(job)
+        assert job.ended.wait(30)
+        while workers._num_free < 1:                        # it counts itself just after the job
+            threading.Event().wait(0.001)
+        assert (workers._num_threads, workers._num_free) == (1, 1)
+    gate = threading.Event()
+    try:
+        jobs = [Job(gate) for _ in range(3)]
+        for job in jobs:
+            workers.submit(job)
+        assert workers._num_threads == 3
+    finally:
+        gate.set()
+    assert all(job.ended.wait(30) for job in jobs)
+
+
 # ------------------------------------------------------------------------------------------- what a call captures
 
 def test_configs_and_lists_may_be_changed_once_the_call_returned(pair):
@@ -343,7 +383,8 @@ def test_bytes_that_may_be_written(lists, is_blocks, expected):
 
 
 @pytest.mark.parametrize("lists, is_blocks", [
-    (([0], [0]), False), ((None, [0], 4), True), (([0], [0], 8), True), ((None, [0], SLOTS * SLOT_BYTES + 1), False),
+    (([0], [0]), False), ((None, [0]), False), ((None, [0], 4), True), (([0], [0], 8), True),
+    ((None, [0], SLOTS * SLOT_BYTES + 1), False),
     ((None, [2**62], 4), False), (([0], [2**62]), True),
 ])
 def test_shapes_that_do_not_exist(assert_raises, lists, is_blocks):
