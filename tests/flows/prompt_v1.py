@@ -41,7 +41,8 @@ datadist = LLMDataDist(LLMRole.PROMPT, 1)
 datadist.init(config.generate_options())
 manager = datadist.kv_cache_manager
 
-offered = manager.allocate_cache(CacheDesc(2 * LAYERS, [2, 256], DataType.DT_FLOAT), [CacheKey(1, 5, 0), CacheKey(1, 6, 0)])
+offered = manager.allocate_cache(CacheDesc(2 * LAYERS, [2, 256], DataType.DT_FLOAT),
+                                 [CacheKey(1, 5, 0), CacheKey(1, 6, 0)])
 for number, tensor in enumerate(offered.tensors()):
     tensor[0], tensor[1] = number, 50 + number
 manager.deallocate_cache(offered)                   # the keys keep it
@@ -50,7 +51,7 @@ print(datadist.listen_address[1], flush=True)
 addresses = json.loads(input())
 source = manager.allocate_cache(CacheDesc(2 * LAYERS, [1, 256], DataType.DT_FLOAT))
 task = manager.transfer_cache_async(source, Ready(source.tensors()),
-                                    [TransferConfig(2, addresses, range(0, LAYERS), 0)])
+                                    [TransferConfig(2, addresses, range(LAYERS), 0)])
 assert task.synchronize() == LLMStatusCode.LLM_SUCCESS
 assert task.get_results() == [LLMStatusCode.LLM_SUCCESS]
 assert all((tensor == np.float32(100 + number)).all() for number, tensor in enumerate(source.tensors()))
