@@ -33,8 +33,8 @@ def line(process):
     return text
 
 
-def go_on(process):
-    process.stdin.write("\n")
+def go_on(process, text=""):
+    process.stdin.write(text + "\n")
     process.stdin.flush()
 
 
@@ -56,3 +56,34 @@ def test_three_members_by_rank_table(run):
         for member in members:
             go_on(member)
     assert [member.wait(30) for member in members] == [0, 0, 0]
+
+
+def test_prompt_and_decoder_of_the_first_generation(run):
+    prompt = run("prompt_v1.py")
+    decoder = run("decoder_v1.py", line(prompt))
+    go_on(prompt, line(decoder))                        # where to write
+    assert line(prompt) == "written"
+    go_on(decoder)
+    assert line(decoder) == "same"
+    assert decoder.wait(30) == 0
+    go_on(prompt)
+    assert line(prompt) == "0"
+    assert prompt.wait(30) == 0
+
+
+def test_roles_and_the_port_move(run):
+    """Twice there and back: whoever stops listening frees the port for the other one."""
+    prompt = run("switch.py", "prompt", "0")
+    port = line(prompt)
+    decoder = run("switch.py", "decoder", port)
+    for _ in range(4):
+        assert line(decoder) == "pulled"
+        go_on(prompt)
+        assert line(prompt) == "closed"
+        go_on(decoder)
+        assert line(decoder) == "listens"
+        go_on(prompt)
+        prompt, decoder = decoder, prompt
+    for process in (prompt, decoder):
+        assert line(process) == "same"
+        assert process.wait(30) == 0

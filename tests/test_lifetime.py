@@ -457,6 +457,9 @@ def test_the_owner_stands_still(peers):
 
 # ------------------------------------------------------------------------------------------------------- interrupts
 
+FOR_EVER_MS = 3600 * 1000                               # a call that Ctrl-C does not end fails its test by hanging
+
+
 def interrupt(node, is_blocked, function, *args):
     """Call, and press Ctrl-C once the call is blocked; which exception it raised."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -489,7 +492,7 @@ def keep_fds(node):
 
 
 def test_ctrl_c_during_a_pull(peers):
-    owner, reader = peers.start(5), peers.start(6, engine_options(timeout_ms=20000), env=TCP_ONLY)
+    owner, reader = peers.start(5), peers.start(6, engine_options(timeout_ms=FOR_EVER_MS), env=TCP_ONLY)
     owner.call(offer)
     reader.call(link, (5, owner.address))
     with stopped(owner):
@@ -508,20 +511,24 @@ def test_ctrl_c_while_linking(pair):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         reader.call(keep_fds)
         # The pool of the helper thread and its event need no descriptor: the one more is the connection.
-        assert reader.call(interrupt, is_connecting, link, (9, silent.getsockname())) is KeyboardInterrupt
+        assert reader.call(interrupt, is_connecting, link_for_ever, (9, silent.getsockname())) is KeyboardInterrupt
     assert reader.call(links) == [(1, "local", "active")]
     reader.call(keep_fds)
 
 
-def unlink_slowly(node, target):
-    unlink(node, target, timeout_ms=20000)
+def link_for_ever(node, target):
+    link(node, target, timeout_ms=FOR_EVER_MS)
+
+
+def unlink_for_ever(node, target):
+    unlink(node, target, timeout_ms=FOR_EVER_MS)
 
 
 def test_ctrl_c_while_unlinking(peers):
     owner, reader = peers.start(5), peers.start(6)
     reader.call(link, (5, owner.address))
     with stopped(owner):
-        assert reader.call(interrupt, has_operation, unlink_slowly, (5, owner.address)) is KeyboardInterrupt
+        assert reader.call(interrupt, has_operation, unlink_for_ever, (5, owner.address)) is KeyboardInterrupt
     assert reader.call(unlink, (5,), force=True)[0] is S.LLM_SUCCESS
     assert reader.call(link, (5, owner.address))[0] is S.LLM_SUCCESS
 
