@@ -72,7 +72,8 @@ def _thread_states(pid: int) -> List[str]:
 
 # ------------------------------------------------------------------------------------------------------- clusters
 
-def cluster(cluster_id: Optional[int], *remote: Address, local: Sequence[Address] = (("127.0.0.1", 0),)) -> LLMClusterInfo:
+def cluster(cluster_id: Optional[int], *remote: Address,
+            local: Sequence[Address] = (("127.0.0.1", 0),)) -> LLMClusterInfo:
     """Description of a peer."""
     info = LLMClusterInfo()
     if cluster_id is not None:

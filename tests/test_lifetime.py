@@ -290,7 +290,7 @@ def begin_transfer(node, cluster_id, addrs):
     """Start a transfer that stays in the middle: it has a lease on its destination, and its source pinned."""
     source = node.cache_manager.allocate_cache(TWO_LAYERS)
     waits = Waits()
-    task = node.cache_manager.transfer_cache_async(source, waits, [TransferConfig(cluster_id, addrs, range(0, 2), 0)])
+    task = node.cache_manager.transfer_cache_async(source, waits, [TransferConfig(cluster_id, addrs, range(2), 0)])
     waits.asked.wait(10)
     node.kept["transfer"] = task, waits, source
 

@@ -18,7 +18,8 @@ OK = (S.LLM_SUCCESS, [S.LLM_SUCCESS])
 MAGIC, VERSION = 0x3144444C, 1
 HELLO, WELCOME, RESOLVE, DESCRIPTOR, RELEASE, ACK, RANGES, LEASE, UNLINK, PING = range(1, 11)
 HEADER = struct.Struct("<IHHII")                        # magic, version, type, payload length, request id
-HELLO_PAYLOAD = struct.Struct("<HHIQQ16s16s32sII64s160s")   # direction, 0, mode, cluster, expected, instance, token, ...
+# direction, 0, mode, cluster, expected, instance, token, communicator, data port, check, data address, endpoint
+HELLO_PAYLOAD = struct.Struct("<HHIQQ16s16s32sII64s160s")
 HELLO_FRAME_BYTES = HEADER.size + HELLO_PAYLOAD.size
 WELCOME_FRAME_BYTES = HEADER.size + 416
 WELCOME_HEAD = struct.Struct("<iIQ16s")                 # status, mode, cluster, instance

@@ -7,7 +7,20 @@ import json
 import socket
 
 import pytest
-from link_steps import ask, drop_links, fetch, fetch_code, leave, link, links, met, offer, rank_table, server, wait_links
+from link_steps import (
+    ask,
+    drop_links,
+    fetch,
+    fetch_code,
+    leave,
+    link,
+    links,
+    met,
+    offer,
+    rank_table,
+    server,
+    wait_links,
+)
 from networks import Network, NoNamespacesError
 from peer import engine_options
 

@@ -16,7 +16,6 @@ from link_steps import (
     NUM_BLOCKS,
     NUM_TENSORS,
     ask,
-    byte_of,
     fetch,
     fetch_code,
     leave,
