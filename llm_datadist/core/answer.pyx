@@ -20,6 +20,10 @@ from .status cimport LDD_E_NO_MEMORY, LDD_E_NOT_LINKED, LDD_E_PARAM, LDD_OK, ldd
 from .wire cimport *
 
 
+cdef enum:
+    MAX_LEASES = 16384          # of one link; its peer needs one for the call that runs, and one for each async task
+
+
 cdef void end_lease(ldd_service* service, ldd_lease* lease) noexcept nogil:
     cdef uint32_t i
     if lease.num_pins:
@@ -61,6 +65,8 @@ cdef ldd_lease* new_lease(ldd_link* link) noexcept nogil:
         if link.leases[i].id == 0:
             slot = i
             break
+    if slot == MAX_LEASES:
+        return NULL
     if slot == link.lease_capacity:
         grown = <ldd_lease*>realloc(link.leases, (link.lease_capacity * 2 + 4) * sizeof(ldd_lease))
         if grown == NULL:
@@ -108,7 +114,8 @@ cdef ldd_status on_resolve(ldd_service* service, ldd_conn* conn, uint32_t reques
             else:
                 lease = new_lease(conn.link)
                 if lease == NULL:
-                    status = ldd_fail(&detail, LDD_E_NO_MEMORY, b"no memory for a lease")
+                    status = ldd_fail(&detail, LDD_E_NO_MEMORY, b"no room for another lease, %u are out",
+                                      conn.link.num_leases)
             if status < 0:
                 ldd_table_unpin(node.table, view.slot, view.generation)
     answer.status = status
@@ -180,7 +187,8 @@ cdef ldd_status on_ranges(ldd_service* service, ldd_conn* conn, uint32_t request
         lease = new_lease(conn.link)
         more = <ldd_pin*>malloc(sizeof(ldd_pin) * num_ranges)
         if lease == NULL or more == NULL:
-            status = ldd_fail(&detail, LDD_E_NO_MEMORY, b"no memory for a lease on %u ranges", num_ranges)
+            status = ldd_fail(&detail, LDD_E_NO_MEMORY, b"no room for a lease on %u ranges, %u leases are out",
+                              num_ranges, conn.link.num_leases)
             free(more)
         else:
             lease.more = more

@@ -58,7 +58,9 @@ ctypedef struct ldd_service:
     bint running
     int epoll_fd
     int wake_fd
-    ldd_conn* conns
+    ldd_conn* conns                             # changed under `conns_lock`, by this thread alone
+    ldd_mutex conns_lock
+    ldd_service* next_watched                   # see fork.pyx
     uint32_t num_handshakes                     # connections with a deadline
     ldd_mutex lock                              # guards what follows, up to the counters
     bint stopping

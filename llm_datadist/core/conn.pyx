@@ -8,7 +8,7 @@ from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy, memmove
 
 from .status cimport LDD_E_NO_MEMORY, LDD_OK
-from .sync cimport ldd_now_ns
+from .sync cimport ldd_lock, ldd_now_ns, ldd_unlock
 from .wire cimport LDD_WIRE_MAGIC, LDD_WIRE_VERSION, ldd_frame_header
 
 cdef extern from * nogil:
@@ -59,11 +59,13 @@ cdef ldd_conn* ldd_conn_add(ldd_service* service, int fd, ldd_conn_kind kind) no
         return NULL
     conn.fd = fd
     conn.kind = kind
+    ldd_lock(&service.conns_lock)
     conn.next = service.conns
     conn.at = &service.conns
     if conn.next != NULL:
         conn.next.at = &conn.next
     service.conns = conn
+    ldd_unlock(&service.conns_lock)
     if kind == CONN_HANDSHAKE:
         service.num_handshakes += 1
         conn.deadline_ns = ldd_now_ns() + <int64_t>HANDSHAKE_TIMEOUT_MS * 1000000
@@ -76,11 +78,13 @@ cdef void ldd_conn_forget(ldd_service* service, ldd_conn* conn, bint close_fd) n
     ldd_epoll(service.epoll_fd, EPOLL_CTL_DEL, conn.fd, 0, NULL)
     if conn.deadline_ns:
         service.num_handshakes -= 1
+    ldd_lock(&service.conns_lock)
     conn.at[0] = conn.next
     if conn.next != NULL:
         conn.next.at = conn.at
     if close_fd:
-        close(conn.fd)
+        close(conn.fd)                              # a child has closed its copy, or has none
+    ldd_unlock(&service.conns_lock)
     free(conn.inbox.data)
     free(conn.outbox.data)
     free(conn)

@@ -17,8 +17,10 @@ from .cache_table cimport ldd_cache_view, ldd_table_pin_local, ldd_table_unpin
 from .cann cimport aclrtContext
 from .engine cimport Engine
 from .index_list cimport IndexList
-from .node cimport (ldd_link, ldd_link_begin, ldd_link_end, ldd_link_ref, ldd_link_resume, ldd_link_unref)
-from .status cimport LDD_E_NOT_LINKED, LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_OK, ldd_detail, ldd_fail, ldd_status
+from .node cimport (ldd_link, ldd_link_begin, ldd_link_break, ldd_link_end, ldd_link_ref, ldd_link_resume,
+                   ldd_link_unref)
+from .status cimport (LDD_E_INTERRUPTED, LDD_E_NOT_LINKED, LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_E_TIMEOUT, LDD_OK,
+                     ldd_detail, ldd_fail, ldd_status)
 from .sync cimport ldd_now_ns, ldd_unlock
 from .transfer cimport ldd_context_enter, ldd_context_leave, ldd_link_lock, ldd_move
 from .wire cimport LDD_DESC_BLOCKS, LDD_MODE_REMOTE_ACCESSIBLE, LDD_WIRE_MAX_RANGES, ldd_range
@@ -313,12 +315,20 @@ cdef class RemotePut:
         if not self._pinned or self._engine.table == NULL or getpid() != self._engine._pid:
             return
         with nogil:
-            if self._lease and self._begin(&detail) == LDD_OK:
-                status = ldd_ask_release(self._link, self._lease, False, 0, 0,
-                                         ldd_now_ns() + self._engine.node.sync_timeout_ns, &detail)
-                self._end()
+            while self._lease:
+                status = self._begin(&detail)
+                if status == LDD_E_TIMEOUT:
+                    continue                        # others keep the link busy; while it lives the lease must be ended
+                if status == LDD_OK:
+                    status = ldd_ask_release(self._link, self._lease, False, 0, 0,
+                                             ldd_now_ns() + self._engine.node.sync_timeout_ns, &detail)
+                    self._end()
+                elif status == LDD_E_INTERRUPTED:
+                    ldd_link_break(self._link, b"interrupted")
+                else:
+                    status = LDD_OK                 # the link has gone, and the lease with it
+                self._lease = 0
             ldd_table_unpin(self._engine.table, self._local.slot, self._local.generation)
-        self._lease = 0
         self._pinned = False
         self._engine.raise_for(status, &detail, b"transfer_cache_async")
 

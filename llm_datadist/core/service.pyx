@@ -16,6 +16,7 @@ from .answer cimport ldd_answer, ldd_answer_ended
 from .conn cimport (COMMAND_LISTEN, COMMAND_SERVE, COMMAND_STOP, COMMAND_UNLISTEN, CONN_HANDSHAKE, CONN_LISTENER,
                     CONN_SERVING, ldd_bytes_append, ldd_bytes_consume, ldd_command, ldd_command_kind, ldd_conn,
                     ldd_conn_add, ldd_conn_flush, ldd_conn_forget, ldd_conn_is_listed, pthread_t)
+from .fork cimport ldd_fork_forget, ldd_fork_watch
 from .net cimport net_tune
 from .node cimport ldd_link_break, ldd_link_unref
 from .status cimport LDD_E_FAILED, LDD_OK, ldd_fail
@@ -293,13 +294,16 @@ cdef ldd_status ldd_service_start(ldd_service* service, ldd_node* node, ldd_deta
     else:
         ldd_mutex_init(&service.lock)
         ldd_cond_init(&service.done)
+        ldd_mutex_init(&service.conns_lock)
         ldd_epoll_wake(service.epoll_fd, service.wake_fd)
         error = ldd_service_spawn(&service.thread, service_main, service)
         if error == 0:
             service.running = True
+            ldd_fork_watch(service)
             return LDD_OK
         ldd_cond_destroy(&service.done)
         ldd_mutex_destroy(&service.lock)
+        ldd_mutex_destroy(&service.conns_lock)
     if service.epoll_fd >= 0:
         close(service.epoll_fd)
     if service.wake_fd >= 0:
@@ -315,6 +319,8 @@ cdef void ldd_service_stop(ldd_service* service) noexcept nogil:
     command.kind = COMMAND_STOP
     run(service, &command)
     pthread_join(service.thread, NULL)
+    ldd_fork_forget(service)
+    ldd_mutex_destroy(&service.conns_lock)
     service.running = False
     close(service.epoll_fd)
     close(service.wake_fd)

@@ -5,11 +5,14 @@ import gc
 import os
 
 from link_steps import until
+from peer import engine_options
 
-from llm_datadist import CacheDesc, DataType
+from llm_datadist import CacheDesc, DataType, LLMException
+from llm_datadist.core.engine import KEY_BY_ID
 from llm_datadist.core.put import RemotePut
 
 DESC = CacheDesc(1, [1, 64], DataType.DT_UINT8)
+MAX_LEASES = 16384                  # of one link
 
 
 def pins(engine):
@@ -64,3 +67,32 @@ def test_links_can_be_listed_while_a_put_is_collected(peers):
     lister, other = peers.start(1), peers.start(2)
     peers.link(lister, other)
     lister.call(list_links_while_puts_are_collected, 2)
+
+
+def hold_leases(node, cluster_id, peer_id, count):
+    """Aim at a cache of the peer many times; return the text of the refusal, or None, and give everything back."""
+    engine = node.dist._require_engine()
+    cache = node.cache_manager.allocate_cache(DESC)
+    puts, text = [], None
+    try:
+        for _ in range(count):
+            puts.append(RemotePut(engine, cluster_id, cache.cache_id))
+            puts[-1].aim_at_key((KEY_BY_ID, peer_id, 0, 0), 1)
+    except LLMException as error:
+        text = str(error)
+    for put in puts:
+        put.close()
+    node.cache_manager.deallocate_cache(cache)
+    return text
+
+
+def test_a_peer_cannot_take_leases_without_end(peers):
+    options = engine_options(remote_accessible=True)
+    here, other = peers.here(1, options), peers.start(2, options)
+    peers.link(other, here)
+    cache = here.node.cache_manager.allocate_cache(DESC)
+    text = other.call(hold_leases, 1, cache.cache_id, MAX_LEASES + 1)
+    assert f"no room for another lease, {MAX_LEASES} are out" in text
+    assert other.call(hold_leases, 1, cache.cache_id, 1) is None
+    assert here.stats()["pins"] == 0
+    here.node.cache_manager.deallocate_cache(cache)
