@@ -56,22 +56,6 @@ class CacheManager(CacheMemory):
         self._plain_pull_keys = ((CacheKeyByIdAndIndex,) if self._remote_accessible
                                  else (CacheKey, CacheKeyByIdAndIndex))
 
-    @staticmethod
-    def check_cache_key(cache_key: CacheKey) -> None:
-        """Check that a key of a pull names a request or a prefix, and not both.
-
-        Parameters
-        ----------
-        cache_key : CacheKey
-            The key.
-
-        Raises
-        ------
-        LLMParamInvalidError
-            Both or neither are set.
-        """
-        check_pull_key(cache_key)
-
     # -------------------------------------------------------------------------------------------------- pulls
 
     def pull_cache(

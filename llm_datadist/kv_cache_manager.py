@@ -76,22 +76,6 @@ class KvCacheManager(ManagerBase):
             allowed = " or ".join(str(role) for role in roles)
             raise LLMParamInvalidError(f"{operation} is not allowed for {self._role}, only for {allowed}")
 
-    @staticmethod
-    def check_cache_key(cache_key: CacheKey) -> None:
-        """Check that a key of a pull names a request or a prefix, and not both.
-
-        Parameters
-        ----------
-        cache_key : CacheKey
-            The key.
-
-        Raises
-        ------
-        LLMParamInvalidError
-            Both or neither are set.
-        """
-        check_pull_key(cache_key)
-
     # ---------------------------------------------------------------------------------------------- allocation
 
     def allocate_cache(self, cache_desc: CacheDesc, cache_keys: _Keys = ()) -> KvCache:

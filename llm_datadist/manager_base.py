@@ -225,6 +225,22 @@ class ManagerBase:
         self._initialized = True
         self._has_pool = llm_engine.has_pool()
 
+    @staticmethod
+    def check_cache_key(cache_key: CacheKey) -> None:
+        """Check that a key of a pull names a request or a prefix, and not both.
+
+        Parameters
+        ----------
+        cache_key : CacheKey
+            The key.
+
+        Raises
+        ------
+        LLMParamInvalidError
+            Both or neither are set.
+        """
+        check_pull_key(cache_key)
+
     def is_initialized(self) -> bool:
         """Return whether the engine is up."""
         return self._initialized

@@ -29,8 +29,6 @@ ctypedef struct ldd_board_head:
     uint64_t seq
     uint32_t which_cells
     uint32_t mask
-    uint32_t num_zombies                        # caches that only peers' pins keep
-    uint32_t reserved
     uint64_t region_epoch
 
 # One file that all peers of an owner may write: it tells the owner to look, and says which keys are gone.

@@ -238,7 +238,6 @@ cdef void ldd_cache_free_unused(ldd_table* table, uint32_t slot) noexcept nogil:
     cache.zombie = True
     table.zombies[table.num_zombies] = slot
     table.num_zombies += 1
-    table.board.head.num_zombies = table.num_zombies
 
 
 cdef void ldd_cache_bury(ldd_table* table) noexcept nogil:
@@ -252,7 +251,6 @@ cdef void ldd_cache_bury(ldd_table* table) noexcept nogil:
         table.zombies[i] = table.zombies[table.num_zombies]
         table.caches[slot].zombie = False
         _free_cache(table, slot)
-    table.board.head.num_zombies = table.num_zombies
 
 
 cdef bint _has_hazard(ldd_table* table, uint32_t slot, uint32_t generation) noexcept nogil:
