@@ -1,11 +1,17 @@
 """Fixtures shared by the tests of the facade."""
 from __future__ import annotations
 
+import signal
+
 import pytest
 from engines import Benches
 from peer import Peers
 
 from llm_datadist.status import LLMException, LLMStatusCode, exception_for
+
+# A shell that starts the tests in the background has SIGINT ignored, which child processes would inherit.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _BUILTIN = {"TE": TypeError, "VE": ValueError, "AE": AttributeError, "RE": RuntimeError}
 _CODE = {
