@@ -22,7 +22,8 @@ enum {
     LDD_CAP_ANY_LOCAL = 1u << 1,         /* local_buf of a batch needs no registration with the client                */
     LDD_CAP_WAIT = 1u << 2,              /* LddClientWait                                                             */
     LDD_CAP_CANCEL = 1u << 3,            /* LddClientCancel                                                           */
-    LDD_CAP_DROP_PEER = 1u << 4          /* LddServerDropPeer; client config key "ldd_token" (32 hex digits) is heard */
+    LDD_CAP_DROP_PEER = 1u << 4,         /* LddServerDropPeer; client config key "ldd_token" (32 hex digits) is heard */
+    LDD_CAP_FETCH = 1u << 5              /* LddServerSetFetch, LddClientFetchAsync, LddFetchConfirmed                 */
 };
 
 uint32_t LddCapabilities(void);
@@ -49,6 +50,61 @@ HixlStatus LddClientCancel(HixlClientHandle client, CompleteHandle handle);
  * is written into or read from server memory on its behalf by server threads.
  */
 HixlStatus LddServerDropPeer(HixlServerHandle server, const uint8_t token[16]);
+
+/*
+ * Fetching: one exchange over the network in which the server's owner looks up what the client asks for, the bytes
+ * travel, and the client says that it has them. Both owners agree on the words of a request; the provider passes them
+ * on, sends the pieces the server's owner names, in that order, and puts them into the places the client's owner
+ * names, in theirs.
+ */
+typedef struct {
+    uint64_t addr, bytes;
+} LddPiece;
+
+/* What the server's owner answers. Pieces stay where they are until `end`. */
+typedef struct {
+    const LddPiece *pieces;
+    size_t num_pieces;
+    int32_t never_unmapped; /* all of it is memory that is mapped as long as the ticket lasts */
+    void *ticket;
+} LddFetchSource;
+
+typedef struct {
+    /*
+     * Look up what the request names, of num_bytes in all, and hold it. 0: source is filled, and `end` will follow.
+     * Any other number is the owner's own, and reaches the client with `text`. `fetch` is for LddFetchConfirmed,
+     * valid until `end` returns. Called on threads of the server, as are the others.
+     */
+    int32_t (*begin)(void *context, const uint8_t token[16], const void *request, size_t request_bytes,
+                     uint64_t num_bytes, void *fetch, LddFetchSource *source, char *text, size_t text_size);
+    /* The client may have confirmed some fetch: ask LddFetchConfirmed. */
+    void (*look)(void *context);
+    /* No byte is read on behalf of this ticket any more. */
+    void (*end)(void *context, void *ticket);
+} LddFetchHooks;
+
+/* Before the server listens. The hooks are copied. */
+HixlStatus LddServerSetFetch(HixlServerHandle server, const LddFetchHooks *hooks, void *context);
+
+/*
+ * Whether the client has said that all bytes are in place, and no thread reads them any more. Never waits for the
+ * client; one call at a time per fetch. So an owner that asks this before each look at its own books knows of every
+ * fetch that has returned successfully.
+ */
+int32_t LddFetchConfirmed(void *fetch);
+
+/* The outcome of a batch that completed: 0, or what the server's owner answered instead of bytes; nothing moved then. */
+typedef struct {
+    int32_t status;
+    char text[320];
+} LddFetchReply;
+
+/*
+ * Ask for bytes and put them into local_buf of each op, in order; remote_buf is ignored. `request` (up to 1 MiB) and
+ * `reply` must stay until the handle is gone.
+ */
+HixlStatus LddClientFetchAsync(HixlClientHandle client, const void *request, uint32_t request_bytes, uint32_t num_ops,
+                               const HixlOneSideOpDesc *ops, LddFetchReply *reply, CompleteHandle *out_handle);
 
 /* "shm", "cma" or "tcp" per remote region, comma separated without repeats, e.g. "shm,cma". */
 HixlStatus LddClientPaths(HixlClientHandle client, char *text, size_t size);

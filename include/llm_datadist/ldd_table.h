@@ -112,6 +112,9 @@ extern "C" {
     X(LddClientWait)                                                                                               \
     X(LddClientCancel)                                                                                             \
     X(LddServerDropPeer)                                                                                           \
+    X(LddServerSetFetch)                                                                                           \
+    X(LddClientFetchAsync)                                                                                         \
+    X(LddFetchConfirmed)                                                                                           \
     X(LddClientPaths)
 
 #define LDD_SLOT(fn) __typeof__(&fn) fn;
@@ -235,6 +238,10 @@ static inline ldd_status ldd_provider_fill(ldd_provider *provider, ldd_detail *d
         }
         if (provider->ext.LddServerDropPeer == NULL) {
             provider->caps &= ~(uint32_t)LDD_CAP_DROP_PEER;
+        }
+        if (provider->ext.LddServerSetFetch == NULL || provider->ext.LddClientFetchAsync == NULL ||
+            provider->ext.LddFetchConfirmed == NULL) {
+            provider->caps &= ~(uint32_t)LDD_CAP_FETCH;
         }
     }
     return LDD_OK;

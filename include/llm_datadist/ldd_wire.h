@@ -77,6 +77,31 @@ typedef struct {
     uint64_t id, model_id;
 } ldd_resolve;
 
+/*
+ * A pull in one exchange, over the data path (LddClientFetchAsync): what the owner is to look up, and where in each of
+ * its tensors the bytes lie that it is to send. num_runs of ldd_fetch_run follow. The bytes go over tensor by tensor.
+ */
+enum {
+    LDD_FETCH_TAKE = 1u << 0,    /* the key goes to the peer, once that has the bytes */
+    LDD_FETCH_BLOCKS = 1u << 1,  /* offsets are those of a tensor of blocks of stride_bytes; otherwise of the slot */
+    LDD_FETCH_TO_HOST = 1u << 2, /* the destination is host memory */
+    LDD_FETCH_RESHAPE = 1u << 3  /* the destination is a cache of blocks, the source is not */
+};
+/* The owner's answer when only the steps can tell what is wrong, or do it: resolve, get, release. */
+enum { LDD_FETCH_ASK = 1, LDD_FETCH_MAX_PIECES = 1 << 20 };
+
+typedef struct {
+    ldd_resolve key;
+    uint32_t flags, num_tensors;   /* how many tensors the peer has selected */
+    int64_t first, stop;           /* of the source; first -1: all */
+    uint64_t stride_bytes;
+    uint64_t num_runs;
+} ldd_fetch_request;
+
+typedef struct {
+    uint64_t offset, bytes;
+} ldd_fetch_run;
+
 enum {
     LDD_DESC_BLOCKS = 1u << 0,
     LDD_DESC_HOST = 1u << 1,
@@ -124,6 +149,7 @@ static_assert(sizeof(ldd_welcome) == 416 && offsetof(ldd_welcome, data_ip) == 40
 static_assert(sizeof(ldd_frame_header) + sizeof(ldd_hello) == LDD_HELLO_FRAME_BYTES, "hello frame");
 static_assert(sizeof(ldd_frame_header) + sizeof(ldd_welcome) == LDD_WELCOME_FRAME_BYTES, "welcome frame");
 static_assert(sizeof(ldd_resolve) == 24, "resolve");
+static_assert(sizeof(ldd_fetch_request) == 64 && sizeof(ldd_fetch_run) == 16, "fetch");
 static_assert(sizeof(ldd_descriptor) == 64, "descriptor");
 static_assert(sizeof(ldd_release) == 16, "release");
 static_assert(sizeof(ldd_range) == 16, "range");

@@ -2,7 +2,14 @@
 from libc.stdint cimport uint8_t
 
 from .conn cimport ldd_conn, ldd_service
-from .wire cimport ldd_frame_header
+from .cache_table cimport ldd_cache_view
+from .node cimport ldd_node
+from .status cimport ldd_detail, ldd_status
+from .wire cimport ldd_frame_header, ldd_resolve
+
+# Pin what a peer asks for, if it may have that.
+cdef ldd_status ldd_answer_find(ldd_node* node, const ldd_resolve* request, ldd_cache_view* view,
+                                ldd_detail* detail) noexcept nogil
 
 # Answer one request; False when the connection is to be closed.
 cdef bint ldd_answer(ldd_service* service, ldd_conn* conn, const ldd_frame_header* header,

@@ -82,6 +82,30 @@ cdef ldd_lease* new_lease(ldd_link* link) noexcept nogil:
     return &link.leases[slot]
 
 
+cdef ldd_status ldd_answer_find(ldd_node* node, const ldd_resolve* request, ldd_cache_view* view,
+                                ldd_detail* detail) noexcept nogil:
+    cdef bint write = request.access == LDD_ACCESS_WRITE
+    cdef ldd_status status
+    if request.kind > KEY_BY_ID or request.access > LDD_ACCESS_WRITE:
+        return ldd_fail(detail, LDD_E_PARAM, b"unknown key kind %u or access %u", <uint32_t>request.kind,
+                        <uint32_t>request.access)
+    # A write names its slot as an argument, a read looks a slot up: the API wants different codes for a bad one.
+    status = ldd_table_resolve(node.table, request.kind, request.id, request.model_id,
+                               0 if write else request.batch_index, view, detail)
+    if status < 0:
+        return status
+    if write and request.batch_index >= view.num_slots:
+        status = ldd_fail(detail, LDD_E_PARAM, b"batch index %u is outside cache %lld of %llu", request.batch_index,
+                          <long long>view.cache_id, <unsigned long long>view.num_slots)
+    elif node.mode & LDD_MODE_REMOTE_ACCESSIBLE and not view.remote_accessible:
+        status = ldd_fail(detail, LDD_E_PARAM, b"cache %lld is not remote accessible", <long long>view.cache_id)
+    elif write and not node.mode & LDD_MODE_REMOTE_ACCESSIBLE:
+        status = ldd_fail(detail, LDD_E_PARAM, b"remote access to caches is not enabled here")
+    if status < 0:
+        ldd_table_unpin(node.table, view.slot, view.generation)
+    return status
+
+
 cdef ldd_status on_resolve(ldd_service* service, ldd_conn* conn, uint32_t request_id,
                            const ldd_resolve* request) noexcept nogil:
     cdef ldd_node* node = service.node
@@ -95,28 +119,13 @@ cdef ldd_status on_resolve(ldd_service* service, ldd_conn* conn, uint32_t reques
     detail.text[0] = 0
     if conn.link.state != LINK_ACTIVE:
         status = ldd_fail(&detail, LDD_E_NOT_LINKED, b"the link was closed here")
-    elif request.kind > KEY_BY_ID or request.access > LDD_ACCESS_WRITE:
-        status = ldd_fail(&detail, LDD_E_PARAM, b"unknown key kind %u or access %u", <uint32_t>request.kind,
-                          <uint32_t>request.access)
     else:
-        # A write names its slot as an argument, a read looks a slot up: the API wants different codes for a bad one.
-        status = ldd_table_resolve(node.table, request.kind, request.id, request.model_id,
-                                   0 if request.access == LDD_ACCESS_WRITE else request.batch_index, &view, &detail)
+        status = ldd_answer_find(node, request, &view, &detail)
         if status == LDD_OK:
-            if request.access == LDD_ACCESS_WRITE and request.batch_index >= view.num_slots:
-                status = ldd_fail(&detail, LDD_E_PARAM, b"batch index %u is outside cache %lld of %llu",
-                                  request.batch_index, <long long>view.cache_id, <unsigned long long>view.num_slots)
-            elif node.mode & LDD_MODE_REMOTE_ACCESSIBLE and not view.remote_accessible:
-                status = ldd_fail(&detail, LDD_E_PARAM, b"cache %lld is not remote accessible",
-                                  <long long>view.cache_id)
-            elif request.access == LDD_ACCESS_WRITE and not node.mode & LDD_MODE_REMOTE_ACCESSIBLE:
-                status = ldd_fail(&detail, LDD_E_PARAM, b"remote access to caches is not enabled here")
-            else:
-                lease = new_lease(conn.link)
-                if lease == NULL:
-                    status = ldd_fail(&detail, LDD_E_NO_MEMORY, b"no room for another lease, %u are out",
-                                      conn.link.num_leases)
-            if status < 0:
+            lease = new_lease(conn.link)
+            if lease == NULL:
+                status = ldd_fail(&detail, LDD_E_NO_MEMORY, b"no room for another lease, %u are out",
+                                  conn.link.num_leases)
                 ldd_table_unpin(node.table, view.slot, view.generation)
     answer.status = status
     if status < 0:

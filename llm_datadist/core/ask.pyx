@@ -7,9 +7,9 @@ the peer's own words (unknown key, bad range) leaves it as it is.
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport realloc
-from libc.string cimport memcpy, memset
+from libc.string cimport memcpy, memset, strcmp
 
-from .cann cimport CommMem, EndpointDesc, HixlClientConfig, HixlClientDesc
+from .cann cimport CommMem, EndpointDesc, HixlClientConfig, HixlClientDesc, HIXL_SUCCESS, LDD_CAP_FETCH
 from .net cimport net_recv, net_send
 from .node cimport ldd_link_break
 from .region cimport ldd_regions_register_client
@@ -220,6 +220,13 @@ cdef ldd_status connect_client(ldd_link* link, int64_t deadline_ns, ldd_detail* 
     return status
 
 
+cdef void note_paths(ldd_link* link) noexcept nogil:
+    cdef char text[64]
+    link.fetches = (link.node.provider.caps & LDD_CAP_FETCH and link.node.provider.ext.LddClientPaths != NULL
+                    and link.node.provider.ext.LddClientPaths(link.client, text, sizeof(text)) == HIXL_SUCCESS
+                    and strcmp(text, b"tcp") == 0)
+
+
 cdef ldd_status ldd_link_ready(ldd_link* link, uint64_t region_epoch, int64_t deadline_ns,
                                ldd_detail* detail) noexcept nogil:
     cdef ldd_status status
@@ -235,6 +242,8 @@ cdef ldd_status ldd_link_ready(ldd_link* link, uint64_t region_epoch, int64_t de
         return LDD_OK
     if status < 0:
         ldd_link_break(link, detail.text)
-    elif region_epoch:
+        return status
+    note_paths(link)
+    if region_epoch:
         link.seen_epoch = region_epoch
-    return status
+    return LDD_OK

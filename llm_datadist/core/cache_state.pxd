@@ -1,5 +1,5 @@
 """What a cache table is made of, and the life of one cache in it; see ``cache_state.pyx``."""
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 
 from llm_datadist.core.board cimport ldd_board, ldd_lane
 from llm_datadist.core.key_index cimport ldd_keys
@@ -67,6 +67,17 @@ ctypedef struct ldd_cache:
     ldd_span span
     uint32_t link                   # live: position in ldd_table.ranges; free: next free slot
 
+# Bytes on their way to a peer over the network: the cache is pinned until the peer has them all, and then a key may go.
+ctypedef struct ldd_delivery:
+    ldd_delivery* next
+    bint pending                    # in the table's list
+    int32_t (*confirmed)(void* fetch) noexcept nogil    # whether the peer has said so; never waits
+    void* fetch
+    uint32_t slot
+    uint32_t generation
+    uint32_t key_index              # LDD_NO_KEY: none
+    uint32_t key_generation
+
 # A peer's lane, and how far its ring was read.
 ctypedef struct ldd_lane_reader:
     ldd_lane* lane
@@ -101,6 +112,7 @@ ctypedef struct ldd_table:
     uint32_t num_zombies
     uint32_t zombie_capacity
     uint64_t seen_doorbell
+    ldd_delivery* deliveries
 
 cdef extern from *:
     """

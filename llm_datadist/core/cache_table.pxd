@@ -4,8 +4,8 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from llm_datadist.core.board cimport ldd_lane
 from llm_datadist.core.cache_state cimport (
-    LDD_CACHE_BLOCKS, LDD_CACHE_HOST, LDD_CACHE_LAST_KEY_WINS, LDD_CACHE_REMOTE, ldd_cache_view, ldd_key_spec,
-    ldd_table,
+    LDD_CACHE_BLOCKS, LDD_CACHE_HOST, LDD_CACHE_LAST_KEY_WINS, LDD_CACHE_REMOTE, ldd_cache_view, ldd_delivery,
+    ldd_key_spec, ldd_table,
 )
 from llm_datadist.core.pool cimport ldd_pool
 from llm_datadist.core.status cimport ldd_detail, ldd_status
@@ -82,6 +82,12 @@ cdef void ldd_table_unpin(ldd_table* table, uint32_t slot, uint32_t generation) 
 # key is a no-op, so is LDD_NO_KEY. LDD_E_PARAM: range outside the cache. LDD_E_NO_MEMORY: nothing was marked.
 cdef ldd_status ldd_table_take(ldd_table* table, uint32_t key_index, uint32_t key_generation, uint32_t first_tensor,
                                uint32_t num_tensors) noexcept nogil
+
+# The bytes of a pinned cache go to a peer: the table has the pin from now on, until the peer has confirmed them. That is
+# found out before each look at the table, so that a peer whose pull has returned holds nothing here.
+cdef void ldd_table_deliver(ldd_table* table, ldd_delivery* delivery) noexcept nogil
+# Nobody reads those bytes any more. Without a confirmation by now the key stays.
+cdef void ldd_table_end_delivery(ldd_table* table, ldd_delivery* delivery) noexcept nogil
 
 # Free everything, waiting for pins. LDD_E_TIMEOUT names a pinned cache; all is unpublished by then, call again.
 cdef ldd_status ldd_table_clear(ldd_table* table, int64_t deadline_ns, ldd_detail* detail) noexcept nogil

@@ -2,7 +2,7 @@
 
 Called by user threads and by the service thread, which never holds the GIL. One mutex covers the table: no operation
 scans caches or keys (but for pushes to given addresses, statistics and the end), none makes a system call under the
-mutex except through the allocator, and only ``unregister`` and ``clear`` wait, on a condition. Lock order: GIL, table,
+mutex except through the allocator and while bytes are on their way over the network, and only ``unregister`` and ``clear`` wait, on a condition. Lock order: GIL, table,
 pool. The transitions themselves are in ``cache_state.pyx``.
 """
 from libc.stddef cimport size_t
@@ -17,7 +17,7 @@ from llm_datadist.core.board cimport (
 from llm_datadist.core.cache_state cimport (
     LDD_NO_SLOT, ldd_cache, ldd_cache_bury, ldd_cache_close, ldd_cache_count_hazards, ldd_cache_describe,
     ldd_cache_enter, ldd_cache_find, ldd_cache_leave, ldd_cache_pin, ldd_cache_publish, ldd_cache_release_key,
-    ldd_cache_tensor_of, ldd_cache_unpin, ldd_kind_name, ldd_lane_reader, ldd_range,
+    ldd_cache_tensor_of, ldd_cache_unpin, ldd_delivery, ldd_kind_name, ldd_lane_reader, ldd_range,
 )
 from llm_datadist.core.key_index cimport (
     KEY_BLOCKS, KEY_BY_ID, KEY_REQ, LDD_NO_KEY, ldd_cell, ldd_key, ldd_keys_bytes, ldd_keys_destroy, ldd_keys_find,
@@ -248,8 +248,13 @@ cdef ldd_status ldd_table_pin_range(ldd_table* table, uint64_t addr, uint64_t nu
 
 
 cdef void ldd_table_unpin(ldd_table* table, uint32_t slot, uint32_t generation) noexcept nogil:
-    cdef ldd_cache* cache
     _lock_now(table)
+    _unpin(table, slot, generation)
+    ldd_unlock(&table.mutex)
+
+
+cdef void _unpin(ldd_table* table, uint32_t slot, uint32_t generation) noexcept nogil:
+    cdef ldd_cache* cache
     if slot < table.cache_capacity:
         cache = &table.caches[slot]
         if cache.cache_id != 0 and cache.generation == generation and cache.pins != 0:
@@ -259,7 +264,6 @@ cdef void ldd_table_unpin(ldd_table* table, uint32_t slot, uint32_t generation) 
                 _begin(table)
                 ldd_cache_unpin(table, slot)
                 _end(table)
-    ldd_unlock(&table.mutex)
 
 
 cdef ldd_status ldd_table_take(ldd_table* table, uint32_t key_index, uint32_t key_generation, uint32_t first_tensor,
@@ -370,6 +374,8 @@ cdef inline ldd_status _lock(ldd_table* table, int64_t deadline_ns, ldd_detail* 
     cdef ldd_status st = ldd_lock_until(&table.mutex, deadline_ns)
     if st != LDD_OK:
         return ldd_fail(detail, st, b"the cache table was busy until the deadline")
+    if table.deliveries != NULL:
+        _take_in_deliveries(table)
     if ldd_load64(&table.board.desk.doorbell) != table.seen_doorbell or table.num_zombies:
         _take_in(table)
     return LDD_OK
@@ -377,6 +383,8 @@ cdef inline ldd_status _lock(ldd_table* table, int64_t deadline_ns, ldd_detail* 
 
 cdef inline void _lock_now(ldd_table* table) noexcept nogil:
     ldd_lock(&table.mutex)
+    if table.deliveries != NULL:
+        _take_in_deliveries(table)
     if ldd_load64(&table.board.desk.doorbell) != table.seen_doorbell or table.num_zombies:
         _take_in(table)
 
@@ -404,19 +412,63 @@ cdef void _take_in(ldd_table* table) noexcept nogil:
     _end(table)
 
 
-cdef void _read_ring(ldd_table* table, ldd_lane_reader* reader) noexcept nogil:
-    cdef uint32_t head = ldd_load32(&reader.lane.ring_head), key_index, generation
+cdef void _take_in_deliveries(ldd_table* table) noexcept nogil:
+    cdef ldd_delivery** at = &table.deliveries
+    cdef ldd_delivery* delivery
+    while at[0] != NULL:
+        delivery = at[0]
+        if delivery.confirmed(delivery.fetch):
+            at[0] = delivery.next
+            _settle(table, delivery, True)
+        else:
+            at = &delivery.next
+
+
+cdef void _settle(ldd_table* table, ldd_delivery* delivery, bint confirmed) noexcept nogil:
+    delivery.pending = False
+    if confirmed and delivery.key_index != LDD_NO_KEY:
+        _begin(table)
+        _release(table, delivery.key_index, delivery.key_generation)
+        _end(table)
+    _unpin(table, delivery.slot, delivery.generation)
+
+
+cdef void ldd_table_deliver(ldd_table* table, ldd_delivery* delivery) noexcept nogil:
+    _lock_now(table)
+    delivery.pending = True
+    delivery.next = table.deliveries
+    table.deliveries = delivery
+    ldd_unlock(&table.mutex)
+
+
+cdef void ldd_table_end_delivery(ldd_table* table, ldd_delivery* delivery) noexcept nogil:
+    cdef ldd_delivery** at = &table.deliveries
+    _lock_now(table)                                # asks whether it is confirmed, the last time
+    if delivery.pending:
+        while at[0] != delivery:
+            at = &at[0].next
+        at[0] = delivery.next
+        _settle(table, delivery, False)
+    ldd_unlock(&table.mutex)
+
+
+cdef void _release(ldd_table* table, uint32_t key_index, uint32_t generation) noexcept nogil:
+    """A peer has pulled what this key was bound to. A key that is gone, or keeps no memory, is left alone."""
     cdef ldd_key* key
+    if key_index < table.keys.num_entries and generation & 1:
+        key = &table.keys.entries[key_index]
+        if key.generation == generation and key.kind == KEY_REQ and table.caches[key.cache_slot].owned:
+            ldd_cache_release_key(table, key_index)
+
+
+cdef void _read_ring(ldd_table* table, ldd_lane_reader* reader) noexcept nogil:
+    cdef uint32_t head = ldd_load32(&reader.lane.ring_head), at
     if head - reader.tail > LDD_LANE_RING:          # only a peer that breaks the rules gets there
         reader.tail = head - LDD_LANE_RING
     while reader.tail != head:
-        key_index = reader.lane.ring[reader.tail % LDD_LANE_RING].key_index
-        generation = reader.lane.ring[reader.tail % LDD_LANE_RING].key_generation
+        at = reader.tail % LDD_LANE_RING
         reader.tail += 1
-        if key_index < table.keys.num_entries and generation & 1:
-            key = &table.keys.entries[key_index]
-            if key.generation == generation and key.kind == KEY_REQ and table.caches[key.cache_slot].owned:
-                ldd_cache_release_key(table, key_index)
+        _release(table, reader.lane.ring[at].key_index, reader.lane.ring[at].key_generation)
     ldd_store32(&reader.lane.ring_tail, reader.tail)
 
 

@@ -202,6 +202,23 @@ cdef extern from "llm_datadist/ldd_ext.h" nogil:
         LDD_CAP_WAIT
         LDD_CAP_CANCEL
         LDD_CAP_DROP_PEER
+        LDD_CAP_FETCH
+    ctypedef struct LddPiece:
+        uint64_t addr
+        uint64_t bytes
+    ctypedef struct LddFetchSource:
+        const LddPiece* pieces
+        size_t num_pieces
+        int32_t never_unmapped
+        void* ticket
+    ctypedef struct LddFetchHooks:
+        int32_t (*begin)(void* context, const uint8_t* token, const void* request, size_t request_bytes,
+            uint64_t num_bytes, void* fetch, LddFetchSource* source, char* text, size_t text_size) noexcept nogil
+        void (*look)(void* context) noexcept nogil
+        void (*end)(void* context, void* ticket) noexcept nogil
+    ctypedef struct LddFetchReply:
+        int32_t status
+        char text[320]
 
 cdef extern from "llm_datadist/ldd_table.h" nogil:
     ctypedef struct ldd_acl_table:
@@ -303,6 +320,12 @@ cdef extern from "llm_datadist/ldd_table.h" nogil:
             HixlCompleteStatus* status) noexcept nogil
         HixlStatus (*LddClientCancel)(HixlClientHandle client, CompleteHandle handle) noexcept nogil
         HixlStatus (*LddServerDropPeer)(HixlServerHandle server, const uint8_t* token) noexcept nogil
+        HixlStatus (*LddServerSetFetch)(HixlServerHandle server, const LddFetchHooks* hooks,
+            void* context) noexcept nogil
+        HixlStatus (*LddClientFetchAsync)(HixlClientHandle client, const void* request, uint32_t request_bytes,
+            uint32_t num_ops, const HixlOneSideOpDesc* ops, LddFetchReply* reply,
+            CompleteHandle* out_handle) noexcept nogil
+        int32_t (*LddFetchConfirmed)(void* fetch) noexcept nogil
         HixlStatus (*LddClientPaths)(HixlClientHandle client, char* text, size_t size) noexcept nogil
 
     ctypedef struct ldd_provider:

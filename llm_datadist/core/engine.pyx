@@ -18,11 +18,11 @@ from .cann cimport ACL_MEMCPY_DEFAULT, aclrtContext
 from .key_index cimport KEY_BLOCKS as _BLOCKS, KEY_BY_ID as _BY_ID, KEY_PREFIX as _PREFIX, KEY_REQ as _REQ
 from .local_copy cimport (ldd_local_copy, ldd_op_list_clear, ldd_plan_copy_blocks, ldd_plan_copy_cache,
                           ldd_plan_swap_blocks, ldd_slots)
+from .move cimport ldd_context_enter, ldd_context_leave
 from .region cimport ldd_regions_add, ldd_regions_epoch, ldd_regions_remove
 from .status cimport LDD_E_PARAM, LDD_OK, ldd_fail, raise_status, start_detail
 from .sync cimport ldd_lock, ldd_now_ns, ldd_unlock
-from .transfer cimport (SHAPE_BLOCKS, SHAPE_SLOT, SHAPE_SLOT_TO_BLOCKS, ldd_context_enter, ldd_context_leave,
-                        ldd_transfer_run)
+from .transfer cimport SHAPE_BLOCKS, SHAPE_SLOT, SHAPE_SLOT_TO_BLOCKS, ldd_transfer_run
 
 KEY_REQ, KEY_PREFIX, KEY_BLOCKS, KEY_BY_ID = _REQ, _PREFIX, _BLOCKS, _BY_ID
 

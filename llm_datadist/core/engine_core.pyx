@@ -15,16 +15,17 @@ from .cache_table cimport (ldd_cache_row, ldd_table_clear, ldd_table_counts, ldd
 from .cann cimport ACL_MEM_MALLOC_HUGE_FIRST, aclrtContext
 from .connect cimport ldd_random
 from .local_copy cimport ldd_op_list_free
+from .move cimport ldd_context_enter, ldd_context_leave
 from .net cimport net_listen
 from .node cimport ldd_node_close, ldd_node_destroy, ldd_node_init
 from .peek cimport ldd_board_name
 from .pool cimport ldd_pool_create, ldd_pool_destroy, ldd_pool_free_bytes, ldd_pool_largest_bytes
 from .region cimport (ldd_regions_add, ldd_regions_close, ldd_regions_epoch, ldd_regions_init, ldd_regions_serve,
                       ldd_regions_set_endpoints)
+from .serve_fetch cimport ldd_serve_fetch
 from .service cimport ldd_service_listen, ldd_service_start, ldd_service_stop, ldd_service_unlisten
 from .status cimport LDD_E_FAILED, LDD_E_NO_MEMORY, LDD_OK, check, ldd_fail, raise_status, start_detail
 from .sync cimport ldd_lock, ldd_mutex_destroy, ldd_mutex_init, ldd_now_ns, ldd_unlock
-from .transfer cimport ldd_context_enter, ldd_context_leave
 from .wait cimport ldd_acl_result
 from .wire cimport LDD_MODE_REMOTE_ACCESSIBLE
 
@@ -55,6 +56,7 @@ cdef class EngineCore:
         self._provider = Provider.open(options.provider)
         ldd_node_init(&self.node, self._provider.table, cluster_id)
         ldd_regions_init(&self.node.regions, self._provider.table)
+        ldd_serve_fetch(&self.node)
         self._open = True
         try:
             self._open_all(options)

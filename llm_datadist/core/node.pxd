@@ -61,6 +61,7 @@ ctypedef struct ldd_link:
     uint32_t data_port
     uint8_t endpoint[160]                       # the peer's EndpointDesc; all zero where there is none
     uint64_t seen_epoch                         # of the peer's regions
+    bint fetches                                # all of them are reached by the network, and in one exchange
     ldd_desc_list descs
     ldd_peek* peek                              # the peer's shared table, see peek.pyx
     bint peek_tried

@@ -17,12 +17,12 @@ from .cache_table cimport ldd_cache_view, ldd_table_pin_local, ldd_table_unpin
 from .cann cimport aclrtContext
 from .engine cimport Engine
 from .index_list cimport IndexList
+from .move cimport ldd_context_enter, ldd_context_leave, ldd_link_lock, ldd_move
 from .node cimport (ldd_link, ldd_link_begin, ldd_link_break, ldd_link_end, ldd_link_ref, ldd_link_resume,
                    ldd_link_unref)
 from .status cimport (LDD_E_INTERRUPTED, LDD_E_NOT_LINKED, LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_E_TIMEOUT, LDD_OK,
                      ldd_detail, ldd_fail, ldd_status)
 from .sync cimport ldd_now_ns, ldd_unlock
-from .transfer cimport ldd_context_enter, ldd_context_leave, ldd_link_lock, ldd_move
 from .wire cimport LDD_DESC_BLOCKS, LDD_MODE_REMOTE_ACCESSIBLE, LDD_WIRE_MAX_RANGES, ldd_range
 
 

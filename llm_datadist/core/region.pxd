@@ -1,7 +1,7 @@
 """Memory that peers may reach, and the data servers that announce it."""
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
-from .cann cimport EndpointDesc, HixlClientHandle, HixlServerHandle, MemHandle, ldd_provider
+from .cann cimport EndpointDesc, HixlClientHandle, HixlServerHandle, LddFetchHooks, MemHandle, ldd_provider
 from .status cimport ldd_detail, ldd_status
 from .sync cimport ldd_mutex
 
@@ -31,6 +31,8 @@ ctypedef struct ldd_regions:
     uint32_t num_servers
     EndpointDesc* endpoints                     # ours on a real network; the host provider needs none
     uint32_t num_endpoints
+    LddFetchHooks fetch_hooks                   # what answers pulls that are one exchange; all NULL: nothing does
+    void* fetch_context
     uint64_t epoch                              # grows with every change a connected peer should see
 
 cdef void ldd_regions_init(ldd_regions* regions, const ldd_provider* provider) noexcept nogil

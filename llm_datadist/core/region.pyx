@@ -9,7 +9,7 @@ from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memset, strcmp, strlen, memcpy
 
 from .cann cimport (COMM_MEM_TYPE_DEVICE, COMM_MEM_TYPE_HOST, CommMem, HixlServerConfig, HixlServerDesc,
-                    LDD_CAP_ANY_LOCAL, LDD_CAP_DROP_PEER, LDD_CAP_LATE_REGISTRATION)
+                    LDD_CAP_ANY_LOCAL, LDD_CAP_DROP_PEER, LDD_CAP_FETCH, LDD_CAP_LATE_REGISTRATION)
 from .net cimport net_free_port
 from .status cimport LDD_OK, LDD_E_FAILED, LDD_E_NO_MEMORY, LDD_E_NOT_ENABLED, ldd_fail
 from .sync cimport ldd_lock, ldd_unlock, ldd_mutex_init, ldd_mutex_destroy
@@ -156,6 +156,9 @@ cdef ldd_status start_server(ldd_regions* regions, uint32_t s, const char* ip, l
                                  b"create a data server", detail)
         if status < 0:
             return status
+        if regions.fetch_hooks.begin != NULL and regions.provider.caps & LDD_CAP_FETCH:
+            status = ldd_hixl_result(regions.provider, regions.provider.ext.LddServerSetFetch(
+                server.handle, &regions.fetch_hooks, regions.fetch_context), b"set up a data server", detail)
         for i in range(regions.count):
             regions.items[i].handles[s] = NULL
             if status == LDD_OK and regions.items[i].refs:

@@ -2,10 +2,7 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from .ask cimport ldd_remote_cache
-from .cache_table cimport ldd_cache_view
-from .cann cimport aclrtContext
-from .node cimport ldd_link, ldd_node
+from .node cimport ldd_node
 from .status cimport ldd_detail, ldd_status
 
 cdef enum ldd_shape:
@@ -38,12 +35,3 @@ ctypedef struct ldd_transfer:
     size_t num_blocks                           # length of both lists, of the local one for a pull of a slot
 
 cdef ldd_status ldd_transfer_run(ldd_node* node, const ldd_transfer* what, ldd_detail* detail) noexcept nogil
-
-# Parts that longer jobs put together themselves.
-# Let this thread work in the engine's device context; returns what was current, for ldd_context_leave.
-cdef aclrtContext ldd_context_enter(ldd_node* node) noexcept nogil
-cdef void ldd_context_leave(ldd_node* node, aclrtContext before) noexcept nogil
-# Submit link.descs and wait; a failure that leaves the data path in doubt breaks the link. Needs link.lock.
-cdef ldd_status ldd_move(ldd_link* link, bint put, int64_t deadline_ns, ldd_detail* detail) noexcept nogil
-# Take link.lock within the engine's time limit.
-cdef ldd_status ldd_link_lock(ldd_link* link, ldd_detail* detail) noexcept nogil

@@ -1,4 +1,4 @@
-"""One pull or push: resolve, plan, move, release.
+"""One pull or push: resolve, plan, move, release; in one exchange where that can be, see ``fetch.pyx``.
 
 Runs on the caller's thread without the GIL, under the link's lock from the resolve to the release: transfers
 on one link take turns, different links run in parallel. Waiting for the turn and every step of the transfer
@@ -9,84 +9,22 @@ give the memory away meanwhile. Checks come before the first byte moves.
 """
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from .ask cimport ldd_ask_release, ldd_ask_resolve, ldd_link_ready
+from .ask cimport ldd_ask_release, ldd_ask_resolve, ldd_link_ready, ldd_remote_cache
 from .block_plan cimport ldd_desc_list_clear, ldd_plan_blocks, ldd_plan_contiguous, ldd_plan_slot_to_blocks
-from .cache_table cimport ldd_table_pin_local, ldd_table_unpin
-from .cann cimport CompleteHandle, LDD_CAP_CANCEL
+from .cache_table cimport ldd_cache_view, ldd_table_pin_local, ldd_table_unpin
+from .cann cimport aclrtContext
+from .fetch cimport ldd_fetch
+from .move cimport ldd_context_enter, ldd_context_leave, ldd_link_lock, ldd_move
 from .peek cimport LDD_PEEK_ASK, ldd_peek_attach, ldd_peek_done, ldd_peek_remember, ldd_peek_resolve
-from .node cimport LINK_ACTIVE, ldd_link_begin, ldd_link_break, ldd_link_end
-from .status cimport (LDD_E_INTERRUPTED, LDD_E_NOT_ENABLED, LDD_E_NOT_LINKED,
-                      LDD_E_PARAM, LDD_E_TIMEOUT, LDD_OK, ldd_fail)
+from .node cimport LINK_ACTIVE, ldd_link, ldd_link_begin, ldd_link_end
+from .status cimport LDD_E_NOT_ENABLED, LDD_E_PARAM, LDD_OK, ldd_fail
 from .sync cimport ldd_now_ns, ldd_unlock
-from .wait cimport ldd_hixl_result, ldd_lock_interruptible, ldd_wait_interruptible
-from .wire cimport LDD_DESC_BLOCKS, LDD_DESC_HOST, LDD_DESC_OWNED, LDD_MODE_REMOTE_ACCESSIBLE
-
-cdef extern from * nogil:
-    int __ATOMIC_RELAXED
-    uint64_t __atomic_add_fetch(uint64_t* counter, uint64_t by, int order)
+from .wire cimport LDD_DESC_BLOCKS, LDD_DESC_HOST, LDD_DESC_OWNED, LDD_FETCH_ASK, LDD_MODE_REMOTE_ACCESSIBLE
 
 # Tensors [first, first + count) of one end.
 ctypedef struct ldd_selection:
     uint32_t first
     uint32_t count
-
-
-cdef aclrtContext ldd_context_enter(ldd_node* node) noexcept nogil:
-    cdef aclrtContext before = NULL
-    node.provider.acl.aclrtGetCurrentContext(&before)
-    if before != node.context:
-        node.provider.acl.aclrtSetCurrentContext(node.context)
-    return before
-
-
-cdef void ldd_context_leave(ldd_node* node, aclrtContext before) noexcept nogil:
-    if before != NULL and before != node.context:
-        node.provider.acl.aclrtSetCurrentContext(before)
-
-
-cdef ldd_status ldd_link_lock(ldd_link* link, ldd_detail* detail) noexcept nogil:
-    cdef ldd_status status = ldd_lock_interruptible(&link.lock, ldd_now_ns() + link.node.sync_timeout_ns)
-    if status == LDD_E_TIMEOUT:
-        return ldd_fail(detail, status, b"other transfers kept the link to cluster %llu busy for %lld ms",
-                        <unsigned long long>link.cluster_id, <long long>(link.node.sync_timeout_ns // 1000000))
-    if status == LDD_OK and link.state != LINK_ACTIVE:
-        ldd_unlock(&link.lock)
-        return ldd_fail(detail, LDD_E_NOT_LINKED, b"the link to cluster %llu went away (%s)",
-                        <unsigned long long>link.cluster_id,
-                        <const char*>link.reason if link.reason[0] else <const char*>b"unlinked")
-    return status
-
-
-cdef ldd_status ldd_move(ldd_link* link, bint put, int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
-    cdef CompleteHandle handle = NULL
-    cdef ldd_status status
-    cdef const char* what = b"write to the peer" if put else b"read from the peer"
-    if link.descs.count == 0:
-        return LDD_OK
-    if put:
-        status = ldd_hixl_result(link.node.provider, link.node.provider.hixl.HixlCSClientBatchPutAsync(
-            link.client, <uint32_t>link.descs.count, link.descs.items, &handle), what, detail)
-    else:
-        status = ldd_hixl_result(link.node.provider, link.node.provider.hixl.HixlCSClientBatchGetAsync(
-            link.client, <uint32_t>link.descs.count, link.descs.items, &handle), what, detail)
-    if status == LDD_E_PARAM:
-        return status                           # refused before anything moved: the link is as good as before
-    if status == LDD_OK:
-        status = ldd_wait_interruptible(link.node.provider, link.client, handle, deadline_ns, detail)
-        if status == LDD_OK:
-            __atomic_add_fetch(&link.pushed_bytes if put else &link.pulled_bytes, link.descs.bytes, __ATOMIC_RELAXED)
-            __atomic_add_fetch(&link.num_transfers, 1, __ATOMIC_RELAXED)
-            return LDD_OK
-        if status == LDD_E_TIMEOUT:
-            ldd_fail(detail, status, b"%llu bytes in %zu pieces did not arrive within %lld ms (cluster %llu)",
-                     <unsigned long long>link.descs.bytes, link.descs.count,
-                     <long long>(link.node.sync_timeout_ns // 1000000), <unsigned long long>link.cluster_id)
-    if not link.node.provider.caps & LDD_CAP_CANCEL:
-        # Without a cancel only the end of the client is sure to stop late bytes.
-        link.node.provider.hixl.HixlCSClientDestroy(link.client)
-        link.client = NULL
-    ldd_link_break(link, <const char*>b"interrupted" if status == LDD_E_INTERRUPTED else <const char*>detail.text)
-    return status
 
 
 # ------------------------------------------------------------------------------------------- checks and plan
@@ -250,6 +188,9 @@ cdef ldd_status run_locked(ldd_node* node, const ldd_transfer* what, ldd_link* l
                                   &remote, detail)
     peeked = status == LDD_OK
     if status == LDD_PEEK_ASK:
+        status = ldd_fetch(link, what, local, deadline_ns, detail)
+        if status != LDD_FETCH_ASK:
+            return status
         status = ldd_ask_resolve(link, what.kind, what.id, what.model_id, what.batch_index, what.put, deadline_ns,
                                  &remote, detail)
         if status == LDD_OK:

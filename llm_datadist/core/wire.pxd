@@ -25,6 +25,12 @@ cdef extern from "llm_datadist/ldd_wire.h" nogil:
         LDD_MODE_REMOTE_ACCESSIBLE
         LDD_ACCESS_READ
         LDD_ACCESS_WRITE
+        LDD_FETCH_TAKE
+        LDD_FETCH_BLOCKS
+        LDD_FETCH_TO_HOST
+        LDD_FETCH_RESHAPE
+        LDD_FETCH_ASK
+        LDD_FETCH_MAX_PIECES
         LDD_DESC_BLOCKS
         LDD_DESC_HOST
         LDD_DESC_OWNED
@@ -64,6 +70,17 @@ cdef extern from "llm_datadist/ldd_wire.h" nogil:
         uint32_t batch_index
         uint64_t id
         uint64_t model_id
+    ctypedef struct ldd_fetch_request:
+        ldd_resolve key
+        uint32_t flags
+        uint32_t num_tensors
+        int64_t first
+        int64_t stop
+        uint64_t stride_bytes
+        uint64_t num_runs
+    ctypedef struct ldd_fetch_run:
+        uint64_t offset
+        uint64_t bytes
     ctypedef struct ldd_descriptor:
         int32_t status
         uint32_t lease

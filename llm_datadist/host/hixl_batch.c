@@ -61,6 +61,7 @@ static hixl_batch *take_slot(hixl_client *client) {
     batch->generation = ++client->batch_generation;
     batch->state = HIXL_BATCH_RUNNING;
     batch->copying = batch->tcp_pending = batch->abandoned = false;
+    batch->fetch_request = NULL;
     batch->num_waiters = 0;
     batch->error.status = HIXL_SUCCESS;
     atomic_flag_clear(&batch->error_taken);
@@ -250,20 +251,28 @@ static HixlStatus start(hixl_client *client, hixl_batch *batch, uint64_t inline_
     return HIXL_SUCCESS;
 }
 
-static HixlStatus submit(hixl_client *client, uint32_t num_ops, const HixlOneSideOpDesc *ops, bool is_put,
-                         uint64_t inline_bytes, int64_t deadline_ns, hixl_batch **out, hixl_error *error) {
+static HixlStatus new_batch(hixl_client *client, bool is_put, hixl_batch **out, hixl_error *error) {
     HixlStatus status = check_usable(client, error);
-    hixl_batch *batch;
     if (status != HIXL_SUCCESS) {
         return status;
     }
-    batch = take_slot(client);
-    if (batch == NULL) {
+    *out = take_slot(client);
+    if (*out == NULL) {
         return hixl_fail(error, HIXL_RESOURCE_EXHAUSTED,
                          "no room for another batch: %u are not queried to their end, %d may be", client->num_slots,
                          HIXL_MAX_BATCHES);
     }
-    batch->is_put = is_put;
+    (*out)->is_put = is_put;
+    return HIXL_SUCCESS;
+}
+
+static HixlStatus submit(hixl_client *client, uint32_t num_ops, const HixlOneSideOpDesc *ops, bool is_put,
+                         uint64_t inline_bytes, int64_t deadline_ns, hixl_batch **out, hixl_error *error) {
+    hixl_batch *batch;
+    HixlStatus status = new_batch(client, is_put, &batch, error);
+    if (status != HIXL_SUCCESS) {
+        return status;
+    }
     status = hixl_plan(batch, ops, num_ops, deadline_ns, error);
     if (status == HIXL_SUCCESS) {
         status = start(client, batch, inline_bytes, error);
@@ -343,6 +352,51 @@ LDD_EXPORT HixlStatus HixlCSClientBatchPutAsync(HixlClientHandle client, uint32_
 LDD_EXPORT HixlStatus HixlCSClientBatchGetAsync(HixlClientHandle client, uint32_t num_ops,
                                                 const HixlOneSideOpDesc *ops, CompleteHandle *out_handle) {
     return submit_async(client, num_ops, ops, false, out_handle);
+}
+
+LDD_EXPORT HixlStatus LddClientFetchAsync(HixlClientHandle handle, const void *request, uint32_t request_bytes,
+                                          uint32_t num_ops, const HixlOneSideOpDesc *ops, LddFetchReply *reply,
+                                          CompleteHandle *out_handle) {
+    hixl_error *error = hixl_thread_error();
+    hixl_client *client = hixl_checked_client(handle, error);
+    hixl_batch *batch;
+    HixlStatus status;
+    if (client == NULL) {
+        return error->status;
+    }
+    status = check_ops(num_ops, ops, error);
+    if (status == HIXL_SUCCESS && (request == NULL || reply == NULL || out_handle == NULL)) {
+        status = hixl_fail(error, HIXL_PARAM_INVALID, "%s is NULL",
+                           request == NULL ? "request" : reply == NULL ? "reply" : "out_handle");
+    }
+    if (status == HIXL_SUCCESS && (request_bytes == 0 || request_bytes > HIXL_WIRE_MAX_FETCH_BYTES)) {
+        status = hixl_fail(error, HIXL_PARAM_INVALID, "request_bytes is %u, allowed are 1 to %u", request_bytes,
+                           HIXL_WIRE_MAX_FETCH_BYTES);
+    }
+    if (status != HIXL_SUCCESS) {
+        return status;
+    }
+    pthread_mutex_lock(&client->lock);
+    status = new_batch(client, false, &batch, error);
+    if (status == HIXL_SUCCESS) {
+        batch->fetch_request = request;
+        batch->fetch_bytes = request_bytes;
+        batch->fetch_reply = reply;
+        reply->status = 0;
+        reply->text[0] = '\0';
+        status = hixl_plan_fetch(batch, ops, num_ops, error);
+        if (status == HIXL_SUCCESS) {
+            hixl_tcp_submit(client, batch);
+            if (batch->state == HIXL_BATCH_RUNNING && !batch->tcp_pending) {
+                end_batch(batch, HIXL_BATCH_COMPLETED);
+            }
+            *out_handle = handle_of(batch);
+        } else {
+            free_slot(batch);
+        }
+    }
+    pthread_mutex_unlock(&client->lock);
+    return status;
 }
 
 LDD_EXPORT HixlStatus HixlCSClientBatchPutSync(HixlClientHandle client, uint32_t num_ops,

@@ -25,6 +25,7 @@
 #include "hixl_socket.h"
 #include "hixl_time.h"
 #include "hixl_wire.h"
+#include "llm_datadist/ldd_ext.h"
 
 enum {
     HIXL_MAX_BATCHES = 4096, /* not yet queried to their end, per client */
@@ -95,6 +96,9 @@ typedef struct hixl_batch {
     size_t piece_capacity;
     hixl_tcp_op *tcp_ops;
     size_t num_tcp_ops, tcp_capacity;
+    const void *fetch_request; /* of a fetch, otherwise NULL; tcp_ops say where its bytes go */
+    uint32_t fetch_bytes;
+    LddFetchReply *fetch_reply;
     copy_job job;
     atomic_flag error_taken; /* the first failing piece writes `error` */
     hixl_error error;
@@ -114,7 +118,8 @@ typedef struct {
     hixl_wire_welcome welcome;
     size_t welcome_received;
     hixl_wire_request request;
-    size_t head_sent;            /* of request and descriptors */
+    hixl_wire_fetch fetch;       /* of a fetch: which part this is */
+    size_t head_sent;            /* of request, part, and descriptors or words */
     size_t send_index, send_skip; /* put: bytes under way */
     bool sent;
     hixl_wire_reply reply;
@@ -161,7 +166,7 @@ struct hixl_client {
     hixl_batch *batches[HIXL_MAX_BATCHES];
     uint16_t free_slots[HIXL_MAX_BATCHES];
     unsigned num_slots, num_free, num_running;
-    uint64_t batch_generation;
+    uint64_t batch_generation, num_fetches;
     uint64_t good_first, good_end; /* local memory last found mapped */
 
     TAILQ_HEAD(, hixl_batch) tcp_queue; /* the head has the streams */
@@ -193,6 +198,9 @@ void hixl_remote_close(hixl_client *client);
 /* hixl_plan.c; locked. Fills the segments and operations of the batch; nothing moves. */
 HixlStatus hixl_plan(hixl_batch *batch, const HixlOneSideOpDesc *ops, uint32_t num_ops, int64_t deadline_ns,
                      hixl_error *error);
+
+/* The same for a fetch, whose operations name local memory alone. */
+HixlStatus hixl_plan_fetch(hixl_batch *batch, const HixlOneSideOpDesc *ops, uint32_t num_ops, hixl_error *error);
 
 /* hixl_copy.c */
 bool hixl_copy_cut(hixl_batch *batch); /* segments to pieces; false: no memory */

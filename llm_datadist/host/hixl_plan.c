@@ -40,12 +40,11 @@ static bool add_segment(hixl_segments *list, uint64_t local, uint64_t remote, ui
     return true;
 }
 
-static bool add_tcp_op(hixl_batch *batch, const hixl_remote_region *region, uint64_t local, uint64_t remote,
+static bool add_tcp_op(hixl_batch *batch, uint64_t local, uint64_t region, uint64_t generation, uint64_t offset,
                        uint64_t bytes) {
-    uint64_t offset = remote - region->address;
     hixl_tcp_op *last = batch->num_tcp_ops > 0 ? &batch->tcp_ops[batch->num_tcp_ops - 1] : NULL;
-    if (last != NULL && last->local + last->desc.bytes == local && last->desc.region == region->region &&
-        last->desc.generation == region->generation && last->desc.offset + last->desc.bytes == offset) {
+    if (last != NULL && last->local + last->desc.bytes == local && last->desc.region == region &&
+        last->desc.generation == generation && last->desc.offset + last->desc.bytes == offset) {
         last->desc.bytes += bytes;
         return true;
     }
@@ -58,7 +57,7 @@ static bool add_tcp_op(hixl_batch *batch, const hixl_remote_region *region, uint
     }
     last = &batch->tcp_ops[batch->num_tcp_ops++];
     last->local = local;
-    last->desc = (hixl_wire_desc){region->region, region->generation, offset, bytes};
+    last->desc = (hixl_wire_desc){region, generation, offset, bytes};
     return true;
 }
 
@@ -163,7 +162,7 @@ static HixlStatus plan_op(hixl_batch *batch, const HixlOneSideOpDesc *op, uint32
         added = add_segment(&batch->cma, local, remote, op->len);
         break;
     default:
-        added = add_tcp_op(batch, region, local, remote, op->len);
+        added = add_tcp_op(batch, local, region->region, region->generation, remote - region->address, op->len);
         break;
     }
     if (!added) {
@@ -199,4 +198,24 @@ HixlStatus hixl_plan(hixl_batch *batch, const HixlOneSideOpDesc *ops, uint32_t n
         status = check_local(batch->client, &batch->mapped, error);
     }
     return status;
+}
+
+HixlStatus hixl_plan_fetch(hixl_batch *batch, const HixlOneSideOpDesc *ops, uint32_t num_ops, hixl_error *error) {
+    uint32_t i;
+    batch->mapped.count = batch->cma.count = batch->num_tcp_ops = 0;
+    batch->num_bytes = 0;
+    for (i = 0; i < num_ops; i++) {
+        uint64_t local = (uintptr_t)ops[i].local_buf;
+        if (ops[i].len == 0 || local == 0 || ops[i].len > UINT64_MAX - local) {
+            return hixl_fail(error, HIXL_PARAM_INVALID,
+                             "descriptor %u: local 0x%" PRIx64 ", length %" PRIu64 " is empty or wraps around", i, local,
+                             ops[i].len);
+        }
+        /* The stream of a fetch stands for a region: what follows in it and in memory is one operation. */
+        if (!add_tcp_op(batch, local, 0, 0, batch->num_bytes, ops[i].len)) {
+            return hixl_fail(error, HIXL_RESOURCE_EXHAUSTED, "no memory for descriptor %u", i);
+        }
+        batch->num_bytes += ops[i].len;
+    }
+    return HIXL_SUCCESS;
 }

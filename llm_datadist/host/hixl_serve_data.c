@@ -13,6 +13,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include "hixl_fetch.h"
 #include "hixl_server.h"
 #include "hixl_time.h"
 
@@ -30,6 +31,7 @@ typedef struct {
     hixl_target *targets;
     size_t capacity;     /* of both */
     size_t num_targets;  /* held now */
+    hixl_fetch *fetch;   /* a part of which is served now, otherwise NULL */
 } data_session;
 
 typedef enum { MOVE_READY, MOVE_IDLE, MOVE_BROKEN } move_state;
@@ -37,6 +39,7 @@ typedef enum { MOVE_READY, MOVE_IDLE, MOVE_BROKEN } move_state;
 static bool must_leave(data_session *session, bool stalled) {
     hixl_conn *conn = session->conn;
     return atomic_load(&conn->dropped) || atomic_load(&conn->server->stopping) ||
+           (session->fetch != NULL && atomic_load(&session->fetch->over)) ||
            hixl_regions_must_leave(&conn->server->regions, session->targets, session->num_targets, stalled);
 }
 
@@ -135,15 +138,19 @@ static bool send_frame(data_session *session, const void *data, size_t bytes) {
     return true;
 }
 
-static bool send_failure(data_session *session, hixl_wire_reply *reply, const hixl_error *error) {
+static bool send_refusal(data_session *session, hixl_wire_reply *reply, HixlStatus status, const char *text) {
     uint8_t frame[sizeof *reply + HIXL_MAX_TEXT_BYTES];
-    size_t text_bytes = strnlen(error->text, HIXL_MAX_TEXT_BYTES);
-    reply->status = error->status;
+    size_t text_bytes = strnlen(text, HIXL_MAX_TEXT_BYTES);
+    reply->status = status;
     reply->text_bytes = (uint16_t)text_bytes;
     reply->bytes = 0;
     memcpy(frame, reply, sizeof *reply);
-    memcpy(frame + sizeof *reply, error->text, text_bytes);
+    memcpy(frame + sizeof *reply, text, text_bytes);
     return send_frame(session, frame, sizeof *reply + text_bytes);
+}
+
+static bool send_failure(data_session *session, hixl_wire_reply *reply, const hixl_error *error) {
+    return send_refusal(session, reply, error->status, error->text);
 }
 
 /*
@@ -165,7 +172,8 @@ static bool is_readable(const data_session *session, hixl_error *error) {
             }
             n = 0;
         }
-        if (!last && session->targets[i].region->backing == NULL) {
+        const hixl_region *region = last ? NULL : session->targets[i].region;
+        if (!last && (region == NULL ? !session->fetch->source.never_unmapped : region->backing == NULL)) {
             const hixl_target *target = &session->targets[i];
             size_t end;
             for (end = 0; end < 2; end++, n++) {
@@ -273,6 +281,117 @@ static bool reserve(data_session *session, size_t count) {
     return count <= session->capacity;
 }
 
+/* Have the bytes [offset, offset + bytes) of the fetch as targets. */
+static bool aim(data_session *session, const LddFetchSource *source, uint64_t offset, uint64_t bytes) {
+    size_t i = 0, n = 0;
+    if (!reserve(session, source->num_pieces)) {
+        return false;
+    }
+    while (offset >= source->pieces[i].bytes) {
+        offset -= source->pieces[i++].bytes;
+    }
+    for (; bytes > 0; i++, n++) {
+        uint64_t part = source->pieces[i].bytes - offset;
+        part = part < bytes ? part : bytes;
+        session->targets[n].region = NULL;
+        session->targets[n].address = (uint8_t *)(uintptr_t)(source->pieces[i].addr + offset);
+        session->targets[n].bytes = part;
+        bytes -= part;
+        offset = 0;
+    }
+    session->num_targets = n;
+    return true;
+}
+
+/*
+ * After part 0: stay until the client has confirmed and the other parts are over, then let the owner know. There is no
+ * limit but the life of the session: until then the client may yet take what it got for success.
+ */
+static bool conclude(data_session *session, bool ok) {
+    hixl_server *server = session->conn->server;
+    hixl_fetch *fetch = session->fetch;
+    bool broken = !ok;
+    while (!broken && !hixl_fetch_is_done(server, fetch, &broken) && !broken) {
+        move_state state = wait_conn(session, POLLIN, LOOK_UP_MS * HIXL_MS_NS);
+        if (state == MOVE_READY) { /* the confirmation, or what follows it when somebody else has taken that */
+            server->fetch_hooks.look(server->fetch_context);
+            if (!hixl_fetch_is_done(server, fetch, &broken)) {
+                hixl_fetch_wait(server, HIXL_MS_NS);
+            }
+        }
+        broken |= state == MOVE_BROKEN;
+    }
+    hixl_fetch_end(server, fetch);
+    return !broken;
+}
+
+/* Wait for part 0, which travels on a connection of its own. */
+static bool join(data_session *session, const hixl_wire_fetch *head) {
+    for (;;) {
+        struct pollfd entry = {.fd = session->conn->fd, .events = POLLRDHUP};
+        hixl_fetch_arrival arrival =
+            hixl_fetch_join(session->conn, head, LOOK_UP_MS * HIXL_MS_NS, &session->fetch);
+        if (arrival != HIXL_FETCH_EARLY) {
+            return arrival == HIXL_FETCH_JOINED;
+        }
+        if (must_leave(session, false) || poll(&entry, 1, 0) != 0) {
+            return false;
+        }
+    }
+}
+
+static bool serve_part(data_session *session, const hixl_wire_fetch *head, hixl_wire_reply *reply) {
+    hixl_fetch *fetch = session->fetch;
+    bool ok;
+    if (fetch->refusal != 0) {
+        reply->argument = (uint64_t)(int64_t)fetch->refusal;
+        return send_refusal(session, reply, HIXL_FAILED, fetch->text);
+    }
+    if (!aim(session, &fetch->source, head->offset, reply->bytes)) {
+        hixl_error error;
+        hixl_fail(&error, HIXL_RESOURCE_EXHAUSTED, "no memory for %zu pieces", fetch->source.num_pieces);
+        return send_failure(session, reply, &error);
+    }
+    ok = serve_get(session, reply);
+    session->num_targets = 0;
+    return ok;
+}
+
+static bool serve_fetch(data_session *session, const hixl_wire_request *request, hixl_wire_reply *reply) {
+    hixl_conn *conn = session->conn;
+    hixl_wire_fetch head;
+    void *body = NULL;
+    bool ok;
+
+    if (conn->server->fetch_hooks.begin == NULL || request->count > HIXL_WIRE_MAX_FETCH_BYTES ||
+        receive_frame(session, &head, sizeof head, STALL_NS) != MOVE_READY || head.part >= head.num_parts ||
+        (request->count > 0) != (head.part == 0) || head.offset > head.total ||
+        request->bytes > head.total - head.offset) {
+        return false;
+    }
+    if (head.part == 0) {
+        body = malloc(request->count);
+        if (body == NULL || receive_frame(session, body, request->count, STALL_NS) != MOVE_READY) {
+            free(body);
+            return false;
+        }
+        session->fetch = hixl_fetch_lead(conn, request, &head, body);
+        free(body);
+        if (session->fetch == NULL) {
+            return false;
+        }
+    } else if (!join(session, &head)) {
+        return false;
+    }
+    ok = serve_part(session, &head, reply);
+    hixl_fetch_leave(conn->server, session->fetch);
+    if (head.part == 0) {
+        ok = conclude(session, ok);
+    }
+    session->fetch = NULL;
+    return ok;
+}
+
 /* One request; IDLE: none came, BROKEN: the connection is of no more use. */
 static move_state serve_request(data_session *session) {
     hixl_region_table *regions = &session->conn->server->regions;
@@ -285,17 +404,22 @@ static move_state serve_request(data_session *session) {
     if (state != MOVE_READY) {
         return state;
     }
-    if (request.magic != HIXL_WIRE_REQUEST_MAGIC || request.reserved != 0 || request.argument != 0 ||
-        (request.op != HIXL_OP_GET && request.op != HIXL_OP_PUT) || request.count == 0 ||
+    reply.op = request.op;
+    reply.sequence = request.sequence;
+    reply.bytes = request.bytes;
+    if (request.magic != HIXL_WIRE_REQUEST_MAGIC || request.reserved != 0 || request.argument != 0) {
+        return MOVE_BROKEN;
+    }
+    if (request.op == HIXL_OP_FETCH) {
+        return request.bytes > 0 && serve_fetch(session, &request, &reply) ? MOVE_READY : MOVE_BROKEN;
+    }
+    if ((request.op != HIXL_OP_GET && request.op != HIXL_OP_PUT) || request.count == 0 ||
         request.count > HIXL_WIRE_MAX_DESCS || request.bytes < request.count || !reserve(session, request.count)) {
         return MOVE_BROKEN;
     }
     if (receive_frame(session, session->descs, request.count * sizeof *session->descs, STALL_NS) != MOVE_READY) {
         return MOVE_BROKEN;
     }
-    reply.op = request.op;
-    reply.sequence = request.sequence;
-    reply.bytes = request.bytes;
     if (hixl_regions_acquire(regions, session->descs, request.count, request.bytes, session->targets, &error) !=
         HIXL_SUCCESS) {
         ok = send_failure(session, &reply, &error) &&

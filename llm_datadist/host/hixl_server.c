@@ -13,7 +13,7 @@
 #include "host_memory.h"
 #include "llm_datadist/ldd_ext.h"
 
-static hixl_server *checked_server(HixlServerHandle handle, hixl_error *error) {
+hixl_server *hixl_checked_server(HixlServerHandle handle, hixl_error *error) {
     hixl_server *server = hixl_handle_object(HIXL_SERVER_HANDLE, handle);
     if (server == NULL) {
         hixl_fail(error, HIXL_PARAM_INVALID, "server handle %p is not open", handle);
@@ -62,6 +62,7 @@ static const hixl_fork_ops fork_ops = {before_fork, after_fork_in_parent, after_
 LDD_EXPORT HixlStatus HixlCSServerCreate(const HixlServerDesc *desc, const HixlServerConfig *config,
                                          HixlServerHandle *out_server) {
     hixl_error *error = hixl_thread_error();
+    pthread_condattr_t attributes;
     hixl_server *server;
     HixlStatus status;
 
@@ -104,6 +105,12 @@ LDD_EXPORT HixlStatus HixlCSServerCreate(const HixlServerDesc *desc, const HixlS
     hixl_boot_id(server->boot_id);
     pthread_mutex_init(&server->lock, NULL);
     pthread_cond_init(&server->unserved, NULL);
+    pthread_mutex_init(&server->fetch_lock, NULL);
+    pthread_condattr_init(&attributes);
+    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+    pthread_cond_init(&server->fetch_changed, &attributes);
+    pthread_condattr_destroy(&attributes);
+    TAILQ_INIT(&server->fetches);
     TAILQ_INIT(&server->pending);
     TAILQ_INIT(&server->conns);
     TAILQ_INIT(&server->finished);
@@ -117,7 +124,7 @@ LDD_EXPORT HixlStatus HixlCSServerCreate(const HixlServerDesc *desc, const HixlS
 LDD_EXPORT HixlStatus HixlCSServerRegMem(HixlServerHandle handle, const char *tag, const CommMem *mem,
                                          MemHandle *out_handle) {
     hixl_error *error = hixl_thread_error();
-    hixl_server *server = checked_server(handle, error);
+    hixl_server *server = hixl_checked_server(handle, error);
     if (server == NULL) {
         return error->status;
     }
@@ -129,7 +136,7 @@ LDD_EXPORT HixlStatus HixlCSServerRegMem(HixlServerHandle handle, const char *ta
 
 LDD_EXPORT HixlStatus HixlCSServerUnregMem(HixlServerHandle handle, MemHandle mem_handle) {
     hixl_error *error = hixl_thread_error();
-    hixl_server *server = checked_server(handle, error);
+    hixl_server *server = hixl_checked_server(handle, error);
     return server == NULL ? error->status : hixl_regions_remove(&server->regions, mem_handle, error);
 }
 
@@ -169,7 +176,7 @@ static HixlStatus start_service(hixl_server *server, hixl_error *error) {
 LDD_EXPORT HixlStatus HixlCSServerListen(HixlServerHandle handle, uint32_t backlog) {
     hixl_error *error = hixl_thread_error();
     int queue = backlog == 0 ? SOMAXCONN : backlog > 65535 ? 65535 : (int)backlog;
-    hixl_server *server = checked_server(handle, error);
+    hixl_server *server = hixl_checked_server(handle, error);
     HixlStatus status = HIXL_SUCCESS;
     if (server == NULL) {
         return error->status;
@@ -225,7 +232,7 @@ static bool is_served(hixl_server *server, const uint8_t token[16]) {
 LDD_EXPORT HixlStatus LddServerDropPeer(HixlServerHandle handle, const uint8_t token[16]) {
     static const uint8_t none[16];
     hixl_error *error = hixl_thread_error();
-    hixl_server *server = checked_server(handle, error);
+    hixl_server *server = hixl_checked_server(handle, error);
     hixl_conn *conn;
     if (server == NULL) {
         return error->status;
@@ -250,7 +257,7 @@ LDD_EXPORT HixlStatus LddServerDropPeer(HixlServerHandle handle, const uint8_t t
 
 LDD_EXPORT HixlStatus HixlCSServerDestroy(HixlServerHandle handle) {
     hixl_error *error = hixl_thread_error();
-    hixl_server *server = checked_server(handle, error);
+    hixl_server *server = hixl_checked_server(handle, error);
     if (server == NULL) {
         return error->status;
     }
@@ -263,6 +270,8 @@ LDD_EXPORT HixlStatus HixlCSServerDestroy(HixlServerHandle handle) {
     hixl_handle_withdraw(handle);
     hixl_fork_forget(&server->fork_node);
     hixl_regions_destroy(&server->regions);
+    pthread_cond_destroy(&server->fetch_changed);
+    pthread_mutex_destroy(&server->fetch_lock);
     pthread_cond_destroy(&server->unserved);
     pthread_mutex_destroy(&server->lock);
     free(server);

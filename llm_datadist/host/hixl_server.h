@@ -23,6 +23,9 @@
 #include "hixl_region.h"
 #include "hixl_socket.h"
 #include "hixl_wire.h"
+#include "llm_datadist/ldd_ext.h"
+
+struct hixl_fetch;
 
 /* One client: the connections that carry its id. Lives as long as its ADMIN connection. */
 typedef struct hixl_session {
@@ -89,8 +92,16 @@ typedef struct hixl_server {
     struct hixl_conn_list closed;   /* freed once no event of the current round can name them */
     TAILQ_HEAD(, hixl_session) sessions;
     size_t num_pending, num_conns;
+    LddFetchHooks fetch_hooks; /* all NULL: fetches are refused */
+    void *fetch_context;
+    pthread_mutex_t fetch_lock; /* see hixl_fetch.h */
+    pthread_cond_t fetch_changed;
+    TAILQ_HEAD(, hixl_fetch) fetches;
     int64_t accept_after_ns; /* out of descriptors: the listeners rest until then; 0: they do not */
 } hixl_server;
+
+/* hixl_server.c */
+hixl_server *hixl_checked_server(HixlServerHandle handle, hixl_error *error); /* NULL: error says why */
 
 /* hixl_service.c */
 void *hixl_service_main(void *server);

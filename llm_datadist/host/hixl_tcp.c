@@ -1,7 +1,7 @@
 /*
  * The tcp path of the client: data connections that carry one batch at a time, split evenly by bytes.
  *
- * A get receives straight into the destination, a put sends straight from the source; nothing is staged. All
+ * A get or a fetch receives straight into the destination, a put sends straight from the source; nothing is staged. All
  * sockets are non-blocking: hixl_tcp_progress moves what the kernel has or takes, the waiting thread polls. Local
  * memory is written only in there, so whoever holds the client's lock and has closed the streams knows that no
  * further byte lands.
@@ -10,6 +10,7 @@
 #include <errno.h>
 #include <inttypes.h>
 #include <poll.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/uio.h>
@@ -50,17 +51,24 @@ static bool open_stream(hixl_client *client, hixl_stream *stream, hixl_error *er
     return true;
 }
 
-/* Begin the frame that starts at the current descriptor, if any is left. */
-static void begin_frame(hixl_client *client, hixl_stream *stream, bool is_put) {
+static bool is_fetch(const hixl_batch *batch) {
+    return batch->fetch_request != NULL;
+}
+
+/* Begin the frame that starts at the current descriptor, if any is left. A fetch names no descriptors: one will do. */
+static void begin_frame(hixl_client *client, const hixl_batch *batch, hixl_stream *stream) {
+    bool all = is_fetch(batch) || stream->count - stream->frame_end < HIXL_WIRE_MAX_DESCS;
     size_t i;
     stream->frame_first = stream->frame_end;
-    stream->frame_end = stream->count - stream->frame_first < HIXL_WIRE_MAX_DESCS
-                            ? stream->count
-                            : stream->frame_first + HIXL_WIRE_MAX_DESCS;
+    stream->frame_end = all ? stream->count : stream->frame_first + HIXL_WIRE_MAX_DESCS;
     stream->request = (hixl_wire_request){.magic = HIXL_WIRE_REQUEST_MAGIC,
-                                          .op = is_put ? HIXL_OP_PUT : HIXL_OP_GET,
+                                          .op = batch->is_put ? HIXL_OP_PUT : HIXL_OP_GET,
                                           .sequence = ++client->sequence,
                                           .count = (uint32_t)(stream->frame_end - stream->frame_first)};
+    if (is_fetch(batch)) {
+        stream->request.op = HIXL_OP_FETCH;
+        stream->request.count = stream->fetch.part == 0 ? batch->fetch_bytes : 0;
+    }
     for (i = stream->frame_first; i < stream->frame_end; i++) {
         stream->request.bytes += stream->descs[i].bytes;
     }
@@ -126,7 +134,7 @@ static bool share_out(hixl_client *client, const hixl_batch *batch, unsigned num
 
 static bool begin_batch(hixl_client *client, const hixl_batch *batch, hixl_error *error) {
     unsigned i, wanted, num_streams = 0;
-    uint64_t bytes = 0;
+    uint64_t bytes = 0, offset = 0;
     size_t k;
 
     for (k = 0; k < batch->num_tcp_ops; k++) {
@@ -144,39 +152,55 @@ static bool begin_batch(hixl_client *client, const hixl_batch *batch, hixl_error
         hixl_fail(error, HIXL_RESOURCE_EXHAUSTED, "no memory for a batch of %" PRIu64 " bytes", bytes);
         return false;
     }
+    client->num_fetches += is_fetch(batch);
     for (i = 0; i < num_streams; i++) {
         hixl_stream *stream = &client->streams[i];
         stream->frame_end = 0;
-        begin_frame(client, stream, batch->is_put);
+        stream->fetch = (hixl_wire_fetch){client->num_fetches, offset, bytes, i, num_streams};
+        begin_frame(client, batch, stream);
         stream->active = true;
+        offset += stream->request.bytes;
     }
     return true;
 }
 
-/* Send hello, request, descriptors and, of a put, the bytes; several of them in one call where they are due. */
-static stream_state send_some(const hixl_client *client, hixl_stream *stream, bool is_put, uint64_t *budget,
-                              hixl_error *error) {
-    const size_t descs_bytes = stream->request.count * sizeof(hixl_wire_desc);
-    const size_t head_bytes = sizeof stream->request + descs_bytes;
+/* What precedes the bytes of a frame: request, part, and descriptors or words. Returns how many of these there are. */
+static size_t head_of(const hixl_batch *batch, hixl_stream *stream, struct iovec head[3], size_t *head_bytes) {
+    size_t i, n = 0;
+    head[n++] = (struct iovec){&stream->request, sizeof stream->request};
+    if (is_fetch(batch)) {
+        head[n++] = (struct iovec){&stream->fetch, sizeof stream->fetch};
+        head[n++] = (struct iovec){(void *)batch->fetch_request, stream->request.count};
+    } else {
+        head[n++] = (struct iovec){&stream->descs[stream->frame_first], stream->request.count * sizeof(hixl_wire_desc)};
+    }
+    *head_bytes = 0;
+    for (i = 0; i < n; i++) {
+        *head_bytes += head[i].iov_len;
+    }
+    return n;
+}
+
+/* Send hello, head and, of a put, the bytes; several of them in one call where they are due. */
+static stream_state send_some(const hixl_client *client, const hixl_batch *batch, hixl_stream *stream,
+                              uint64_t *budget, hixl_error *error) {
+    struct iovec head[3];
+    size_t head_bytes;
+    const size_t num_heads = head_of(batch, stream, head, &head_bytes);
     while (!stream->sent && *budget > 0) {
-        struct iovec iov[3 + SLICE_IOVECS];
+        struct iovec iov[4 + SLICE_IOVECS];
         struct msghdr message = {.msg_iov = iov};
-        size_t n = 0, rest;
+        size_t n = 0, i = 0, skip = 0, rest;
         ssize_t sent;
         if (stream->hello_sent < sizeof stream->hello) {
             iov[n].iov_base = (uint8_t *)&stream->hello + stream->hello_sent;
             iov[n++].iov_len = sizeof stream->hello - stream->hello_sent;
         }
-        if (stream->head_sent < sizeof stream->request) {
-            iov[n].iov_base = (uint8_t *)&stream->request + stream->head_sent;
-            iov[n++].iov_len = sizeof stream->request - stream->head_sent;
-        }
         if (stream->head_sent < head_bytes) {
-            size_t skip = stream->head_sent > sizeof stream->request ? stream->head_sent - sizeof stream->request : 0;
-            iov[n].iov_base = (uint8_t *)&stream->descs[stream->frame_first] + skip;
-            iov[n++].iov_len = descs_bytes - skip;
+            hixl_advance_iov(head, &i, &skip, stream->head_sent);
+            n += hixl_slice_iov(head + i, num_heads - i, skip, head_bytes, iov + n, num_heads);
         }
-        if (is_put) {
+        if (batch->is_put) {
             n += hixl_slice_iov(stream->iov + stream->send_index, stream->frame_end - stream->send_index,
                                 stream->send_skip, BURST_BYTES, iov + n, SLICE_IOVECS);
         }
@@ -204,7 +228,7 @@ static stream_state send_some(const hixl_client *client, hixl_stream *stream, bo
         }
         hixl_advance_iov(stream->iov, &stream->send_index, &stream->send_skip, rest);
         stream->sent =
-            stream->head_sent == head_bytes && (!is_put || stream->send_index == stream->frame_end);
+            stream->head_sent == head_bytes && (!batch->is_put || stream->send_index == stream->frame_end);
     }
     return STREAM_PENDING;
 }
@@ -263,8 +287,8 @@ static stream_state receive_bytes(const hixl_client *client, hixl_stream *stream
 }
 
 /* DONE: the frame under way has been answered. */
-static stream_state receive_answer(const hixl_client *client, hixl_stream *stream, bool is_put, uint64_t *budget,
-                                   hixl_error *error) {
+static stream_state receive_answer(const hixl_client *client, const hixl_batch *batch, hixl_stream *stream,
+                                   uint64_t *budget, hixl_error *error) {
     stream_state state;
     if (stream->welcome_received < sizeof stream->welcome) {
         state = receive_frame(client, stream, &stream->welcome, sizeof stream->welcome, &stream->welcome_received,
@@ -281,7 +305,7 @@ static stream_state receive_answer(const hixl_client *client, hixl_stream *strea
     if (stream->reply_received < sizeof stream->reply) {
         state = receive_frame(client, stream, &stream->reply, sizeof stream->reply, &stream->reply_received, error);
         if (state == STREAM_DONE) {
-            state = check_reply(client, stream, is_put, error);
+            state = check_reply(client, stream, batch->is_put, error);
         }
         if (state != STREAM_DONE) {
             return state;
@@ -293,21 +317,26 @@ static stream_state receive_answer(const hixl_client *client, hixl_stream *strea
             return state;
         }
         stream->text[stream->text_received] = '\0';
+        if (is_fetch(batch) && stream->reply.argument != 0) { /* the answer of the server's owner, not of the server */
+            batch->fetch_reply->status = (int32_t)stream->reply.argument;
+            snprintf(batch->fetch_reply->text, sizeof batch->fetch_reply->text, "%s", stream->text);
+            return STREAM_DONE;
+        }
         hixl_fail(error, HIXL_FAILED, "server %s refused (%u): %s", client->address.text, stream->reply.status,
                   stream->text);
         return STREAM_FAILED;
     }
-    return is_put ? STREAM_DONE : receive_bytes(client, stream, budget, error);
+    return batch->is_put ? STREAM_DONE : receive_bytes(client, stream, budget, error);
 }
 
-static stream_state progress_stream(hixl_client *client, hixl_stream *stream, bool is_put, uint64_t *budget,
-                                    hixl_error *error) {
+static stream_state progress_stream(hixl_client *client, const hixl_batch *batch, hixl_stream *stream,
+                                    uint64_t *budget, hixl_error *error) {
     for (;;) {
-        stream_state state = send_some(client, stream, is_put, budget, error);
+        stream_state state = send_some(client, batch, stream, budget, error);
         hixl_error send_error = *error;
         bool send_failed = state == STREAM_FAILED;
         /* Even when sending fails: the server may have said why before it closed. */
-        state = receive_answer(client, stream, is_put, budget, error);
+        state = receive_answer(client, batch, stream, budget, error);
         if (send_failed) {
             if (state != STREAM_FAILED || error->status == HIXL_NOT_CONNECTED) {
                 *error = send_error;
@@ -320,8 +349,33 @@ static stream_state progress_stream(hixl_client *client, hixl_stream *stream, bo
         if (stream->frame_end == stream->count) {
             return STREAM_DONE;
         }
-        begin_frame(client, stream, is_put);
+        begin_frame(client, batch, stream);
     }
+}
+
+/* All bytes of a fetch are in place, or it was refused. */
+static stream_state confirm(const hixl_client *client, const hixl_batch *batch, hixl_error *error) {
+    const hixl_stream *lead = &client->streams[0];
+    hixl_wire_request frame = {.magic = HIXL_WIRE_REQUEST_MAGIC,
+                               .op = HIXL_OP_CONFIRM,
+                               .sequence = lead->request.sequence,
+                               .argument = lead->fetch.exchange};
+    ssize_t sent;
+    unsigned i;
+    for (i = 1; i < lead->fetch.num_parts; i++) {
+        if (client->streams[i].reply.status != lead->reply.status) {
+            hixl_fail(error, HIXL_NOT_CONNECTED, "server %s answered parts of one fetch differently",
+                      client->address.text);
+            return STREAM_FAILED;
+        }
+    }
+    if (batch->fetch_reply->status != 0) {
+        return STREAM_DONE;
+    }
+    do {
+        sent = send(lead->fd, &frame, sizeof frame, MSG_NOSIGNAL); /* all before it was answered: there is room */
+    } while (sent < 0 && errno == EINTR);
+    return sent == sizeof frame ? STREAM_DONE : fail_stream(client, "send to", sent < 0 ? errno : EAGAIN, error);
 }
 
 void hixl_tcp_submit(hixl_client *client, hixl_batch *batch) {
@@ -349,7 +403,7 @@ static stream_state progress_head(hixl_client *client, hixl_batch *batch, hixl_e
             continue;
         }
         budget = BURST_BYTES;
-        state = progress_stream(client, stream, batch->is_put, &budget, error);
+        state = progress_stream(client, batch, stream, &budget, error);
         if (state == STREAM_FAILED) {
             return STREAM_FAILED;
         }
@@ -359,7 +413,7 @@ static stream_state progress_head(hixl_client *client, hixl_batch *batch, hixl_e
             result = STREAM_PENDING;
         }
     }
-    return result;
+    return result == STREAM_DONE && is_fetch(batch) ? confirm(client, batch, error) : result;
 }
 
 void hixl_tcp_progress(hixl_client *client) {
@@ -400,9 +454,12 @@ void hixl_tcp_abort(hixl_client *client) {
         stream->active = false;
         if (stream->fd >= 0) {
             /* A thread may be polling it: wake that before the number can mean something else. A reset also tells
-             * the server to drop what it has received of a put and not yet put in place. */
+             * the server to drop what it has received of a put and not yet put in place; without a batch under way
+             * the last thing sent may be a confirmation, which is to arrive. */
             shutdown(stream->fd, SHUT_RD);
-            hixl_reset_on_close(stream->fd);
+            if (client->tcp_started) {
+                hixl_reset_on_close(stream->fd);
+            }
             hixl_close_fd(&stream->fd);
         }
     }

@@ -8,12 +8,16 @@
  * Connections of one client:
  *   ADMIN  TCP, first; its end is the end of the client. LIST.
  *   LOCAL  abstract Unix socket of the same server, tried when both run under one kernel. MAP.
- *   DATA   TCP, opened when the first bytes travel that way. GET, PUT.
+ *   DATA   TCP, opened when the first bytes travel that way. GET, PUT, FETCH.
  *
  * LIST  reply.argument = number of regions; payload: that many hixl_wire_region, then their tags back to back.
  * MAP   request.argument = backing; the reply carries the memfd (SCM_RIGHTS), reply.argument = its bytes.
  * GET   request.count descriptors follow; request.bytes is their sum; the reply is followed by the bytes.
  * PUT   request.count descriptors follow, then request.bytes bytes; the reply comes when they are in place.
+ * FETCH one hixl_wire_fetch follows, then request.count bytes in the owners' words (on part 0; none on the others); the
+ *       reply is followed by request.bytes bytes. Once the client has all bytes of all parts it sends CONFIRM where it
+ *       sent part 0, with the same sequence, to which nothing is replied. A refusal of the owner's has its number in
+ *       reply.argument and is not confirmed.
  * A reply whose status is not HIXL_SUCCESS has text_bytes of UTF-8 text instead of a payload.
  */
 #ifndef LLM_DATADIST_HIXL_WIRE_H
@@ -32,10 +36,12 @@
 #define HIXL_WIRE_REPLY_MAGIC UINT32_C(0x50525848)   /* "HXRP" */
 
 enum { HIXL_KIND_ADMIN = 1, HIXL_KIND_LOCAL = 2, HIXL_KIND_DATA = 3 };
-enum { HIXL_OP_LIST = 1, HIXL_OP_MAP = 2, HIXL_OP_GET = 3, HIXL_OP_PUT = 4 };
+enum { HIXL_OP_LIST = 1, HIXL_OP_MAP = 2, HIXL_OP_GET = 3, HIXL_OP_PUT = 4, HIXL_OP_FETCH = 5,
+       HIXL_OP_CONFIRM = 6 };
 
 /* A frame names at most this many descriptors (2 MiB of them); a longer batch is several frames. */
 #define HIXL_WIRE_MAX_DESCS 65536u
+#define HIXL_WIRE_MAX_FETCH_BYTES (1u << 20)
 #define HIXL_MAX_REGIONS 65536u
 #define HIXL_MAX_TAG_BYTES 255u
 #define HIXL_MAX_TEXT_BYTES 300u
@@ -89,6 +95,14 @@ typedef struct {
     uint64_t bytes;
 } hixl_wire_desc;
 
+/* Which part of a fetch travels on this connection. */
+typedef struct {
+    uint64_t exchange; /* of the client's, one per fetch */
+    uint64_t offset;   /* of the part, in the bytes of the fetch */
+    uint64_t total;    /* bytes of the fetch */
+    uint32_t part, num_parts;
+} hixl_wire_fetch;
+
 typedef struct {
     uint64_t region;
     uint64_t generation;
@@ -106,6 +120,7 @@ static_assert(sizeof(hixl_wire_welcome) == 112, "welcome");
 static_assert(sizeof(hixl_wire_request) == 32, "request");
 static_assert(sizeof(hixl_wire_reply) == 32, "reply");
 static_assert(sizeof(hixl_wire_desc) == 32, "descriptor");
+static_assert(sizeof(hixl_wire_fetch) == 32, "fetch");
 static_assert(sizeof(hixl_wire_region) == 64, "region");
 
 #endif

@@ -23,12 +23,15 @@ HOT = {
     "block_plan": ["ldd_plan_blocks", "ldd_plan_contiguous", "ldd_plan_slot_to_blocks"],
     "cache_table": ["ldd_table_allocate", "ldd_table_deallocate", "ldd_table_pin_local", "ldd_table_remove_key",
                     "ldd_table_resolve", "ldd_table_take", "ldd_table_unpin"],
+    "fetch": ["ldd_fetch", "plan", "write_request"],
     "key_index": ["ldd_keys_find", "ldd_keys_peek"],
     "local_copy": ["ldd_local_copy"],
+    "move": ["ldd_move", "ldd_move_end"],
     "peek": ["ldd_peek_resolve", "ldd_peek_done"],
     "pool": ["ldd_pool_alloc_tensors", "ldd_pool_free"],
+    "serve_fetch": ["on_begin", "on_look", "on_end", "cut"],
     "service": ["service_main", "on_readable"],
-    "transfer": ["ldd_transfer_run", "ldd_move"],
+    "transfer": ["ldd_transfer_run", "move_steps"],
     "wait": ["ldd_wait_complete"],
 }
 # Calls that need no interpreter, whatever their names say.

@@ -1,0 +1,48 @@
+/*
+ * Fetches a server is answering: what joins the connections that carry the parts of one, and its client's confirmation.
+ *
+ * The thread of part 0 leads: it asks the owner, answers for what the owner holds, and ends it. The threads of other
+ * parts join in while they send. server->fetch_lock protects the list and the fields below that are not atomic; it is
+ * a leaf, and the owner's hooks are called without it.
+ */
+#ifndef LLM_DATADIST_HIXL_FETCH_H
+#define LLM_DATADIST_HIXL_FETCH_H
+
+#include <stdatomic.h>
+#include <stdbool.h>
+
+#include "hixl_server.h"
+#include "llm_datadist/ldd_ext.h"
+
+typedef struct hixl_fetch {
+    TAILQ_ENTRY(hixl_fetch) entry;
+    hixl_conn *lead;
+    uint32_t sequence; /* of part 0's request, which the confirmation repeats */
+    uint64_t exchange, total;
+    unsigned num_parts, num_joined;
+    atomic_uint num_moving; /* parts whose bytes may still be read */
+    atomic_bool over;       /* takes no more parts; those under way are to leave */
+    bool confirmed;
+    bool broken; /* something else came where the confirmation belongs */
+    LddFetchSource source;
+    int32_t refusal; /* of the owner's; 0: none */
+    char text[HIXL_MAX_TEXT_BYTES];
+} hixl_fetch;
+
+/* Part 0 has come: ask the owner. NULL: no memory, or the exchange is under way already. */
+hixl_fetch *hixl_fetch_lead(hixl_conn *conn, const hixl_wire_request *request, const hixl_wire_fetch *head,
+                            const void *body);
+/* Another part has come. EARLY: part 0 has not, in limit_ns; try again. REFUSED: there is no such part to come. */
+typedef enum { HIXL_FETCH_JOINED, HIXL_FETCH_EARLY, HIXL_FETCH_REFUSED } hixl_fetch_arrival;
+hixl_fetch_arrival hixl_fetch_join(hixl_conn *conn, const hixl_wire_fetch *head, int64_t limit_ns, hixl_fetch **out);
+/* The bytes of a part, this thread's, are read no more. */
+void hixl_fetch_leave(hixl_server *server, hixl_fetch *fetch);
+
+/* Nothing is left to wait for; on the lead's thread. */
+bool hixl_fetch_is_done(hixl_server *server, hixl_fetch *fetch, bool *broken);
+/* Wait for other parts to come or leave, a while. */
+void hixl_fetch_wait(hixl_server *server, int64_t limit_ns);
+/* Have all parts leave, tell the owner, and forget it; on the lead's thread. */
+void hixl_fetch_end(hixl_server *server, hixl_fetch *fetch);
+
+#endif
