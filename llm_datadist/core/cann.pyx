@@ -17,6 +17,7 @@ CAPABILITIES = {
     "wait": LDD_CAP_WAIT,
     "cancel": LDD_CAP_CANCEL,
     "drop_peer": LDD_CAP_DROP_PEER,
+    "fetch": LDD_CAP_FETCH,
 }
 
 
