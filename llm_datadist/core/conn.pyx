@@ -17,15 +17,15 @@ cdef extern from * nogil:
     #include <sys/socket.h>
     #include <unistd.h>
 
-    static void ldd_epoll(int epoll_fd, int operation, int fd, uint32_t events, void *conn) {
+    static int ldd_epoll(int epoll_fd, int operation, int fd, uint32_t events, void *conn) {
         struct epoll_event event = {.events = events, .data = {.ptr = conn}};
-        epoll_ctl(epoll_fd, operation, fd, &event);
+        return epoll_ctl(epoll_fd, operation, fd, &event);
     }
     """
     int EPOLLIN, EPOLLOUT, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, MSG_NOSIGNAL
     ssize_t send(int fd, const void* data, size_t nbytes, int flags)
     int close(int fd)
-    void ldd_epoll(int epoll_fd, int operation, int fd, uint32_t events, void* conn)
+    int ldd_epoll(int epoll_fd, int operation, int fd, uint32_t events, void* conn)
 
 cdef enum:
     HANDSHAKE_TIMEOUT_MS = 5000
@@ -69,7 +69,9 @@ cdef ldd_conn* ldd_conn_add(ldd_service* service, int fd, ldd_conn_kind kind) no
     if kind == CONN_HANDSHAKE:
         service.num_handshakes += 1
         conn.deadline_ns = ldd_now_ns() + <int64_t>HANDSHAKE_TIMEOUT_MS * 1000000
-    ldd_epoll(service.epoll_fd, EPOLL_CTL_ADD, fd, EPOLLIN, conn)
+    if ldd_epoll(service.epoll_fd, EPOLL_CTL_ADD, fd, EPOLLIN, conn) != 0:
+        ldd_conn_forget(service, conn, False)       # the kernel has no memory: nobody would ever look after it
+        return NULL
     return conn
 
 

@@ -11,5 +11,6 @@ from .transfer cimport ldd_transfer
 cdef class Engine(EngineLinks):
     cdef int _run(self, ldd_transfer* what, key, src_tensors, dst_tensors, const char* name) except -1
     cdef int _set_blocks(self, ldd_transfer* what, IndexList src, IndexList dst, const char* name) except -1
+    cdef ldd_status _begin_copy(self, int64_t* deadline_ns, ldd_detail* detail) noexcept nogil
     cdef ldd_status _copy_planned(self, ldd_status planned, int64_t deadline_ns, ldd_detail* detail) noexcept nogil
     cdef int64_t _local_deadline(self) noexcept nogil

@@ -20,9 +20,10 @@ from .local_copy cimport (ldd_local_copy, ldd_op_list_clear, ldd_plan_copy_block
                           ldd_plan_swap_blocks, ldd_slots)
 from .move cimport ldd_context_enter, ldd_context_leave
 from .region cimport ldd_regions_add, ldd_regions_epoch, ldd_regions_remove
-from .status cimport LDD_E_PARAM, LDD_OK, ldd_fail, raise_status, start_detail
-from .sync cimport ldd_lock, ldd_now_ns, ldd_unlock
+from .status cimport LDD_E_PARAM, LDD_E_TIMEOUT, LDD_OK, ldd_fail, raise_status, start_detail
+from .sync cimport ldd_now_ns, ldd_unlock
 from .transfer cimport SHAPE_BLOCKS, SHAPE_SLOT, SHAPE_SLOT_TO_BLOCKS, ldd_transfer_run
+from .wait cimport ldd_lock_interruptible
 
 KEY_REQ, KEY_PREFIX, KEY_BLOCKS, KEY_BY_ID = _REQ, _PREFIX, _BLOCKS, _BY_ID
 
@@ -332,6 +333,16 @@ cdef class Engine(EngineLinks):
 
     # ------------------------------------------------------------------------------------- local operations
 
+    cdef ldd_status _begin_copy(self, int64_t* deadline_ns, ldd_detail* detail) noexcept nogil:
+        """Wait for the turn of a local copy: the lock is for `_copy_planned` to give back."""
+        cdef ldd_status status
+        deadline_ns[0] = self._local_deadline()
+        status = ldd_lock_interruptible(&self._copy_lock, deadline_ns[0])
+        if status == LDD_E_TIMEOUT:
+            return ldd_fail(detail, status, b"other local copies went on for all of %lld ms",
+                            <long long>(self.node.sync_timeout_ns // 1000000))
+        return status
+
     cdef ldd_status _copy_planned(self, ldd_status planned, int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
         """Carry out ``_ops`` and give the lock back."""
         cdef aclrtContext before
@@ -349,6 +360,7 @@ cdef class Engine(EngineLinks):
                    uint64_t offset=0, int64_t size=-1):
         """Copy one slot to another, tensor by tensor, within this process."""
         cdef ldd_detail detail
+        cdef int64_t deadline_ns = 0
         cdef ldd_status status
         cdef ldd_cache_view src, dst
         cdef ldd_slots src_slots, dst_slots
@@ -361,10 +373,11 @@ cdef class Engine(EngineLinks):
                 if status == LDD_OK:
                     fill_slots(&src_slots, &src)
                     fill_slots(&dst_slots, &dst)
-                    ldd_lock(&self._copy_lock)
-                    status = ldd_plan_copy_cache(&self._ops, &dst_slots, dst_batch_index, &src_slots, src_batch_index,
-                                                 offset, size, &detail)
-                    status = self._copy_planned(status, self._local_deadline(), &detail)
+                    status = self._begin_copy(&deadline_ns, &detail)
+                    if status == LDD_OK:
+                        status = ldd_plan_copy_cache(&self._ops, &dst_slots, dst_batch_index, &src_slots,
+                                                     src_batch_index, offset, size, &detail)
+                        status = self._copy_planned(status, deadline_ns, &detail)
                     ldd_table_unpin(self.table, dst.slot, dst.generation)
                 ldd_table_unpin(self.table, src.slot, src.generation)
         self.raise_for(status, &detail, b"copy_cache")
@@ -372,6 +385,7 @@ cdef class Engine(EngineLinks):
     def copy_blocks(self, int64_t cache_id, src_blocks, dst_blocks):
         """Copy blocks within one blocks cache, pair after pair."""
         cdef ldd_detail detail
+        cdef int64_t deadline_ns = 0
         cdef ldd_status status
         cdef ldd_cache_view view
         cdef IndexList src = IndexList.parse(src_blocks, "copy_block_info keys")
@@ -381,10 +395,11 @@ cdef class Engine(EngineLinks):
         with nogil:
             status = ldd_table_pin_local(self.table, cache_id, &view, &detail)
             if status == LDD_OK:
-                ldd_lock(&self._copy_lock)
-                status = ldd_plan_copy_blocks(&self._ops, view.addrs, view.num_tensors, view.num_slots, view.stride,
-                                              src.data, dst.data, src.length, &detail)
-                status = self._copy_planned(status, self._local_deadline(), &detail)
+                status = self._begin_copy(&deadline_ns, &detail)
+                if status == LDD_OK:
+                    status = ldd_plan_copy_blocks(&self._ops, view.addrs, view.num_tensors, view.num_slots,
+                                                  view.stride, src.data, dst.data, src.length, &detail)
+                    status = self._copy_planned(status, deadline_ns, &detail)
                 ldd_table_unpin(self.table, view.slot, view.generation)
         self.raise_for(status, &detail, b"copy_blocks")
 
@@ -395,6 +410,7 @@ cdef class Engine(EngineLinks):
         id names is pinned meanwhile, and its own record bounds the copy.
         """
         cdef ldd_detail detail
+        cdef int64_t deadline_ns = 0
         cdef ldd_status status = LDD_OK
         cdef IndexList pair_src = IndexList.parse(src_blocks, "src_to_dst keys")
         cdef IndexList pair_dst = IndexList.parse(dst_blocks, "src_to_dst values")
@@ -417,11 +433,12 @@ cdef class Engine(EngineLinks):
                     if status == LDD_OK:
                         status = open_end(self.table, &ends[i], num_tensors, block_bytes, &detail)
                 if status == LDD_OK:
-                    ldd_lock(&self._copy_lock)
+                    status = self._begin_copy(&deadline_ns, &detail)
+                if status == LDD_OK:
                     status = ldd_plan_swap_blocks(
                         &self._ops, ends[0].slots.addrs, pair_src.data, ends[0].slots.num_slots, ends[1].slots.addrs,
                         pair_dst.data, ends[1].slots.num_slots, num_tensors, block_bytes, pair_src.length, &detail)
-                    status = self._copy_planned(status, self._local_deadline(), &detail)
+                    status = self._copy_planned(status, deadline_ns, &detail)
                 for i in range(2):
                     if ends[i].pinned:
                         ldd_table_unpin(self.table, ends[i].view.slot, ends[i].view.generation)

@@ -168,6 +168,7 @@ struct hixl_client {
     unsigned num_slots, num_free, num_running;
     uint64_t batch_generation, num_fetches;
     uint64_t good_first, good_end; /* local memory last found mapped */
+    bool good_to_write;            /* and writable */
 
     TAILQ_HEAD(, hixl_batch) tcp_queue; /* the head has the streams */
     bool tcp_started;

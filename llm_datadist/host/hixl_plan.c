@@ -61,33 +61,54 @@ static bool add_tcp_op(hixl_batch *batch, uint64_t local, uint64_t region, uint6
     return true;
 }
 
-/* Whether the first and last byte of each range can be read, as the kernel sees it: asking it cannot fault. */
-static HixlStatus probe_local(const hixl_segment *segments, size_t count, hixl_error *error) {
-    struct iovec local[2 * PROBE_OPS], remote[2 * PROBE_OPS];
+/*
+ * Whether the first and last byte of each range can be read, or for a get written, as the kernel sees it: asking it
+ * cannot fault. What is written is what the get will put there, so that nobody sees a byte that was not asked for.
+ */
+static HixlStatus probe_local(const hixl_segment *segments, size_t count, bool is_put, hixl_error *error) {
+    struct iovec here[2 * PROBE_OPS], asked[2 * PROBE_OPS];
     uint8_t bytes[2 * PROBE_OPS];
     size_t i;
     ssize_t got;
     for (i = 0; i < 2 * count; i++) {
         const hixl_segment *segment = &segments[i / 2];
-        local[i] = (struct iovec){.iov_base = &bytes[i], .iov_len = 1};
-        remote[i].iov_base = (void *)(uintptr_t)(segment->local + (i % 2 ? segment->bytes - 1 : 0));
-        remote[i].iov_len = 1;
+        const uint64_t offset = i % 2 ? segment->bytes - 1 : 0;
+        here[i].iov_base = is_put ? &bytes[i] : (void *)(uintptr_t)(segment->remote + offset);
+        asked[i].iov_base = (void *)(uintptr_t)(segment->local + offset);
+        here[i].iov_len = asked[i].iov_len = 1;
     }
-    got = process_vm_readv(getpid(), local, 2 * count, remote, 2 * count, 0);
+    got = is_put ? process_vm_readv(getpid(), here, 2 * count, asked, 2 * count, 0)
+                 : process_vm_writev(getpid(), here, 2 * count, asked, 2 * count, 0);
     if (got == (ssize_t)(2 * count) || (got < 0 && errno != EFAULT)) { /* forbidden by a filter: nothing learnt */
         return HIXL_SUCCESS;
     }
     i = got < 0 ? 0 : (size_t)got;
-    return hixl_fail(error, HIXL_PARAM_INVALID,
-                     "local memory [0x%" PRIx64 ", +%" PRIu64 ") is not mapped: no byte at %p", segments[i / 2].local,
-                     segments[i / 2].bytes, remote[i].iov_base);
+    return hixl_fail(error, HIXL_PARAM_INVALID, "local memory [0x%" PRIx64 ", +%" PRIu64 ") is not %s at %p",
+                     segments[i / 2].local, segments[i / 2].bytes, is_put ? "mapped" : "mapped and writable",
+                     asked[i].iov_base);
+}
+
+static HixlStatus probe_all(const hixl_segments *segments, bool is_put, hixl_error *error) {
+    HixlStatus status = HIXL_SUCCESS;
+    size_t i;
+    for (i = 0; i < segments->count && status == HIXL_SUCCESS; i += PROBE_OPS) {
+        size_t left = segments->count - i;
+        status = probe_local(segments->items + i, left < PROBE_OPS ? left : PROBE_OPS, is_put, error);
+    }
+    return status;
+}
+
+static void remember_good(hixl_client *client, uint64_t first, uint64_t end, bool is_put) {
+    client->good_first = first;
+    client->good_end = end;
+    client->good_to_write = !is_put;
 }
 
 /*
  * Copies through a mapping touch local memory with the CPU, where a bad address ends the process. Allocations of
  * this provider are known to be there; for other memory ask the kernel once and remember the range.
  */
-static HixlStatus check_local(hixl_client *client, const hixl_segments *segments, hixl_error *error) {
+static HixlStatus check_local(hixl_client *client, const hixl_segments *segments, bool is_put, hixl_error *error) {
     uint64_t first = UINT64_MAX, end = 0, page = (uint64_t)sysconf(_SC_PAGESIZE);
     ldd_host_allocation allocation = {0};
     hixl_segment unknown[PROBE_OPS];
@@ -99,16 +120,18 @@ static HixlStatus check_local(hixl_client *client, const hixl_segments *segments
         first = segment->local < first ? segment->local : first;
         end = segment->local + segment->bytes > end ? segment->local + segment->bytes : end;
     }
-    if ((first >= client->good_first && end <= client->good_end) ||
+    if ((first >= client->good_first && end <= client->good_end && (is_put || client->good_to_write)) ||
         ldd_host_find_allocation(first, end - first, &allocation) == 0) {
         return HIXL_SUCCESS;
     }
     /* Asynchronous msync does nothing but look whether the whole range is mapped. */
     if (segments->count > PROBE_OPS &&
         msync((void *)(uintptr_t)(first & ~(page - 1)), end - (first & ~(page - 1)), MS_ASYNC) == 0) {
-        client->good_first = first;
-        client->good_end = end;
-        return HIXL_SUCCESS;
+        status = is_put ? HIXL_SUCCESS : probe_all(segments, false, error);
+        if (status == HIXL_SUCCESS) {
+            remember_good(client, first, end, is_put);
+        }
+        return status;
     }
     for (i = 0; i < segments->count && status == HIXL_SUCCESS; i++) {
         const hixl_segment *segment = &segments->items[i];
@@ -121,16 +144,15 @@ static HixlStatus check_local(hixl_client *client, const hixl_segments *segments
         }
         unknown[num_unknown++] = *segment;
         if (num_unknown == PROBE_OPS) {
-            status = probe_local(unknown, num_unknown, error);
+            status = probe_local(unknown, num_unknown, is_put, error);
             num_unknown = 0;
         }
     }
     if (status == HIXL_SUCCESS && num_unknown > 0) {
-        status = probe_local(unknown, num_unknown, error);
+        status = probe_local(unknown, num_unknown, is_put, error);
     }
     if (status == HIXL_SUCCESS && segments->count == 1) {
-        client->good_first = first;
-        client->good_end = end;
+        remember_good(client, first, end, is_put);
     }
     return status;
 }
@@ -195,7 +217,7 @@ HixlStatus hixl_plan(hixl_batch *batch, const HixlOneSideOpDesc *ops, uint32_t n
         }
     }
     if (status == HIXL_SUCCESS && batch->mapped.count > 0) {
-        status = check_local(batch->client, &batch->mapped, error);
+        status = check_local(batch->client, &batch->mapped, batch->is_put, error);
     }
     return status;
 }

@@ -553,7 +553,7 @@ def test_threads_pull_remove_and_deallocate_at_once(restless):
     def pull(puller):
         rng = random.Random(100 + puller)
         while not finished.is_set():
-            ids = list(live.items())
+            ids = list(live.copy().items())                     # the copy is made in one piece
             if not ids:
                 time.sleep(0.0001)
                 continue

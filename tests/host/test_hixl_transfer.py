@@ -1,5 +1,6 @@
 """Batches of the host provider between two processes: the bytes that arrive, on every path."""
 import ctypes
+import mmap
 import os
 import random
 import threading
@@ -248,6 +249,35 @@ def test_unmapped_local_memory_is_an_error(api, peer, pool, local, count, monkey
             assert info.value.status == hixl.PARAM_INVALID
             assert "0x1000" in info.value.text
         client.get([(pool, local, 8)])
+
+
+@pytest.mark.parametrize("count", [1, 40])
+@pytest.mark.parametrize("path", ["shm", "cma", "tcp"])
+def test_local_memory_that_may_only_be_read(api, peer, pool, path, count, monkeypatch):
+    """A put takes from it, a get that would write to it is refused, and the process lives."""
+    monkeypatch.setenv("LLM_DATADIST_HOST_PATHS", path)
+    memory = mmap.mmap(-1, MIB, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    memory[:] = b"r" * MIB
+    addr = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    protect(addr, MIB, mmap.PROT_READ)
+    ops = [(pool + 32 * i, addr + 64 * i, 8) for i in range(count)]
+    with api.client(peer.port) as client:
+        client.connect().put(ops)           # also: what was found good to read from is not taken as good to write to
+        with pytest.raises(hixl.HixlError) as info:
+            client.get(ops)
+        assert info.value.status in ((hixl.PARAM_INVALID,) if path == "shm" else (hixl.PARAM_INVALID, hixl.FAILED))
+        if path == "shm":
+            assert hex(addr) in info.value.text
+            protect(addr, MIB, mmap.PROT_READ | mmap.PROT_WRITE)
+            client.get(ops)                 # refused beforehand: the client is as good as before
+    protect(addr, MIB, mmap.PROT_READ | mmap.PROT_WRITE)
+    assert memory[:] == b"r" * MIB
+
+
+def protect(addr, num_bytes, protection):
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    assert libc.mprotect(addr, num_bytes, protection) == 0
 
 
 @pytest.mark.parametrize("path", ["cma", "tcp"])

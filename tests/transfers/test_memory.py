@@ -227,10 +227,37 @@ def register_hole(node, num_bytes):
     """Register memory of which the second half may not be touched."""
     memory = mmap.mmap(-1, num_bytes)
     addr = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    _protect(addr + num_bytes // 2, num_bytes // 2, 0)
+    return register(node, "bad", addr, num_bytes, memory)
+
+
+def test_destination_that_may_only_be_read(pair):
+    """The caller is told, and lives; nothing was written."""
+    made = pair.there.call(make, "src", Spec(1, 1, (SIZE,)))
+    try:
+        assert pair.here.call(pull_into_read_only, pair.there.cluster_id, made.cache_id) in (LLMStatusCode.LLM_FAILED,
+                                                                                            INVALID)
+    finally:
+        pair.link_again()
+    assert pull(pair, made.cache_id, SIZE) == Spec(1, 1, (SIZE,)).fill()[0]
+
+
+def pull_into_read_only(node, cluster_id, cache_id):
+    memory = mmap.mmap(-1, SIZE)
+    addr = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    register(node, "read only", addr, SIZE, memory)
+    _protect(addr, len(memory), mmap.PROT_READ)
+    try:
+        node.cache_manager.pull_cache(CacheKeyByIdAndIndex(cluster_id, cache_id), node.kept["read only"].cache)
+    except LLMException as error:
+        assert memory[:] == bytes(SIZE)
+        return error.status_code
+
+
+def _protect(addr, num_bytes, protection):
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    assert libc.mprotect(addr + num_bytes // 2, num_bytes // 2, 0) == 0
-    return register(node, "bad", addr, num_bytes, memory)
+    assert libc.mprotect(addr, num_bytes, protection) == 0
 
 
 def test_destination_that_is_not_there(pair):
