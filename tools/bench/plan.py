@@ -72,6 +72,9 @@ def preset(name: str, threads: int, streams: int = DEFAULT_STREAMS) -> Plan:
                   large("cma", "registered", "registered", threads)]
         cases += [paged("tcp", "pool", size * KIB, 1, "tcp", threads) for size in (16, 64, 128)]
         cases += [large("tcp", "pool", "tcp", threads)]
+        # What one exchange costs, with and without a key to release. No goal: most of it is the kernel waking threads.
+        cases += [Case(operation, "tcp", "pool", 4 * KIB, 1, ALL_BLOCKS, 1, 1, threads, DEFAULT_STREAMS)
+                  for operation in ("pull_blocks", "pull_key")]
         plan = Plan(cases, tuple(FIGURES), 3.0)
     plan = replace(plan, cases=[replace(case, num_streams=streams) for case in plan.cases])
     for case in plan.cases:
