@@ -271,6 +271,22 @@ def test_a_flood_of_silent_connections(pair, peers):
     assert owner.call(links) == [(2, "peer", "active")]
 
 
+def test_a_flood_of_half_links(pair, peers):
+    """The same for peers that say hello and then nothing more."""
+    owner, reader = pair
+    before = owner.call(footprint)["fds"]
+    newcomer = peers.start(4)
+    with contextlib.ExitStack() as stack:
+        for number in range(MAX_HANDSHAKES + 100):
+            stack.enter_context(half_a_link(owner, b"%16d" % number))
+        assert newcomer.call(link, (1, owner.address)) == OK
+        assert newcomer.call(fetch, 1) and reader.call(fetch, 1)
+        assert owner.call(footprint)["fds"] <= before + MAX_HANDSHAKES + 8
+        assert newcomer.call(unlink, (1,)) == OK
+    assert until(lambda: owner.call(footprint)["fds"] == before)
+    assert owner.call(links) == [(2, "peer", "active")]
+
+
 def test_connections_that_come_and_go(owner):
     for _ in range(200):
         connected(owner).__enter__().close()

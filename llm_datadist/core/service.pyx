@@ -146,17 +146,30 @@ cdef bint on_readable(ldd_service* service, ldd_conn* conn) noexcept nogil:
     return True                                     # epoll reports it again, after the others had their turn
 
 
+cdef void end_conn(ldd_service* service, ldd_conn* conn) noexcept nogil:
+    if conn.link != NULL:
+        ldd_answer_ended(service, conn)
+    else:
+        ldd_conn_forget(service, conn, True)
+
+
 cdef bint make_room(ldd_service* service) noexcept nogil:
-    """End the handshake that has waited longest for its first frame: a peer that means it sends that at once."""
+    """End the handshake that has waited longest: for its first frame, or else for the second connection of its link.
+
+    A peer that means it goes on at once, so those that do not cannot keep others out.
+    """
     cdef ldd_conn* conn = service.conns
-    cdef ldd_conn* oldest = NULL
-    while conn != NULL:
+    cdef ldd_conn* silent = NULL
+    cdef ldd_conn* half = NULL
+    while conn != NULL:                         # new ones come first in the list
         if conn.kind == CONN_HANDSHAKE:
-            oldest = conn                       # new ones come first in the list
+            silent = conn
+        elif conn.deadline_ns:
+            half = conn
         conn = conn.next
-    if oldest == NULL:
+    if silent == NULL and half == NULL:
         return False
-    ldd_conn_forget(service, oldest, True)
+    end_conn(service, silent if silent != NULL else half)
     return True
 
 
@@ -173,13 +186,6 @@ cdef void on_connection(ldd_service* service, ldd_conn* listener) noexcept nogil
             close(fd)
         elif ldd_conn_add(service, fd, CONN_HANDSHAKE) == NULL:
             close(fd)
-
-
-cdef void end_conn(ldd_service* service, ldd_conn* conn) noexcept nogil:
-    if conn.link != NULL:
-        ldd_answer_ended(service, conn)
-    else:
-        ldd_conn_forget(service, conn, True)
 
 
 cdef void drop_command(ldd_command* command) noexcept nogil:
