@@ -69,6 +69,9 @@ typedef struct {
     void *ticket;
 } LddFetchSource;
 
+/* The longest request; and the answer, in place of an owner's, of a server that has no hooks. */
+enum { LDD_FETCH_MAX_REQUEST_BYTES = 1 << 20, LDD_FETCH_NOT_HERE = 1 };
+
 typedef struct {
     /*
      * Look up what the request names, of num_bytes in all, and hold it. 0: source is filled, and `end` will follow.
@@ -83,25 +86,33 @@ typedef struct {
     void (*end)(void *context, void *ticket);
 } LddFetchHooks;
 
-/* Before the server listens. The hooks are copied. */
+/*
+ * Before the server listens; the hooks are copied. NULL at any time: returns once `end` was called for whatever had
+ * begun, which has then been told by LddFetchConfirmed if it was confirmed, and no hook will be called again.
+ */
 HixlStatus LddServerSetFetch(HixlServerHandle server, const LddFetchHooks *hooks, void *context);
 
 /*
- * Whether the client has said that all bytes are in place, and no thread reads them any more. Never waits for the
- * client; one call at a time per fetch. So an owner that asks this before each look at its own books knows of every
- * fetch that has returned successfully.
+ * Whether the client has said that all bytes are in place. Never waits for the client, though it may wait, some
+ * milliseconds at most and once, for a thread that has just sent the last of them; one call at a time per fetch. So an
+ * owner that asks this before each look at its own books knows of every fetch whose confirmation has reached this host.
  */
+enum {
+    LDD_FETCH_OPEN = 0,
+    LDD_FETCH_CONFIRMED = 1, /* but a thread may read the bytes still */
+    LDD_FETCH_DONE = 2
+};
 int32_t LddFetchConfirmed(void *fetch);
 
-/* The outcome of a batch that completed: 0, or what the server's owner answered instead of bytes; nothing moved then. */
+/* The outcome of a batch that completed: 0, or what the server's owner answered instead of bytes. */
 typedef struct {
     int32_t status;
     char text[320];
 } LddFetchReply;
 
 /*
- * Ask for bytes and put them into local_buf of each op, in order; remote_buf is ignored. `request` (up to 1 MiB) and
- * `reply` must stay until the handle is gone.
+ * Ask for bytes and put them into local_buf of each op, in order; remote_buf is ignored. `request` and `reply` must
+ * stay until the handle is gone.
  */
 HixlStatus LddClientFetchAsync(HixlClientHandle client, const void *request, uint32_t request_bytes, uint32_t num_ops,
                                const HixlOneSideOpDesc *ops, LddFetchReply *reply, CompleteHandle *out_handle);

@@ -87,8 +87,11 @@ enum {
     LDD_FETCH_TO_HOST = 1u << 2, /* the destination is host memory */
     LDD_FETCH_RESHAPE = 1u << 3  /* the destination is a cache of blocks, the source is not */
 };
-/* The owner's answer when only the steps can tell what is wrong, or do it: resolve, get, release. */
-enum { LDD_FETCH_ASK = 1, LDD_FETCH_MAX_PIECES = 1 << 20 };
+/*
+ * The owner's answer when only the steps can tell what is wrong, or do it: resolve, get, release. Any positive number
+ * is taken for it, so it may be that of a server that has nobody to ask (LDD_FETCH_NOT_HERE).
+ */
+enum { LDD_FETCH_ASK = 1, LDD_FETCH_MAX_PIECES = 1 << 16 };
 
 typedef struct {
     ldd_resolve key;

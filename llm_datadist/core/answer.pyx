@@ -1,7 +1,7 @@
 """What peers ask of an established link, answered from the cache table.
 
 Runs on the service thread. A lease pins the caches it names until the peer releases it or its connection
-ends; nothing else of a peer's doing keeps memory here.
+ends; what a peer fetches over the data path is in ``serve_fetch.pyx``.
 """
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
@@ -42,6 +42,9 @@ cdef void ldd_answer_ended(ldd_service* service, ldd_conn* conn) noexcept nogil:
     ldd_conn_forget(service, conn, True)
     if link == NULL:
         return
+    # First: what comes in on the data path from now on finds no link.
+    snprintf(reason, sizeof(reason), b"cluster %llu closed the connection", <unsigned long long>link.cluster_id)
+    ldd_link_break(link, reason)
     ldd_regions_drop_peer(&service.node.regions, link.token)
     for i in range(link.num_leases):
         if link.leases[i].id:
@@ -51,8 +54,6 @@ cdef void ldd_answer_ended(ldd_service* service, ldd_conn* conn) noexcept nogil:
         ldd_table_remove_lane(service.node.table, link.lane)
         ldd_lane_unmap(link.lane)
         link.lane = NULL
-    snprintf(reason, sizeof(reason), b"cluster %llu closed the connection", <unsigned long long>link.cluster_id)
-    ldd_link_break(link, reason)
     if link.origin == ORIGIN_PEER:
         ldd_link_drop(link)                     # nobody here asked for it, so nobody here will unlink it
     ldd_link_unref(link)

@@ -67,11 +67,12 @@ ctypedef struct ldd_cache:
     ldd_span span
     uint32_t link                   # live: position in ldd_table.ranges; free: next free slot
 
-# Bytes on their way to a peer over the network: the cache is pinned until the peer has them all, and then a key may go.
+# Bytes on their way to a peer over the network. Once the peer has them all a key may go; the pin goes when nobody reads
+# them here any more.
 ctypedef struct ldd_delivery:
     ldd_delivery* next
     bint pending                    # in the table's list
-    int32_t (*confirmed)(void* fetch) noexcept nogil    # whether the peer has said so; never waits
+    int32_t (*confirmed)(void* fetch) noexcept nogil    # LddFetchConfirmed
     void* fetch
     uint32_t slot
     uint32_t generation

@@ -35,7 +35,8 @@ ctypedef struct ldd_cache_row:
 # Every function may be called from any thread, with or without the GIL. A deadline (CLOCK_MONOTONIC, ns) bounds the
 # wait for the table's mutex; LDD_E_TIMEOUT then means nothing was changed. A deadline of 0 tries once: a caller that
 # holds the GIL may do that first and release the GIL only for the second attempt. Functions without a deadline hold
-# the mutex, as all do, for well under the time of a system call. The table's mutex comes before a pool's.
+# the mutex, as all do, for well under the time of a system call, unless bytes are on their way over the network: then
+# for one for each such pull. The table's mutex comes before a pool's, and before those of the provider.
 
 cdef ldd_status ldd_table_create(ldd_table** out, ldd_detail* detail) noexcept nogil
 # Frees all memory of the table itself; call ldd_table_clear first. NULL is allowed.
@@ -83,8 +84,8 @@ cdef void ldd_table_unpin(ldd_table* table, uint32_t slot, uint32_t generation) 
 cdef ldd_status ldd_table_take(ldd_table* table, uint32_t key_index, uint32_t key_generation, uint32_t first_tensor,
                                uint32_t num_tensors) noexcept nogil
 
-# The bytes of a pinned cache go to a peer: the table has the pin from now on, until the peer has confirmed them. That is
-# found out before each look at the table, so that a peer whose pull has returned holds nothing here.
+# The bytes of a pinned cache go to a peer: the table has the pin from now on, until the peer has confirmed them. That
+# is found out before each look at the table, so that a peer whose confirmation has come holds nothing here.
 cdef void ldd_table_deliver(ldd_table* table, ldd_delivery* delivery) noexcept nogil
 # Nobody reads those bytes any more. Without a confirmation by now the key stays.
 cdef void ldd_table_end_delivery(ldd_table* table, ldd_delivery* delivery) noexcept nogil

@@ -1,12 +1,14 @@
 """The cache table of one engine: what can be found here by key, id or address, and pinned while it is used.
 
-Called by user threads and by the service thread, which never holds the GIL. One mutex covers the table: no operation
-scans caches or keys (but for pushes to given addresses, statistics and the end), none makes a system call under the
-mutex except through the allocator and while bytes are on their way over the network, and only ``unregister`` and ``clear`` wait, on a condition. Lock order: GIL, table,
-pool. The transitions themselves are in ``cache_state.pyx``.
+Called by user threads, and by the service thread and those of the data servers, which never hold the GIL. One mutex
+covers the table: no operation scans caches or keys (but for pushes to given addresses, statistics and the end). None
+makes a system call under the mutex except through the allocator, and for each pull whose bytes are on their way over
+the network, to see whether they have arrived; that is also the one wait, of milliseconds at most and hardly ever, but
+for ``unregister`` and ``clear``, which wait on a condition. Lock order: GIL, table, pool or the provider's own. The
+transitions themselves are in ``cache_state.pyx``.
 """
 from libc.stddef cimport size_t
-from libc.stdint cimport UINT64_MAX, int64_t, uint32_t, uint64_t
+from libc.stdint cimport UINT64_MAX, int32_t, int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy
 
@@ -19,6 +21,7 @@ from llm_datadist.core.cache_state cimport (
     ldd_cache_enter, ldd_cache_find, ldd_cache_leave, ldd_cache_pin, ldd_cache_publish, ldd_cache_release_key,
     ldd_cache_tensor_of, ldd_cache_unpin, ldd_delivery, ldd_kind_name, ldd_lane_reader, ldd_range,
 )
+from llm_datadist.core.cann cimport LDD_FETCH_DONE, LDD_FETCH_OPEN
 from llm_datadist.core.key_index cimport (
     KEY_BLOCKS, KEY_BY_ID, KEY_REQ, LDD_NO_KEY, ldd_cell, ldd_key, ldd_keys_bytes, ldd_keys_destroy, ldd_keys_find,
     ldd_keys_init, ldd_keys_max_probe, ldd_keys_place, ldd_keys_take,
@@ -415,21 +418,24 @@ cdef void _take_in(ldd_table* table) noexcept nogil:
 cdef void _take_in_deliveries(ldd_table* table) noexcept nogil:
     cdef ldd_delivery** at = &table.deliveries
     cdef ldd_delivery* delivery
+    cdef int32_t state
     while at[0] != NULL:
         delivery = at[0]
-        if delivery.confirmed(delivery.fetch):
+        state = delivery.confirmed(delivery.fetch)
+        if state != LDD_FETCH_OPEN and delivery.key_index != LDD_NO_KEY:
+            _begin(table)
+            _release(table, delivery.key_index, delivery.key_generation)
+            _end(table)
+            delivery.key_index = LDD_NO_KEY
+        if state == LDD_FETCH_DONE:
             at[0] = delivery.next
-            _settle(table, delivery, True)
+            _settle(table, delivery)
         else:
             at = &delivery.next
 
 
-cdef void _settle(ldd_table* table, ldd_delivery* delivery, bint confirmed) noexcept nogil:
+cdef void _settle(ldd_table* table, ldd_delivery* delivery) noexcept nogil:
     delivery.pending = False
-    if confirmed and delivery.key_index != LDD_NO_KEY:
-        _begin(table)
-        _release(table, delivery.key_index, delivery.key_generation)
-        _end(table)
     _unpin(table, delivery.slot, delivery.generation)
 
 
@@ -448,7 +454,7 @@ cdef void ldd_table_end_delivery(ldd_table* table, ldd_delivery* delivery) noexc
         while at[0] != delivery:
             at = &at[0].next
         at[0] = delivery.next
-        _settle(table, delivery, False)
+        _settle(table, delivery)
     ldd_unlock(&table.mutex)
 
 

@@ -203,6 +203,10 @@ cdef extern from "llm_datadist/ldd_ext.h" nogil:
         LDD_CAP_CANCEL
         LDD_CAP_DROP_PEER
         LDD_CAP_FETCH
+        LDD_FETCH_MAX_REQUEST_BYTES
+        LDD_FETCH_OPEN
+        LDD_FETCH_CONFIRMED
+        LDD_FETCH_DONE
     ctypedef struct LddPiece:
         uint64_t addr
         uint64_t bytes

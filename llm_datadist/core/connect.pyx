@@ -246,6 +246,9 @@ cdef ldd_status ldd_link_close(ldd_node* node, const char* ip, int port, uint64_
             return status
         status = LDD_OK
         if link.state == LINK_ACTIVE:
+            if link.client != NULL:             # before the peer hears of the end: what it confirms last arrives first
+                node.provider.hixl.HixlCSClientDestroy(link.client)
+                link.client = NULL
             status = ldd_ask_unlink(link, deadline_ns, detail)
         elif not link_closed(link):
             status = tell_listener(ip, port, deadline_ns, detail)

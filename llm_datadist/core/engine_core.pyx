@@ -20,8 +20,8 @@ from .net cimport net_listen
 from .node cimport ldd_node_close, ldd_node_destroy, ldd_node_init
 from .peek cimport ldd_board_name
 from .pool cimport ldd_pool_create, ldd_pool_destroy, ldd_pool_free_bytes, ldd_pool_largest_bytes
-from .region cimport (ldd_regions_add, ldd_regions_close, ldd_regions_epoch, ldd_regions_init, ldd_regions_serve,
-                      ldd_regions_set_endpoints)
+from .region cimport (ldd_regions_add, ldd_regions_close, ldd_regions_end_fetches, ldd_regions_epoch,
+                      ldd_regions_init, ldd_regions_serve, ldd_regions_set_endpoints)
 from .serve_fetch cimport ldd_serve_fetch
 from .service cimport ldd_service_listen, ldd_service_start, ldd_service_stop, ldd_service_unlisten
 from .status cimport LDD_E_FAILED, LDD_E_NO_MEMORY, LDD_OK, check, ldd_fail, raise_status, start_detail
@@ -185,6 +185,7 @@ cdef class EngineCore:
                 ldd_table_clear(self.table, ldd_now_ns() + min(self.node.sync_timeout_ns, <int64_t>CLOSE_GRACE_NS),
                                 &detail)
             ldd_service_stop(&self.service)
+            ldd_regions_end_fetches(&self.node.regions)
             if self.table != NULL:
                 status = ldd_table_clear(self.table, ldd_now_ns() + self.node.sync_timeout_ns, &detail)
             if idle == LDD_OK and status == LDD_OK:

@@ -6,15 +6,15 @@ is the bytes, which land in the destination as they come, and then one small fra
 the owner lets go of the cache and, where the pull takes its key, of that. Nobody waits for this frame, see
 ``serve_fetch.pyx``.
 
-This is for pulls that nothing is wrong with. Whatever is (and what needs to know the source first: pieces of a slot that
-do not fill their blocks, layers that are taken one by one) goes by the steps, which say so in the words of the API.
+This is for pulls that nothing is wrong with. Whatever is (and what needs to know the source first: pieces of a slot
+that do not fill their blocks, layers that are taken one by one) goes by the steps, which say so in the words of the API.
 """
 from libc.stdint cimport UINT64_MAX, int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from .ask cimport ldd_reply_room
 from .block_plan cimport ldd_desc_list_clear, ldd_plan_blocks, ldd_plan_contiguous, ldd_plan_slot_to_blocks, ldd_run
-from .cann cimport CompleteHandle, LddFetchReply
+from .cann cimport CompleteHandle, LDD_FETCH_MAX_REQUEST_BYTES, LddFetchReply
 from .checked_math cimport ldd_mul_overflows
 from .move cimport ldd_move_count, ldd_move_end
 from .status cimport LDD_OK, ldd_fail
@@ -23,9 +23,6 @@ from .wait cimport ldd_hixl_result
 from .wire cimport (LDD_ACCESS_READ, LDD_FETCH_ASK, LDD_FETCH_BLOCKS, LDD_FETCH_MAX_PIECES, LDD_FETCH_RESHAPE,
                     LDD_FETCH_TAKE, LDD_FETCH_TO_HOST, ldd_fetch_request, ldd_fetch_run)
 
-cdef enum:
-    MAX_REQUEST_BYTES = 1 << 20
-
 
 cdef bint plan(ldd_link* link, const ldd_transfer* what, const ldd_cache_view* local, uint32_t first,
                uint32_t count) noexcept nogil:
@@ -33,6 +30,8 @@ cdef bint plan(ldd_link* link, const ldd_transfer* what, const ldd_cache_view* l
     cdef const uint64_t* origins = <const uint64_t*>link.reply
     cdef const uint64_t* addrs = local.addrs + first
     cdef uint64_t begin, nbytes, slot_bytes
+    if local.stride == 0:
+        return False
     ldd_desc_list_clear(&link.descs)
     link.descs.by_tensor = True                     # the order of the bytes is that of the tensors
     if what.shape == SHAPE_BLOCKS:
@@ -59,7 +58,7 @@ cdef uint32_t write_request(ldd_link* link, const ldd_transfer* what, const ldd_
     cdef size_t nbytes = sizeof(ldd_fetch_request) + link.descs.num_runs * sizeof(ldd_fetch_run), i
     cdef ldd_fetch_request request
     cdef ldd_fetch_run* runs
-    if (link.descs.num_runs > LDD_FETCH_MAX_PIECES // count or nbytes > MAX_REQUEST_BYTES
+    if (link.descs.num_runs > LDD_FETCH_MAX_PIECES // count or nbytes > LDD_FETCH_MAX_REQUEST_BYTES
             or ldd_reply_room(link, nbytes) < 0):
         return 0
     memset(&request, 0, sizeof(request))
@@ -90,7 +89,7 @@ cdef ldd_status ldd_fetch(ldd_link* link, const ldd_transfer* what, const ldd_ca
     cdef CompleteHandle handle = NULL
     cdef LddFetchReply reply
     cdef ldd_status status
-    if (not link.fetches or what.put or what.tensors_per_step or (what.release and what.remote_first >= 0)
+    if (not link.fetches or link.client == NULL or what.put or what.tensors_per_step or (what.release and what.remote_first >= 0)
             or local.is_blocks != (what.shape != SHAPE_SLOT)):
         return LDD_FETCH_ASK
     if what.local_first >= 0:

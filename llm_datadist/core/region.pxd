@@ -51,6 +51,8 @@ cdef ldd_status ldd_regions_serve(ldd_regions* regions, const char* ip, uint32_t
 # Register all regions with a client that is about to connect, for a provider that wants local memory registered too.
 cdef ldd_status ldd_regions_register_client(ldd_regions* regions, HixlClientHandle client,
                                             ldd_detail* detail) noexcept nogil
+# Nothing answers fetches any more; those under way have ended.
+cdef void ldd_regions_end_fetches(ldd_regions* regions) noexcept nogil
 # Returns once no server moves bytes for the link of this token any more.
 cdef void ldd_regions_drop_peer(ldd_regions* regions, const uint8_t* token) noexcept nogil
 cdef uint64_t ldd_regions_epoch(ldd_regions* regions) noexcept nogil

@@ -227,6 +227,15 @@ cdef void ldd_regions_drop_peer(ldd_regions* regions, const uint8_t* token) noex
     ldd_unlock(&regions.lock)
 
 
+cdef void ldd_regions_end_fetches(ldd_regions* regions) noexcept nogil:
+    cdef uint32_t s
+    ldd_lock(&regions.lock)
+    for s in range(regions.num_servers):
+        if regions.provider.caps & LDD_CAP_FETCH:
+            regions.provider.ext.LddServerSetFetch(regions.servers[s].handle, NULL, NULL)
+    ldd_unlock(&regions.lock)
+
+
 cdef ldd_status ldd_regions_set_endpoints(ldd_regions* regions, const void* endpoints, uint32_t count) noexcept nogil:
     regions.endpoints = <EndpointDesc*>malloc(max(count, <uint32_t>1) * sizeof(EndpointDesc))
     if regions.endpoints == NULL:

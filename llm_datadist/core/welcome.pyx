@@ -61,6 +61,8 @@ cdef ldd_status welcome_forward(ldd_service* service, ldd_conn* conn, const ldd_
     if hello.check_expected and hello.expected_cluster_id != node.cluster_id:
         return ldd_fail(detail, LDD_E_LINK_FAILED, b"this is cluster %llu, not %llu",
                         <unsigned long long>node.cluster_id, <unsigned long long>hello.expected_cluster_id)
+    if is_zero(hello.token, sizeof(hello.token)):
+        return ldd_fail(detail, LDD_E_PARAM, b"the token of the link is all zero")
     if hello.mode != node.mode:
         return ldd_fail(detail, LDD_E_PARAM, b"the two sides disagree on remote-accessible mode (here %d, there %d)",
                         <int>(node.mode & LDD_MODE_REMOTE_ACCESSIBLE),

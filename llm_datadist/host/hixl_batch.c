@@ -369,9 +369,9 @@ LDD_EXPORT HixlStatus LddClientFetchAsync(HixlClientHandle handle, const void *r
         status = hixl_fail(error, HIXL_PARAM_INVALID, "%s is NULL",
                            request == NULL ? "request" : reply == NULL ? "reply" : "out_handle");
     }
-    if (status == HIXL_SUCCESS && (request_bytes == 0 || request_bytes > HIXL_WIRE_MAX_FETCH_BYTES)) {
+    if (status == HIXL_SUCCESS && (request_bytes == 0 || request_bytes > LDD_FETCH_MAX_REQUEST_BYTES)) {
         status = hixl_fail(error, HIXL_PARAM_INVALID, "request_bytes is %u, allowed are 1 to %u", request_bytes,
-                           HIXL_WIRE_MAX_FETCH_BYTES);
+                           (unsigned)LDD_FETCH_MAX_REQUEST_BYTES);
     }
     if (status != HIXL_SUCCESS) {
         return status;

@@ -185,6 +185,18 @@ static bool is_readable(const data_session *session, hixl_error *error) {
     return true;
 }
 
+static bool wait_for_room(data_session *session) {
+    bool ready;
+    if (session->fetch != NULL) {
+        hixl_fetch_stall(session->conn->server, session->fetch, true);
+    }
+    ready = wait_conn(session, POLLOUT, STALL_NS) == MOVE_READY;
+    if (session->fetch != NULL) {
+        hixl_fetch_stall(session->conn->server, session->fetch, false);
+    }
+    return ready;
+}
+
 static bool serve_get(data_session *session, hixl_wire_reply *reply) {
     struct iovec iov[1 + SLICE_IOVECS];
     struct msghdr message = {.msg_iov = iov};
@@ -212,7 +224,7 @@ static bool serve_get(data_session *session, hixl_wire_reply *reply) {
             left -= (uint64_t)sent - header;
             advance(session, &cursor, (uint64_t)sent - header);
         } else if (errno == EAGAIN) {
-            if (wait_conn(session, POLLOUT, STALL_NS) != MOVE_READY) {
+            if (!wait_for_room(session)) {
                 return false;
             }
         } else if (errno != EINTR) { /* the peer has gone, or memory has since the look above */
@@ -305,21 +317,30 @@ static bool aim(data_session *session, const LddFetchSource *source, uint64_t of
 
 /*
  * After part 0: stay until the client has confirmed and the other parts are over, then let the owner know. There is no
- * limit but the life of the session: until then the client may yet take what it got for success.
+ * limit but the end of the connection, or of its session: until then the client may yet confirm what it has.
  */
 static bool conclude(data_session *session, bool ok) {
     hixl_server *server = session->conn->server;
     hixl_fetch *fetch = session->fetch;
     bool broken = !ok;
-    while (!broken && !hixl_fetch_is_done(server, fetch, &broken) && !broken) {
-        move_state state = wait_conn(session, POLLIN, LOOK_UP_MS * HIXL_MS_NS);
-        if (state == MOVE_READY) { /* the confirmation, or what follows it when somebody else has taken that */
-            server->fetch_hooks.look(server->fetch_context);
-            if (!hixl_fetch_is_done(server, fetch, &broken)) {
-                hixl_fetch_wait(server, HIXL_MS_NS);
+    hixl_fetch_progress progress;
+    while (!broken && (progress = hixl_fetch_look(server, fetch)) != HIXL_FETCH_DONE) {
+        struct pollfd entry = {.fd = session->conn->fd, .events = POLLRDHUP};
+        if (progress == HIXL_FETCH_BROKEN) {
+            broken = true;
+        } else if (progress == HIXL_FETCH_AWAITS_PARTS) {
+            hixl_fetch_wait(server, LOOK_UP_MS * HIXL_MS_NS);
+            broken = must_leave(session, false) || poll(&entry, 1, 0) != 0;
+        } else {
+            move_state state = wait_conn(session, POLLIN, LOOK_UP_MS * HIXL_MS_NS);
+            broken = state == MOVE_BROKEN;
+            if (state == MOVE_READY) {
+                server->fetch_hooks.look(server->fetch_context);
+                if (hixl_fetch_look(server, fetch) == HIXL_FETCH_AWAITS_CLIENT) {
+                    hixl_fetch_wait(server, HIXL_MS_NS); /* a part of the frame: the rest is on its way */
+                }
             }
         }
-        broken |= state == MOVE_BROKEN;
     }
     hixl_fetch_end(server, fetch);
     return !broken;
@@ -363,7 +384,7 @@ static bool serve_fetch(data_session *session, const hixl_wire_request *request,
     void *body = NULL;
     bool ok;
 
-    if (conn->server->fetch_hooks.begin == NULL || request->count > HIXL_WIRE_MAX_FETCH_BYTES ||
+    if (request->count > LDD_FETCH_MAX_REQUEST_BYTES ||
         receive_frame(session, &head, sizeof head, STALL_NS) != MOVE_READY || head.part >= head.num_parts ||
         (request->count > 0) != (head.part == 0) || head.offset > head.total ||
         request->bytes > head.total - head.offset) {

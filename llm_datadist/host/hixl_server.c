@@ -10,6 +10,7 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
+#include "hixl_fetch.h"
 #include "host_memory.h"
 #include "llm_datadist/ldd_ext.h"
 
@@ -248,6 +249,7 @@ LDD_EXPORT HixlStatus LddServerDropPeer(HixlServerHandle handle, const uint8_t t
             shutdown(conn->fd, SHUT_RDWR); /* wakes its thread; the service thread sees it and closes */
         }
     }
+    hixl_fetch_wake(server);
     while (is_served(server, token)) {
         pthread_cond_wait(&server->unserved, &server->lock);
     }
@@ -263,6 +265,7 @@ LDD_EXPORT HixlStatus HixlCSServerDestroy(HixlServerHandle handle) {
     }
     if (server->listening) {
         atomic_store(&server->stopping, true);
+        hixl_fetch_wake(server);
         hixl_wake_service(server);
         pthread_join(server->service, NULL); /* it ends with all connections closed, their threads joined */
         close_listeners(server);

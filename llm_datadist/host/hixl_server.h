@@ -6,7 +6,8 @@
  * after a while without requests. Server memory is only ever touched by system calls that take its address
  * (sendmsg, recvmsg): a bad address is an error, not a crash.
  *
- * Locks: server->lock protects connections and sessions; it is taken before the region table's.
+ * Locks: server->lock protects connections and sessions; it is taken before the region table's, and before fetch_lock,
+ * which protects fetches under way (hixl_fetch.h).
  * Only the service thread closes connections, so a descriptor in use is never closed under its user.
  */
 #ifndef LLM_DATADIST_HIXL_SERVER_H
@@ -96,6 +97,8 @@ typedef struct hixl_server {
     void *fetch_context;
     pthread_mutex_t fetch_lock; /* see hixl_fetch.h */
     pthread_cond_t fetch_changed;
+    bool fetch_withdrawn;
+    unsigned num_hooked; /* fetches that have begun, or are about to, and not ended: these may call hooks */
     TAILQ_HEAD(, hixl_fetch) fetches;
     int64_t accept_after_ns; /* out of descriptors: the listeners rest until then; 0: they do not */
 } hixl_server;

@@ -6,6 +6,7 @@
 #include <sys/epoll.h>
 #include <unistd.h>
 
+#include "hixl_fetch.h"
 #include "hixl_server.h"
 #include "hixl_time.h"
 
@@ -13,6 +14,7 @@ enum {
     MAX_PENDING = 256,   /* connections without a hello; the oldest makes room, so silence cannot keep others out */
     MAX_CONNS = 16384,
     MAX_SESSION_CONNS = 40, /* of one client, which opens up to 18; each data connection may cost a thread */
+    MAX_SESSIONS = 4,       /* of one token: a client, and those of earlier attempts that have not ended yet */
     ACCEPTS_PER_ROUND = 64, /* then those that have connected get their turn */
     EVENTS_PER_ROUND = 64,
     DATA_STACK_BYTES = 256 << 10
@@ -82,6 +84,7 @@ static void end_session(hixl_server *server, hixl_session *session) {
         }
     }
     session->num_conns--;
+    hixl_fetch_wake(server);
 }
 
 static void drop_conn(hixl_server *server, hixl_conn *conn) {
@@ -239,6 +242,19 @@ static hixl_session *find_session(hixl_server *server, const uint8_t client_id[1
     return NULL;
 }
 
+/* Those without a token have nothing in common. */
+static unsigned count_sessions(hixl_server *server, const uint8_t token[16]) {
+    static const uint8_t none[16];
+    hixl_session *session;
+    unsigned count = 0;
+    if (memcmp(token, none, sizeof none) != 0) {
+        TAILQ_FOREACH(session, &server->sessions, entry) {
+            count += memcmp(session->token, token, sizeof session->token) == 0;
+        }
+    }
+    return count;
+}
+
 /* Locked. Find or make the session a hello belongs to. */
 static HixlStatus join_session(hixl_server *server, hixl_conn *conn) {
     const hixl_wire_hello *hello = &conn->in.hello;
@@ -246,6 +262,9 @@ static HixlStatus join_session(hixl_server *server, hixl_conn *conn) {
     if (hello->kind == HIXL_KIND_ADMIN) {
         if (session != NULL || conn->is_local) {
             return HIXL_PARAM_INVALID;
+        }
+        if (count_sessions(server, hello->token) >= MAX_SESSIONS) {
+            return HIXL_RESOURCE_EXHAUSTED;
         }
         session = calloc(1, sizeof *session);
         if (session == NULL) {

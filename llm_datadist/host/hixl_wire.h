@@ -41,7 +41,6 @@ enum { HIXL_OP_LIST = 1, HIXL_OP_MAP = 2, HIXL_OP_GET = 3, HIXL_OP_PUT = 4, HIXL
 
 /* A frame names at most this many descriptors (2 MiB of them); a longer batch is several frames. */
 #define HIXL_WIRE_MAX_DESCS 65536u
-#define HIXL_WIRE_MAX_FETCH_BYTES (1u << 20)
 #define HIXL_MAX_REGIONS 65536u
 #define HIXL_MAX_TAG_BYTES 255u
 #define HIXL_MAX_TEXT_BYTES 300u
