@@ -14,7 +14,8 @@ import socket
 import subprocess
 import sys
 import threading
-from ctypes import POINTER, byref, c_char_p, c_int, c_int64, c_uint8, c_uint32, c_uint64, c_void_p
+import time
+from ctypes import POINTER, byref, c_char_p, c_int, c_int32, c_int64, c_uint8, c_uint32, c_uint64, c_void_p
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -50,6 +51,27 @@ class CommMem(ctypes.Structure):
 
 class Op(ctypes.Structure):
     _fields_ = [("remote", c_uint64), ("local", c_uint64), ("len", c_uint64)]
+
+
+class Piece(ctypes.Structure):
+    _fields_ = [("addr", c_uint64), ("bytes", c_uint64)]
+
+
+class FetchSource(ctypes.Structure):
+    _fields_ = [("pieces", POINTER(Piece)), ("num_pieces", ctypes.c_size_t), ("never_unmapped", c_int32),
+                ("ticket", c_void_p)]
+
+
+class FetchHooks(ctypes.Structure):
+    BEGIN = ctypes.CFUNCTYPE(c_int32, c_void_p, c_void_p, c_void_p, ctypes.c_size_t, c_uint64, c_void_p,
+                             POINTER(FetchSource), c_void_p, ctypes.c_size_t)
+    LOOK = ctypes.CFUNCTYPE(None, c_void_p)
+    END = ctypes.CFUNCTYPE(None, c_void_p, c_void_p)
+    _fields_ = [("begin", BEGIN), ("look", LOOK), ("end", END)]
+
+
+class FetchReply(ctypes.Structure):
+    _fields_ = [("status", c_int32), ("text", ctypes.c_char * 320)]
 
 
 def library_path():
@@ -91,11 +113,16 @@ def load(path):
         "LddClientCancel": [c_void_p, c_void_p],
         "LddServerDropPeer": [c_void_p, c_char_p],
         "LddClientPaths": [c_void_p, c_char_p, ctypes.c_size_t],
+        "LddServerSetFetch": [c_void_p, POINTER(FetchHooks), c_void_p],
+        "LddClientFetchAsync": [c_void_p, c_char_p, c_uint32, c_uint32, c_void_p, POINTER(FetchReply),
+                                POINTER(c_void_p)],
+        "LddFetchConfirmed": [c_void_p],
     }
     for name, arguments in signatures.items():
         function = getattr(lib, name)
         function.argtypes = arguments
         function.restype = c_uint32
+    lib.LddFetchConfirmed.restype = c_int32
     return lib
 
 
@@ -198,6 +225,23 @@ class Client:
         self.api.check(call(self.handle, len(triples), self.ops(triples), byref(handle)))
         return handle.value
 
+    def start_fetch(self, request, places):
+        """Ask for bytes into (local, length) places; return the batch and the reply, which keeps all of it alive."""
+        handle, reply = c_void_p(), FetchReply(status=99, text=b"left over")
+        reply.request = request
+        ops = self.ops([(0, *place) for place in places])
+        self.api.check(self.lib.LddClientFetchAsync(self.handle, request, len(request), len(places), ops,
+                                                    byref(reply), byref(handle)))
+        return handle.value, reply
+
+    def fetch(self, request, places):
+        """Fetch and wait; the number and text of the server's owner."""
+        batch, reply = self.start_fetch(request, places)
+        code, status, text = self.wait(batch)
+        self.api.check(code)
+        assert status == COMPLETED, text
+        return reply.status, reply.text.decode()
+
     def query(self, batch):
         status = c_int(-1)
         self.api.check(self.lib.HixlCSClientQueryCompleteStatus(self.handle, batch, byref(status)))
@@ -228,9 +272,10 @@ def pattern(size, seed=0):
 class Peer:
     """A server in a process of its own; a context manager that leaves no process behind."""
 
-    def __init__(self, env=None, port=None):
+    def __init__(self, env=None, port=None, fetches=False):
         self.port = port or free_port()
-        self.process = subprocess.Popen([sys.executable, __file__, library_path(), str(self.port)],
+        self.process = subprocess.Popen([sys.executable, __file__, library_path(), str(self.port),
+                                         *(["fetches"] if fetches else [])],
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         env={**os.environ, **(env or {})})
         try:
@@ -283,13 +328,82 @@ class Peer:
         return self.read()
 
 
+class Fetches:
+    """Hooks that hold what a request asks for, and remember every call.
+
+    A request is ``fetch_request``: pieces that are served as they are named, or a refusal. Tickets count from 1.
+    """
+
+    def __init__(self, api, server):
+        self.api = api
+        self.changed = threading.Condition()
+        self.begun = []         # (token, bytes asked for, bytes of the request, its digest)
+        self.open = {}          # ticket -> (fetch, pieces)
+        self.ended = {}         # ticket -> whether each `end` found it confirmed
+        self.hooks = FetchHooks.BEGIN(self.begin), FetchHooks.LOOK(self.look), FetchHooks.END(self.end)
+        api.check(api.lib.LddServerSetFetch(server, byref(FetchHooks(*self.hooks)), None))
+
+    def begin(self, _, token, request, request_bytes, num_bytes, fetch, source, text, text_size):
+        body = ctypes.string_at(request, request_bytes)
+        try:
+            said = json.loads(body)
+            pieces = (Piece * len(said["pieces"]))(*map(tuple, said["pieces"]))
+            refusal, words = said["refusal"], said["text"].encode()[:text_size - 1] + b"\0"
+            held = said["never_unmapped"]
+        except (ValueError, LookupError, TypeError):    # a test may send anything
+            return 78
+        if refusal == 0 and sum(piece.bytes for piece in pieces) != num_bytes:
+            refusal = 77
+        if refusal:
+            ctypes.memmove(text, words, len(words))
+            return refusal
+        with self.changed:
+            self.begun.append((ctypes.string_at(token, 16).hex(), num_bytes, request_bytes,
+                               hashlib.sha256(body).hexdigest()))
+            ticket = len(self.begun)
+            self.open[ticket] = fetch, pieces
+            self.changed.notify_all()
+        source[0] = FetchSource(pieces, len(pieces), held, ticket)
+        return 0
+
+    def look(self, _):
+        with self.changed:
+            for fetch, _ in self.open.values():
+                self.api.lib.LddFetchConfirmed(fetch)
+
+    def end(self, _, ticket):
+        with self.changed:
+            fetch = self.open[ticket][0] if ticket in self.open else None
+            self.ended.setdefault(ticket, []).append(bool(fetch and self.api.lib.LddFetchConfirmed(fetch)))
+            self.open.pop(ticket, None)
+            self.changed.notify_all()
+
+    def confirmed(self, ticket):
+        """What is known of a fetch at this moment."""
+        with self.changed:
+            if ticket in self.open:
+                return bool(self.api.lib.LddFetchConfirmed(self.open[ticket][0]))
+            return self.ended[ticket][0]
+
+    def wait(self, condition):
+        with self.changed:
+            return self.changed.wait_for(condition, 15)
+
+
+def fetch_request(pieces, refusal=0, text="", never_unmapped=1, size=0):
+    """The words of a request that `Fetches` understands, filled up to `size` bytes."""
+    said = {"pieces": pieces, "refusal": refusal, "text": text, "never_unmapped": never_unmapped}
+    return json.dumps(said).encode().ljust(size)
+
+
 class Owner:
     """What the peer process can be asked for: every method is a command."""
 
-    def __init__(self, path, port):
+    def __init__(self, path, port, *fetches):
         self.api = Api(path)
         self.buffers = []
         self.handle = self.api.server(port)
+        self.fetches = Fetches(self.api, self.handle) if fetches else None
         self.api.check(self.api.lib.HixlCSServerListen(self.handle, 64))
 
     def pool(self, size):
@@ -337,6 +451,38 @@ class Owner:
     def destroy(self):
         self.api.check(self.api.lib.HixlCSServerDestroy(self.handle))
 
+    def begun(self, number):
+        """Wait until so many fetches have begun, and say which there were: token, bytes, request bytes and digest."""
+        self.fetches.wait(lambda: len(self.fetches.begun) >= number)
+        return self.fetches.begun
+
+    def ended(self):
+        """Wait until all that have begun have ended, and say for each ticket what every `end` found confirmed."""
+        self.fetches.wait(lambda: not self.fetches.open)
+        return [self.fetches.ended.get(ticket, []) for ticket in range(1, len(self.fetches.begun) + 1)]
+
+    def confirmed(self):
+        """Whether the latest fetch is confirmed now, or was when it ended."""
+        return self.fetches.confirmed(len(self.fetches.begun))
+
+    def settled(self):
+        """Ask until the latest fetch is confirmed: a thread that has sent all of it may be slow to say so."""
+        deadline = time.monotonic() + 15
+        while not self.confirmed():
+            if time.monotonic() > deadline:
+                return False
+        return True
+
+    def held(self):
+        """Tickets that have not ended."""
+        return list(self.fetches.open)
+
+    def unmap(self, addr, size):
+        """Take pages away from private memory."""
+        libc = ctypes.CDLL(None)
+        libc.mprotect.argtypes = [c_void_p, ctypes.c_size_t, c_int]
+        assert libc.mprotect(addr, size, 0) == 0
+
     def limit_descriptors(self, spare):
         """Leave this process `spare` descriptors to open."""
         limit = len(os.listdir("/proc/self/fd")) - 1 + spare
@@ -349,7 +495,7 @@ class Owner:
 
 def main():
     threading.Thread(target=lambda: None).start()  # what Python itself starts once is not counted later
-    owner = Owner(sys.argv[1], int(sys.argv[2]))
+    owner = Owner(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         name, *arguments = json.loads(line)

@@ -25,59 +25,11 @@ from hixl_frames import (
     REQUEST_MAGIC,
     VERSION,
     WELCOME,
+    Wire,
 )
 
 MIB = 1 << 20
 SIZE = MIB
-
-
-class Wire:
-    """One raw connection."""
-
-    def __init__(self, port):
-        self.sock = socket.create_connection(("127.0.0.1", port), timeout=10)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc):
-        self.sock.close()
-
-    def send(self, data):
-        self.sock.sendall(data)
-
-    def receive(self, size):
-        data = b""
-        while len(data) < size:
-            part = self.sock.recv(size - len(data))
-            if not part:
-                raise EOFError
-            data += part
-        return data
-
-    def hello(self, kind, client_id, nonce=bytes(16), version=VERSION, token=bytes(16)):
-        self.send(HELLO.pack(HELLO_MAGIC, version, kind, 0, client_id, token, nonce))
-        return WELCOME.unpack(self.receive(WELCOME.size))
-
-    def request(self, op, descs=(), size=0, count=None, argument=0, sequence=7, data=b""):
-        count = len(descs) if count is None else count
-        self.send(REQUEST.pack(REQUEST_MAGIC, op, 0, sequence, count, size, argument)
-                  + b"".join(DESC.pack(*desc) for desc in descs) + data)
-
-    def reply(self):
-        """Return (status, text, bytes, argument)."""
-        magic, _, text_size, sequence, status, size, argument = REPLY.unpack(self.receive(REPLY.size))
-        assert (magic, sequence) == (REPLY_MAGIC, 7)
-        return status, self.receive(text_size).decode(), size, argument
-
-    def closed(self):
-        """Whether the server closes the connection, within the socket's timeout."""
-        try:
-            while self.sock.recv(65536):
-                pass
-        except ConnectionError:
-            pass
-        return True
 
 
 @pytest.fixture(scope="module")
