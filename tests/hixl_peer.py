@@ -14,7 +14,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from ctypes import POINTER, byref, c_char_p, c_int, c_int32, c_int64, c_uint8, c_uint32, c_uint64, c_void_p
 from importlib.util import find_spec
 from pathlib import Path
@@ -465,13 +464,8 @@ class Owner:
         """Whether the latest fetch is confirmed now, or was when it ended."""
         return self.fetches.confirmed(len(self.fetches.begun))
 
-    def settled(self):
-        """Ask until the latest fetch is confirmed: a thread that has sent all of it may be slow to say so."""
-        deadline = time.monotonic() + 15
-        while not self.confirmed():
-            if time.monotonic() > deadline:
-                return False
-        return True
+    def withdraw(self):
+        self.api.check(self.api.lib.LddServerSetFetch(self.handle, None, None))
 
     def held(self):
         """Tickets that have not ended."""

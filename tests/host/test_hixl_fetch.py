@@ -39,6 +39,7 @@ PAGE = mmap.PAGESIZE
 TOKEN = "00112233445566778899aabbccddeeff"
 CONTENT = hixl.pattern(SIZE, 1)
 BIG = 2**64
+NOT_HERE = 1                    # what a server without an owner answers
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +230,7 @@ def test_polling_alone_completes_a_fetch(peer, client, local):
         status = client.query(batch)
     assert (status, reply.status) == (hixl.COMPLETED, 0)
     assert ctypes.string_at(local, 4 * MIB) == CONTENT[:4 * MIB]
-    assert peer.call("settled")
+    assert peer.call("confirmed")
 
 
 def test_clients_and_threads_in_parallel(api, peer, local):
@@ -301,14 +302,14 @@ def test_confirmed_as_soon_as_the_wait_returns(peer, client, local, size, times)
     request, places = hixl.fetch_request([[peer.addr, size]]), [(local, size)]
     for _ in range(times):
         client.fetch(request, places)
-        assert peer.call("settled")
+        assert peer.call("confirmed")
 
 
 def test_confirmed_when_the_client_goes_at_once(api, peer, local):
     for size in [1, MIB] * 20:
         with api.client(peer.port) as client:
             client.connect().fetch(hixl.fetch_request([[peer.addr, size]]), [(local, size)])
-        assert peer.call("settled")
+        assert peer.call("confirmed")
     assert peer.call("ended")[-40:] == [[True]] * 40
 
 
@@ -435,7 +436,7 @@ def test_confirmed_and_asked_again_in_one_write(peer, raw):
         wire.send(confirmation(exchange - 1) + frame(50, hixl.fetch_request([[peer.addr, 50]]), exchange))
         take(wire, 50)
     wire.send(confirmation(19))
-    assert peer.call("settled")
+    assert peer.call("confirmed")
     wire.sock.close()
     assert peer.call("ended")[since:] == [[True]] * 19
 
@@ -448,7 +449,7 @@ def test_confirmation_in_pieces(peer, raw):
         wire.send(confirmation()[begin:end])
         assert peer.call("confirmed") is False
     wire.send(confirmation()[31:])
-    assert peer.call("settled")
+    assert peer.call("confirmed")
     fetch_by_hand(wire, peer, 50, exchange=2)
     wire.send(confirmation(2)[:31])
     wire.sock.close()
@@ -517,7 +518,7 @@ def test_confirmation_on_another_connection_closes_that(peer, raw):
     assert other.closed()
     assert peer.call("confirmed") is False
     wire.send(confirmation())
-    assert peer.call("settled")
+    assert peer.call("confirmed")
 
 
 def test_refusal_is_not_confirmed(peer, raw):
@@ -529,7 +530,7 @@ def test_refusal_is_not_confirmed(peer, raw):
             assert wire.reply() == (hixl.FAILED, "go away", 0, number % BIG)
     fetch_by_hand(wire, peer)
     wire.send(confirmation())
-    assert peer.call("settled")
+    assert peer.call("confirmed")
 
 
 # -------------------------------------------------------------------------------------------------------- the parts
@@ -546,7 +547,7 @@ def test_parts_in_any_order(peer, raw):
         take(wire, size, offset)
     assert peer.call("confirmed") is False
     wires[0].send(confirmation(9))
-    assert peer.call("settled")
+    assert peer.call("confirmed")
 
 
 def test_refusal_of_every_part(peer, raw):
@@ -584,7 +585,7 @@ def test_part_of_another_client_does_not_join(peer, raw):
         assert peer.call("confirmed") is False
         second.send(frame(50, b"", 1, 50, 100, 1, 2))
         take(second, 50, 50)
-        assert peer.call("settled")
+        assert peer.call("confirmed")
         theirs.sock.setblocking(False)
         with pytest.raises(BlockingIOError):
             theirs.sock.recv(1)
@@ -701,7 +702,7 @@ def test_parts_that_tell_another_story_close(peer, raw, fields):
     third.send(frame(50, b"", 1, 50, 100, 1, 2))
     assert third.closed()
     wire.send(confirmation())
-    assert peer.call("settled")
+    assert peer.call("confirmed")
 
 
 @pytest.mark.parametrize("total", [BIG - 1, 2**63, 101])
@@ -727,28 +728,40 @@ def test_many_more_parts_than_come(peer, raw):
 
 
 def test_server_without_hooks(api, local):
-    """It closes the connection, and goes on with what it knows."""
+    """Nobody is there to ask, which is an answer: the client goes on with what the server does know."""
     with hixl.Peer() as plain:
         addr = plain.call("pool", PAGE)
         plain.call("register", addr, PAGE)
         plain.call("fill", addr, PAGE, 3)
-        with Raw(plain.port) as raw:
-            for part in (0, 1):
-                wire = raw.open()
-                wire.send(frame(100, b"" if part else b"words", part=part, num_parts=2))
-                assert wire.closed()
-            raw.admin.request(LIST)
-            _, _, size, _ = raw.admin.reply()
-            region = REGION.unpack_from(raw.admin.receive(size))
-            wire = raw.open()
-            wire.send(REQUEST.pack(REQUEST_MAGIC, GET, 0, 7, 1, 5, 0) + DESC.pack(region[0], region[1], 0, 5))
-            assert wire.reply()[0] == hixl.SUCCESS
-            assert wire.receive(5) == hixl.pattern(5, 3)
         for size in (5, MIB):
             with api.client(plain.port) as client:
-                batch, _ = client.connect().start_fetch(b"words", [(local, size)])
-                assert client.wait(batch)[:2] == (hixl.NOT_CONNECTED, hixl.STATUS_FAILED)
+                client.connect()
+                ctypes.memset(local, 0xEE, size)
+                for _ in range(3):
+                    assert client.fetch(b"words", [(local, size)]) == (NOT_HERE, "")
+                assert ctypes.string_at(local, size) == b"\xee" * size
+                client.get([(addr, local, 5)])
+                assert ctypes.string_at(local, 5) == hixl.pattern(5, 3)
         plain.call("destroy")
+
+
+@pytest.mark.parametrize("confirmed", [False, True])
+def test_hooks_that_are_withdrawn(api, own_peer, local, confirmed):
+    """What has begun ends, and is known to be confirmed if it was; whoever asks later is told that nobody is there."""
+    with Raw(own_peer.port) as raw:
+        wire = raw.open()
+        wire.send(frame(5, hixl.fetch_request([[own_peer.addr, 5]])))
+        take(wire, 5)
+        if confirmed:
+            wire.send(confirmation())
+        own_peer.call("withdraw")
+        assert own_peer.call("ended") == [[confirmed]]
+    for _ in range(2):
+        with api.client(own_peer.port) as client:
+            request = hixl.fetch_request([[own_peer.addr, 5]])
+            assert client.connect().fetch(request, [(local, 5)]) == (NOT_HERE, "")
+        own_peer.call("withdraw")
+    assert num_begun(own_peer) == 1
 
 
 def test_garbage(peer, raw):
@@ -849,7 +862,7 @@ def test_others_are_served_meanwhile(api, peer, raw, local, how):
         for size in (10, MIB):
             assert client.fetch(hixl.fetch_request([[peer.addr, size]]), [(local, size)]) == (0, "")
             assert ctypes.string_at(local, size) == CONTENT[:size]
-            assert peer.call("settled")
+            assert peer.call("confirmed")
 
 
 @pytest.mark.parametrize("how", HOLDS)
@@ -968,7 +981,7 @@ def test_wait_that_runs_out_keeps_the_fetch(api, own_peer, local):
         assert client.wait(batch)[:2] == (hixl.SUCCESS, hixl.COMPLETED)
         assert reply.status == 0
         assert ctypes.string_at(local, MIB) == CONTENT[:MIB]
-        assert own_peer.call("settled")
+        assert own_peer.call("confirmed")
 
 
 # ----------------------------------------------------------------------------------------- memory that is not there
@@ -1062,7 +1075,6 @@ def test_arguments_of_the_hooks(api, peer):
             part = hixl.FetchHooks(*(type(hook)(0) if i == lacking else hook for i, hook in enumerate(hooks)))
             assert api.lib.LddServerSetFetch(server, part, None) == hixl.PARAM_INVALID
             assert api.lib.LddLastError() != b""
-        assert api.lib.LddServerSetFetch(server, None, None) == hixl.PARAM_INVALID
         assert api.lib.LddServerSetFetch(None, whole, None) == hixl.PARAM_INVALID
         api.check(api.lib.LddServerSetFetch(server, whole, None))
         api.check(api.lib.HixlCSServerListen(server, 4))
