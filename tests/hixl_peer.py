@@ -28,6 +28,7 @@ RESOURCE_EXHAUSTED = 203900
 FAILED = 503900
 
 WAITING, COMPLETED, STATUS_TIMEOUT, STATUS_FAILED = range(4)
+FETCH_OPEN, FETCH_CONFIRMED, FETCH_DONE = range(3)
 
 
 class ServerDesc(ctypes.Structure):
@@ -373,15 +374,19 @@ class Fetches:
     def end(self, _, ticket):
         with self.changed:
             fetch = self.open[ticket][0] if ticket in self.open else None
-            self.ended.setdefault(ticket, []).append(bool(fetch and self.api.lib.LddFetchConfirmed(fetch)))
+            self.ended.setdefault(ticket, []).append(bool(fetch) and self.is_done(fetch))
             self.open.pop(ticket, None)
             self.changed.notify_all()
+
+    def is_done(self, fetch):
+        """Whether it is confirmed, and nobody reads its bytes any more."""
+        return self.api.lib.LddFetchConfirmed(fetch) == FETCH_DONE
 
     def confirmed(self, ticket):
         """What is known of a fetch at this moment."""
         with self.changed:
             if ticket in self.open:
-                return bool(self.api.lib.LddFetchConfirmed(self.open[ticket][0]))
+                return self.is_done(self.open[ticket][0])
             return self.ended[ticket][0]
 
     def wait(self, condition):

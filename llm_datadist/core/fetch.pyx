@@ -6,14 +6,14 @@ is the bytes, which land in the destination as they come, and then one small fra
 the owner lets go of the cache and, where the pull takes its key, of that. Nobody waits for this frame, see
 ``serve_fetch.pyx``.
 
-This is for pulls that nothing is wrong with. Whatever is (and what needs to know the source first: pieces of a slot
-that do not fill their blocks, layers that are taken one by one) goes by the steps, which say so in the words of the API.
+This is for pulls that nothing is wrong with. Whatever is goes by the steps, which say so in the words of the API, and
+so does what needs to know the source first: pieces of a slot that do not fill their blocks, layers taken one by one.
 """
 from libc.stdint cimport UINT64_MAX, int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from .ask cimport ldd_reply_room
-from .block_plan cimport ldd_desc_list_clear, ldd_plan_blocks, ldd_plan_contiguous, ldd_plan_slot_to_blocks, ldd_run
+from .block_plan cimport ldd_desc_list_clear, ldd_plan_blocks, ldd_plan_contiguous, ldd_plan_slot_to_blocks
 from .cann cimport CompleteHandle, LDD_FETCH_MAX_REQUEST_BYTES, LddFetchReply
 from .checked_math cimport ldd_mul_overflows
 from .move cimport ldd_move_count, ldd_move_end
@@ -89,8 +89,8 @@ cdef ldd_status ldd_fetch(ldd_link* link, const ldd_transfer* what, const ldd_ca
     cdef CompleteHandle handle = NULL
     cdef LddFetchReply reply
     cdef ldd_status status
-    if (not link.fetches or link.client == NULL or what.put or what.tensors_per_step or (what.release and what.remote_first >= 0)
-            or local.is_blocks != (what.shape != SHAPE_SLOT)):
+    if (not link.fetches or link.client == NULL or what.put or what.tensors_per_step
+            or (what.release and what.remote_first >= 0) or local.is_blocks != (what.shape != SHAPE_SLOT)):
         return LDD_FETCH_ASK
     if what.local_first >= 0:
         if what.local_first >= what.local_stop or what.local_stop > local.num_tensors:

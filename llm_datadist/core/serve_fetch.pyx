@@ -8,7 +8,7 @@ The pin becomes a delivery of the table, which takes the key and drops the pin o
 bytes are in place; a peer that goes away before leaves the key where it is.
 """
 from libc.stddef cimport size_t
-from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, uint8_t, uint64_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy

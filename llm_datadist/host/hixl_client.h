@@ -172,6 +172,7 @@ struct hixl_client {
 
     TAILQ_HEAD(, hixl_batch) tcp_queue; /* the head has the streams */
     bool tcp_started;
+    bool has_confirmed; /* what was sent last, by stream 0, is the confirmation of a fetch */
     unsigned num_streams; /* allowed */
     hixl_stream streams[HIXL_MAX_STREAMS];
 };
