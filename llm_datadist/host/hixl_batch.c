@@ -143,6 +143,9 @@ static void advance(hixl_client *client, hixl_batch *batch) {
 static void sleep_for_streams(hixl_client *client, int64_t deadline_ns) {
     struct pollfd entries[HIXL_MAX_STREAMS + 2];
     size_t count = hixl_tcp_poll_set(client, entries);
+    if (client->in_round) { /* of another waiter, who has the streams */
+        deadline_ns = hixl_earlier(deadline_ns, hixl_now_ns() + HIXL_MS_NS);
+    }
     entries[count++] = (struct pollfd){.fd = client->admin_fd, .events = POLLRDHUP};
     entries[count++] = (struct pollfd){.fd = client->pid_fd, .events = POLLIN};
     pthread_mutex_unlock(&client->lock);
@@ -158,16 +161,23 @@ static void wait_batch(hixl_client *client, hixl_batch *batch, int64_t deadline_
     batch->num_waiters++;
     for (;;) {
         int64_t slice_ns;
+        bool moved = false;
         if (batch->copying) {
             pthread_mutex_unlock(&client->lock);
             copy_job_help(&batch->job, deadline_ns);
             pthread_mutex_lock(&client->lock);
         }
         if (batch->state == HIXL_BATCH_RUNNING) {
+            moved = batch->tcp_pending && hixl_tcp_round(client, deadline_ns);
+        }
+        if (batch->state == HIXL_BATCH_RUNNING) {
             advance(client, batch);
         }
         if (batch->state != HIXL_BATCH_RUNNING || hixl_now_ns() >= deadline_ns) {
             break;
+        }
+        if (moved) {
+            continue;
         }
         slice_ns = hixl_earlier(deadline_ns, hixl_now_ns() + SLICE_NS);
         if (batch->tcp_pending) {

@@ -156,11 +156,16 @@ LDD_EXPORT HixlStatus HixlCSClientCreate(const HixlClientDesc *desc, const HixlC
     if (client == NULL) {
         return hixl_fail(error, HIXL_RESOURCE_EXHAUSTED, "no memory for a client");
     }
+    if (!copy_job_init(&client->round)) {
+        free(client);
+        return hixl_fail(error, HIXL_RESOURCE_EXHAUSTED, "no memory for a client");
+    }
     status = configure(client, desc, config, error);
     if (status == HIXL_SUCCESS && (*out_client = hixl_handle_publish(HIXL_CLIENT_HANDLE, client)) == NULL) {
         status = hixl_fail(error, HIXL_RESOURCE_EXHAUSTED, "too many servers and clients are open");
     }
     if (status != HIXL_SUCCESS) {
+        copy_job_destroy(&client->round);
         free(client);
         return status;
     }
@@ -340,6 +345,7 @@ LDD_EXPORT HixlStatus HixlCSClientDestroy(HixlClientHandle handle) {
         client->local_memory = next;
     }
     pthread_mutex_destroy(&client->lock);
+    copy_job_destroy(&client->round);
     copy_pool_release();
     free(client);
     return HIXL_SUCCESS;

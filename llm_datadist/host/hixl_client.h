@@ -2,7 +2,8 @@
  * The client side: one connection to one server, its view of the server's regions, and the batches in flight.
  *
  * Any thread may call; one lock per client covers everything below except the bytes of a copy, which move without
- * it, and waits in poll(), which are taken with it released. Several clients run in parallel.
+ * it, the streams during a round (hixl_tcp.c), and waits in poll(), which are taken with it released. Several clients
+ * run in parallel.
  *
  * Files: hixl_client.c life cycle; hixl_link.c connecting and liveness; hixl_remote.c regions and mappings;
  * hixl_plan.c descriptors to segments; hixl_copy.c the shm and cma paths; hixl_tcp.c the tcp path;
@@ -127,6 +128,8 @@ typedef struct {
     char text[HIXL_MAX_TEXT_BYTES + 1];
     size_t text_received;
     size_t receive_index, receive_skip; /* get: bytes under way */
+    bool failed; /* in a round; `error` says why */
+    hixl_error error;
 } hixl_stream;
 
 /* Memory the user registered with the client: only remembered, since any local memory will do. */
@@ -152,7 +155,7 @@ struct hixl_client {
     pid_t server_pid;
     bool can_cma;
     int64_t alive_ns; /* when the server was last seen alive */
-    uint32_t sequence;
+    atomic_uint sequence;
     hixl_wire_reply list_reply; /* a LIST reply in arrival: it survives a timeout in its middle */
     uint8_t *list_payload;
     size_t list_received;
@@ -172,6 +175,11 @@ struct hixl_client {
 
     TAILQ_HEAD(, hixl_batch) tcp_queue; /* the head has the streams */
     bool tcp_started;
+    bool in_round;      /* threads move the streams without the lock: hands off */
+    const hixl_batch *round_batch;
+    int64_t round_until_ns;
+    copy_job round;
+    hixl_stream *round_streams[HIXL_MAX_STREAMS];
     bool has_confirmed; /* what was sent last, by stream 0, is the confirmation of a fetch */
     unsigned num_streams; /* allowed */
     hixl_stream streams[HIXL_MAX_STREAMS];
@@ -180,6 +188,11 @@ struct hixl_client {
 /* hixl_client.c */
 hixl_client *hixl_checked_client(HixlClientHandle handle, hixl_error *error); /* NULL: error says why */
 void hixl_poison(hixl_client *client, const hixl_error *error);
+
+/* A number for the next request; streams of a round take theirs without the lock. */
+static inline uint32_t hixl_next_sequence(hixl_client *client) {
+    return atomic_fetch_add_explicit(&client->sequence, 1, memory_order_relaxed) + 1;
+}
 
 /* hixl_link.c; locked */
 HixlStatus hixl_link_open(hixl_client *client, int64_t deadline_ns, hixl_error *error);
@@ -213,6 +226,9 @@ bool hixl_copy_all(hixl_batch *batch); /* in this thread, without pieces */
 void hixl_tcp_submit(hixl_client *client, hixl_batch *batch);
 /* Move what can be moved without waiting; batches that end leave the queue. */
 void hixl_tcp_progress(hixl_client *client);
+/* Where bytes flow on several streams, move them by several threads for a while; false when there is no need. Releases
+ * the lock meanwhile. */
+bool hixl_tcp_round(hixl_client *client, int64_t deadline_ns);
 size_t hixl_tcp_poll_set(hixl_client *client, struct pollfd *entries); /* at most HIXL_MAX_STREAMS */
 void hixl_tcp_abort(hixl_client *client);                               /* close the streams */
 void hixl_tcp_close(hixl_client *client);

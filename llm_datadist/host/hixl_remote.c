@@ -99,7 +99,7 @@ static int fetch_backing(hixl_client *client, uint64_t backing, int64_t deadline
     ssize_t got = -1;
     int fd = -1;
 
-    request.sequence = ++client->sequence;
+    request.sequence = hixl_next_sequence(client);
     status = hixl_send_all(client->local_fd, &request, sizeof request, deadline_ns, &ignored);
     while (status == HIXL_SUCCESS && (got = hixl_receive_fd(client->local_fd, &reply, sizeof reply, &fd)) < 0 &&
            (errno == EAGAIN || errno == EINTR)) {
@@ -272,7 +272,7 @@ HixlStatus hixl_remote_refresh(hixl_client *client, int64_t deadline_ns, bool fo
     hixl_wire_request request = {.magic = HIXL_WIRE_REQUEST_MAGIC, .op = HIXL_OP_LIST};
     HixlStatus status;
 
-    request.sequence = ++client->sequence;
+    request.sequence = hixl_next_sequence(client);
     /* The request is a fraction of a socket buffer: it goes out whole or the connection is dead. */
     status = hixl_send_all(client->admin_fd, &request, sizeof request, deadline_ns, error);
     if (status == HIXL_SUCCESS) {

@@ -2,14 +2,16 @@
  * The tcp path of the client: data connections that carry one batch at a time, split evenly by bytes.
  *
  * A get or a fetch receives straight into the destination, a put sends straight from the source; nothing is staged. All
- * sockets are non-blocking: hixl_tcp_progress moves what the kernel has or takes, the waiting thread polls. Local
- * memory is written only in there, so whoever holds the client's lock and has closed the streams knows that no
- * further byte lands.
+ * sockets are non-blocking: hixl_tcp_progress moves what the kernel has or takes, the waiting thread polls. Where much
+ * flows on several streams, one thread cannot keep up with those that send: then it moves them in rounds together with
+ * helpers of the copy pool, a stream each. Local memory is written only in these two, so whoever holds the client's
+ * lock, has stopped the round and has closed the streams knows that no further byte lands.
  */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <inttypes.h>
 #include <poll.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -24,6 +26,10 @@ enum { SLICE_IOVECS = 64 };
 #define SINGLE_STREAM_BYTES ((uint64_t)256 << 10)
 /* How long a call may take beyond its time; a server that answers at all takes a fraction of it. */
 #define SEE_OFF_NS (100 * HIXL_MS_NS)
+/* From here on a batch is worth a round; and how long one lasts, or waits for bytes that do not come. */
+#define ROUND_BYTES ((uint64_t)4 << 20)
+#define ROUND_NS (100 * HIXL_MS_NS)
+enum { ROUND_IDLE_MS = 1 };
 /* Moved in one go before the deadline is looked at again. */
 #define BURST_BYTES ((uint64_t)4 << 20)
 
@@ -66,7 +72,7 @@ static void begin_frame(hixl_client *client, const hixl_batch *batch, hixl_strea
     stream->frame_end = all ? stream->count : stream->frame_first + HIXL_WIRE_MAX_DESCS;
     stream->request = (hixl_wire_request){.magic = HIXL_WIRE_REQUEST_MAGIC,
                                           .op = batch->is_put ? HIXL_OP_PUT : HIXL_OP_GET,
-                                          .sequence = ++client->sequence,
+                                          .sequence = hixl_next_sequence(client),
                                           .count = (uint32_t)(stream->frame_end - stream->frame_first)};
     if (is_fetch(batch)) {
         stream->request.op = HIXL_OP_FETCH;
@@ -163,6 +169,7 @@ static bool begin_batch(hixl_client *client, const hixl_batch *batch, hixl_error
         stream->fetch = (hixl_wire_fetch){client->num_fetches, offset, bytes, i, num_streams};
         begin_frame(client, batch, stream);
         stream->active = true;
+        stream->failed = false;
         offset += stream->request.bytes;
     }
     return true;
@@ -322,8 +329,10 @@ static stream_state receive_answer(const hixl_client *client, const hixl_batch *
         }
         stream->text[stream->text_received] = '\0';
         if (is_fetch(batch) && (int32_t)stream->reply.argument != 0) { /* of the server's owner, not of the server */
-            batch->fetch_reply->status = (int32_t)stream->reply.argument;
-            snprintf(batch->fetch_reply->text, sizeof batch->fetch_reply->text, "%s", stream->text);
+            if (stream->fetch.part == 0) { /* it is the same on all */
+                batch->fetch_reply->status = (int32_t)stream->reply.argument;
+                snprintf(batch->fetch_reply->text, sizeof batch->fetch_reply->text, "%s", stream->text);
+            }
             return STREAM_DONE;
         }
         hixl_fail(error, HIXL_FAILED, "server %s refused (%u): %s", client->address.text, stream->reply.status,
@@ -404,6 +413,10 @@ static stream_state progress_head(hixl_client *client, hixl_batch *batch, hixl_e
     for (i = 0; i < client->num_streams; i++) {
         hixl_stream *stream = &client->streams[i];
         stream_state state;
+        if (stream->failed) {
+            *error = stream->error;
+            return STREAM_FAILED;
+        }
         if (!stream->active) {
             continue;
         }
@@ -421,9 +434,65 @@ static stream_state progress_head(hixl_client *client, hixl_batch *batch, hixl_e
     return result == STREAM_DONE && is_fetch(batch) ? confirm(client, batch, error) : result;
 }
 
+/* One stream's share of a round, on any thread. */
+static bool run_stream(copy_job *job, size_t index) {
+    hixl_client *client = (hixl_client *)((uint8_t *)job - offsetof(hixl_client, round));
+    hixl_stream *stream = client->round_streams[index];
+    const hixl_batch *batch = client->round_batch;
+    while (!atomic_load_explicit(&job->stopped, memory_order_relaxed)) {
+        uint64_t budget = BURST_BYTES;
+        stream_state state = progress_stream(client, batch, stream, &budget, &stream->error);
+        stream->failed = state == STREAM_FAILED;
+        stream->active = state == STREAM_PENDING;
+        if (!stream->active || hixl_now_ns() + ROUND_IDLE_MS * HIXL_MS_NS >= client->round_until_ns) {
+            break;
+        }
+        if (budget == BURST_BYTES) {
+            struct pollfd entry = {.fd = stream->fd, .events = (short)(stream->sent ? POLLIN : POLLIN | POLLOUT)};
+            if (poll(&entry, 1, ROUND_IDLE_MS) <= 0) {
+                break; /* nothing flows: the thread may have better things to do than wait */
+            }
+        }
+    }
+    return true;
+}
+
+bool hixl_tcp_round(hixl_client *client, int64_t deadline_ns) {
+    const hixl_batch *batch = TAILQ_FIRST(&client->tcp_queue);
+    unsigned i, count = 0, width = copy_pool_width();
+    bool flows = false;
+
+    if (client->in_round || batch == NULL || !client->tcp_started || batch->num_bytes < ROUND_BYTES || width < 2) {
+        return false;
+    }
+    for (i = 0; i < client->num_streams; i++) {
+        hixl_stream *stream = &client->streams[i];
+        if (stream->active && !stream->failed) {
+            client->round_streams[count++] = stream;
+            flows = flows || stream->receive_index > stream->frame_first || stream->receive_skip > 0 ||
+                    stream->send_index > stream->frame_first || stream->send_skip > 0;
+        }
+    }
+    if (count < 2 || !flows) {
+        return false;
+    }
+    client->in_round = true;
+    client->round_batch = batch;
+    client->round_until_ns = hixl_earlier(deadline_ns, hixl_now_ns() + ROUND_NS);
+    client->round.run = run_stream;
+    client->round.num_pieces = count;
+    copy_job_start(&client->round, (count < width ? count : width) - 1);
+    pthread_mutex_unlock(&client->lock);
+    copy_job_help(&client->round, HIXL_NO_DEADLINE);
+    copy_job_wait(&client->round, HIXL_NO_DEADLINE);
+    pthread_mutex_lock(&client->lock);
+    client->in_round = false;
+    return true;
+}
+
 void hixl_tcp_progress(hixl_client *client) {
     hixl_batch *batch;
-    while ((batch = TAILQ_FIRST(&client->tcp_queue)) != NULL) {
+    while (!client->in_round && (batch = TAILQ_FIRST(&client->tcp_queue)) != NULL) {
         hixl_error error = {0};
         stream_state state = progress_head(client, batch, &error);
         if (state == STREAM_PENDING) {
@@ -442,6 +511,9 @@ void hixl_tcp_progress(hixl_client *client) {
 size_t hixl_tcp_poll_set(hixl_client *client, struct pollfd *entries) {
     size_t n = 0;
     unsigned i;
+    if (client->in_round) {
+        return 0;
+    }
     for (i = 0; i < client->num_streams; i++) {
         const hixl_stream *stream = &client->streams[i];
         if (stream->active) {
@@ -454,9 +526,12 @@ size_t hixl_tcp_poll_set(hixl_client *client, struct pollfd *entries) {
 
 void hixl_tcp_abort(hixl_client *client) {
     int i;
+    if (client->in_round) {
+        copy_job_stop(&client->round);
+    }
     for (i = 0; i < HIXL_MAX_STREAMS; i++) {
         hixl_stream *stream = &client->streams[i];
-        stream->active = false;
+        stream->active = stream->failed = false;
         if (stream->fd >= 0) {
             /* A thread may be polling it: wake that before the number can mean something else. A reset also tells
              * the server to drop what it has received of a put and not yet put in place; without a batch under way

@@ -224,6 +224,60 @@ def test_cancel_from_another_thread_ends_the_wait(api, peer, local, tcp):
         peer.resume()
 
 
+@pytest.mark.parametrize("streams", ["2", "5"])
+def test_cancel_while_several_threads_receive(api, peer, local, tcp, monkeypatch, streams):
+    """At any moment of a batch in which bytes flow: the waiter returns, and no byte lands after the cancellation."""
+    monkeypatch.setenv("LLM_DATADIST_TCP_STREAMS", streams)
+    monkeypatch.setenv("LLM_DATADIST_COPY_THREADS", "4")
+    peer.call("fill", peer.addr, SIZE, 6)
+    last = ctypes.c_uint8.from_address(local + SIZE // int(streams) - 1)
+    for number in range(12):
+        with api.client(peer.port) as client:
+            client.connect()
+            ctypes.memset(local, 0, SIZE)
+            batch, behind = client.start([(peer.addr, local, SIZE)]), client.start([(peer.addr, local, 100)])
+            outcome = []
+            waiters = [threading.Thread(target=lambda which=which: outcome.append(client.wait(which)))
+                       for which in (batch, batch, behind)]
+            for waiter in waiters:
+                waiter.start()
+            seen = ctypes.c_uint8.from_address(local + (SIZE // int(streams)) * number // 13)
+            while not seen.value and not last.value and waiters[0].is_alive():
+                pass
+            with contextlib.suppress(hixl.HixlError):       # it may just have ended
+                client.cancel(batch)
+            assert_unchanged(local, SIZE, 0.02)
+            for waiter in waiters:
+                waiter.join(10)
+                assert not waiter.is_alive()
+            assert {code for code, *_ in outcome} <= {hixl.SUCCESS, hixl.FAILED, hixl.PARAM_INVALID}, outcome
+
+
+@pytest.mark.parametrize("streams", ["2", "3", "16"])
+def test_several_threads_receive_and_send(api, peer, local, tcp, monkeypatch, streams):
+    """Large batches of either direction in a queue, with small ones between them and waiters for each."""
+    monkeypatch.setenv("LLM_DATADIST_TCP_STREAMS", streams)
+    monkeypatch.setenv("LLM_DATADIST_COPY_THREADS", "4")
+    peer.call("fill", peer.addr, SIZE, 7)
+    half = SIZE // 2
+    with api.client(peer.port) as client:
+        client.connect()
+        ctypes.memmove(local + half, hixl.pattern(half, 8), half)
+        batches = [client.start([(peer.addr, local, half)]), client.start([(peer.addr, local, 10)]),
+                   client.start([(peer.addr + half, local + half, half)], put=True),
+                   client.start([(peer.addr + half, local, half)])]
+        outcome = []
+        waiters = [threading.Thread(target=lambda which=which: outcome.append(client.wait(which)[:2]))
+                   for which in batches]
+        for waiter in waiters:
+            waiter.start()
+        for waiter in waiters:
+            waiter.join(30)
+        assert outcome == [(hixl.SUCCESS, hixl.COMPLETED)] * len(batches)
+    assert ctypes.string_at(local, half) == hixl.pattern(half, 8)
+    assert peer.call("matches", peer.addr + half, half, 8)
+
+
 def test_destroy_with_batches_in_flight(api, peer, local, path):
     with api.client(peer.port) as client:
         client.connect()
