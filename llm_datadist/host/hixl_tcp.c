@@ -447,7 +447,7 @@ static bool run_stream(copy_job *job, size_t index) {
         if (!stream->active || hixl_now_ns() + ROUND_IDLE_MS * HIXL_MS_NS >= client->round_until_ns) {
             break;
         }
-        if (budget == BURST_BYTES) {
+        if (budget > 0) { /* the kernel has no more just now */
             struct pollfd entry = {.fd = stream->fd, .events = (short)(stream->sent ? POLLIN : POLLIN | POLLOUT)};
             if (poll(&entry, 1, ROUND_IDLE_MS) <= 0) {
                 break; /* nothing flows: the thread may have better things to do than wait */

@@ -237,8 +237,8 @@ def test_cancel_while_several_threads_receive(api, peer, local, tcp, monkeypatch
             ctypes.memset(local, 0, SIZE)
             batch, behind = client.start([(peer.addr, local, SIZE)]), client.start([(peer.addr, local, 100)])
             outcome = []
-            waiters = [threading.Thread(target=lambda which=which: outcome.append(client.wait(which)))
-                       for which in (batch, batch, behind)]
+            waiters = [threading.Thread(target=lambda which, outcome=outcome: outcome.append(client.wait(which)),
+                                        args=(which,)) for which in (batch, batch, behind)]
             for waiter in waiters:
                 waiter.start()
             seen = ctypes.c_uint8.from_address(local + (SIZE // int(streams)) * number // 13)
