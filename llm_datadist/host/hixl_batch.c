@@ -396,10 +396,9 @@ LDD_EXPORT HixlStatus LddClientFetchAsync(HixlClientHandle handle, const void *r
         reply->text[0] = '\0';
         status = hixl_plan_fetch(batch, ops, num_ops, error);
         if (status == HIXL_SUCCESS) {
-            hixl_tcp_submit(client, batch);
-            if (batch->state == HIXL_BATCH_RUNNING && !batch->tcp_pending) {
-                end_batch(batch, HIXL_BATCH_COMPLETED);
-            }
+            status = start(client, batch, INLINE_ASYNC_BYTES, error);
+        }
+        if (status == HIXL_SUCCESS) {
             *out_handle = handle_of(batch);
         } else {
             free_slot(batch);

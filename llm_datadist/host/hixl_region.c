@@ -295,9 +295,6 @@ bool hixl_regions_must_leave(hixl_region_table *table, const hixl_target *target
     }
     pthread_mutex_lock(&table->lock);
     for (i = 0; i < count && !leave; i++) {
-        if (targets[i].region == NULL) { /* held by the owner, not by its region */
-            continue;
-        }
         leave = targets[i].region->evicting || (stalled && targets[i].region->retiring);
     }
     pthread_mutex_unlock(&table->lock);

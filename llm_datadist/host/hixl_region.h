@@ -51,7 +51,7 @@ typedef struct {
 
 /* One checked piece of server memory that a request moves. */
 typedef struct {
-    hixl_region *region; /* NULL: of a fetch */
+    hixl_region *region; /* NULL: of a fetch, whose owner holds the memory; such are not for the functions below */
     uint8_t *address;
     uint64_t bytes;
 } hixl_target;

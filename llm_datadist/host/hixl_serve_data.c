@@ -38,9 +38,13 @@ typedef enum { MOVE_READY, MOVE_IDLE, MOVE_BROKEN } move_state;
 
 static bool must_leave(data_session *session, bool stalled) {
     hixl_conn *conn = session->conn;
-    return atomic_load(&conn->dropped) || atomic_load(&conn->server->stopping) ||
-           (session->fetch != NULL && atomic_load(&session->fetch->over)) ||
-           hixl_regions_must_leave(&conn->server->regions, session->targets, session->num_targets, stalled);
+    if (atomic_load(&conn->dropped) || atomic_load(&conn->server->stopping)) {
+        return true;
+    }
+    if (session->fetch != NULL) { /* its memory is the owner's to hold, not its region's */
+        return atomic_load(&session->fetch->over);
+    }
+    return hixl_regions_must_leave(&conn->server->regions, session->targets, session->num_targets, stalled);
 }
 
 /* Wait for `events` on the connection; BROKEN also when the peer has closed it, even with bytes left to read. */
@@ -153,6 +157,10 @@ static bool send_failure(data_session *session, hixl_wire_reply *reply, const hi
     return send_refusal(session, reply, error->status, error->text);
 }
 
+static bool may_be_unmapped(const data_session *session, const hixl_target *target) {
+    return session->fetch != NULL ? !session->fetch->source.never_unmapped : target->region->backing == NULL;
+}
+
 /*
  * Once a reply promises bytes it cannot be taken back, so look whether private memory is there first: its owner
  * may have unmapped it. Reading the ends of each range across our own process asks the kernel, and cannot fault.
@@ -172,8 +180,7 @@ static bool is_readable(const data_session *session, hixl_error *error) {
             }
             n = 0;
         }
-        const hixl_region *region = last ? NULL : session->targets[i].region;
-        if (!last && (region == NULL ? !session->fetch->source.never_unmapped : region->backing == NULL)) {
+        if (!last && may_be_unmapped(session, &session->targets[i])) {
             const hixl_target *target = &session->targets[i];
             size_t end;
             for (end = 0; end < 2; end++, n++) {

@@ -64,7 +64,7 @@ static bool is_fetch(const hixl_batch *batch) {
     return batch->fetch_request != NULL;
 }
 
-/* Begin the frame that starts at the current descriptor, if any is left. A fetch names no descriptors: one will do. */
+/* Begin the frame that starts at the current descriptor, if any is left. A fetch sends none: all of it is one frame. */
 static void begin_frame(hixl_client *client, const hixl_batch *batch, hixl_stream *stream) {
     bool all = is_fetch(batch) || stream->count - stream->frame_end < HIXL_WIRE_MAX_DESCS;
     size_t i;
