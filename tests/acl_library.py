@@ -1,10 +1,14 @@
 """The acl half of the host library for tests: its functions through ctypes, and its numbers by name."""
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import os
+import random
 import shutil
 import tempfile
 import threading
+import time
 from ctypes import POINTER, byref, c_char_p, c_int, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
 
 from llm_datadist.core.cann import HOST_LIBRARY
@@ -155,3 +159,32 @@ def in_thread(function, *args):
     thread.start()
     thread.join()
     return results[0]
+
+
+def own_descriptors():
+    """Descriptors of this process that are memory of the library."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if "memfd:llm_datadist" in os.readlink(f"/proc/self/fd/{name}"):
+                found.append(int(name))
+    return sorted(found)
+
+
+def num_threads():
+    return len(os.listdir("/proc/self/task"))
+
+
+def wait_until(condition, what, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.001)
+
+
+def pattern(size, seed):
+    return random.Random(seed).randbytes(size)
+
+
+def open_gate(rt, blocked):
+    rt.ok("aclrtRecordEvent", blocked[2], blocked[1])

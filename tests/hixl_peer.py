@@ -3,6 +3,7 @@
 Run as a program it is that process: it reads one JSON command per line from standard input and answers each with one
 line. Tests import it for the bindings and for :class:`Peer`, which starts and drives it.
 """
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -17,6 +18,7 @@ import threading
 from ctypes import POINTER, byref, c_char_p, c_int, c_int32, c_int64, c_uint8, c_uint32, c_uint64, c_void_p
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 SUCCESS = 0
 PARAM_INVALID = 103900
@@ -261,6 +263,19 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def fails(*statuses):
+    """Expect a HixlError with one of these statuses, and a text; it is `value` of what is yielded, afterwards."""
+    info = SimpleNamespace(value=None)
+    try:
+        yield info
+    except HixlError as error:
+        info.value = error
+    assert info.value is not None, "it did not fail"
+    assert info.value.status in statuses, info.value
+    assert info.value.text
 
 
 def pattern(size, seed=0):

@@ -144,9 +144,9 @@ TESTED_BY = {
     "answer": "test_listener.py", "ask": "links/test_link_clusters.py", "board": "core/test_peek.py",
     "cache_object": "core/test_cache_table.py", "conn": "test_listener.py", "connect": "links/test_link_clusters.py",
     "engine_core": "core/test_engine.py", "engine_links": "links/test_rank_table_links.py",
-    "fetch": "transfers/test_one_exchange.py", "fork": "links/test_forked_child.py", "move": "transfers",
+    "fetch": "transfers/exchange", "fork": "links/test_forked_child.py", "move": "transfers",
     "net": "links/test_namespaces.py", "node": "test_lifetime.py", "region": "transfers",
-    "serve_fetch": "transfers/test_one_exchange.py", "service": "test_listener.py",
+    "serve_fetch": "transfers/exchange", "service": "test_listener.py",
     "status": "test_status.py", "transfer": "transfers", "welcome": "links/test_rank_table_links.py",
 }
 

@@ -10,6 +10,7 @@ import time
 
 import hixl_peer as hixl
 import pytest
+from hixl_peer import fails
 
 # Forking with the provider's threads running is what some of these tests are about.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -49,14 +50,6 @@ def path(request, monkeypatch):
 @pytest.fixture
 def tcp(monkeypatch):
     monkeypatch.setenv("LLM_DATADIST_HOST_PATHS", "tcp")
-
-
-@contextlib.contextmanager
-def fails(*statuses):
-    with pytest.raises(hixl.HixlError) as info:
-        yield info
-    assert info.value.status in statuses
-    assert info.value.text
 
 
 def assert_poisoned(client, peer, local):

@@ -8,7 +8,6 @@ import resource
 import pytest
 from link_steps import (
     ask,
-    drop_links,
     fetch,
     footprint,
     leave,
@@ -105,16 +104,6 @@ def processes(module_peers):
     pair[0].call(offer)
     yield pair
     pair[0].call(withdraw)
-
-
-@pytest.fixture
-def pair(processes):
-    """The same, unlinked before and after."""
-    yield processes
-    for process in processes:
-        process.call(drop_links)
-    for process in processes:
-        assert process.call(wait_links, []) == []
 
 
 @pytest.mark.parametrize("spare", range(12))

@@ -10,7 +10,6 @@ import pytest
 from link_steps import (
     TCP_ONLY,
     cluster,
-    drop_links,
     fetch,
     fetch_code,
     footprint,
@@ -43,16 +42,6 @@ def processes(module_peers):
     yield both
     for process in both:
         process.call(withdraw)
-
-
-@pytest.fixture
-def pair(processes):
-    """The same two, without links before and after."""
-    yield processes
-    for process in processes:
-        process.call(drop_links)
-    for process in processes:
-        assert process.call(wait_links, []) == []
 
 
 @pytest.fixture

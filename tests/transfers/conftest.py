@@ -42,3 +42,12 @@ def two_sided_pair(request):
     """A pair in two-sided mode, for either way to ask the owner."""
     with Peers() as peers:
         yield linked_pair(peers, False, request.param)
+
+
+@pytest.fixture
+def scene(mode_pair):
+    """Caches of one test, gone and unpinned at its end."""
+    with mode_pair.scene() as scene:
+        yield scene
+        for process in (mode_pair.here, mode_pair.there):
+            assert process.stats()["pins"] == 0

@@ -4,8 +4,9 @@ from __future__ import annotations
 import threading
 from typing import Any, List, NamedTuple, Optional, Tuple
 
+import reference
 from peer import Node
-from transfers.caches import Named, invoke
+from transfers.caches import Named, Spec, invoke
 
 from llm_datadist import LayerSynchronizer, LLMStatusCode
 
@@ -72,3 +73,19 @@ def check_outcome(outcome: Outcome, wanted: List[range]) -> None:
     assert outcome.results == [LLMStatusCode.LLM_SUCCESS] * len(wanted), outcome
     assert outcome.code == LLMStatusCode.LLM_SUCCESS and outcome.error is None
     assert outcome.asked == [(layer, None) for layer in sorted(set().union(*wanted))]
+
+
+# Source and destination of the tests that follow the layers of a model, two tensors each.
+LAYERS, STRIDE = 3, 64
+SRC = Spec(2 * LAYERS, 2, (STRIDE,))
+DST = Spec(2 * LAYERS, 2, (STRIDE,), seed=1)
+
+
+def layer(addrs, first, stop):
+    """Addresses of the tensors of some layers."""
+    return addrs[2 * first:2 * stop]
+
+
+def sent(target, source, layers, dst_layers=None):
+    """What the transfer of slot 0 to slot 0 does to the model."""
+    reference.copy_slot(target, 0, source, 0, STRIDE, src_layers=layers, dst_layers=dst_layers or layers)

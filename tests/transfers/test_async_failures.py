@@ -3,7 +3,7 @@ import pytest
 import reference
 from transfers.caches import Named, Spec, invoke
 from transfers.refusal import INVALID, NOT_EXIST, NOT_LINKED
-from transfers.tasks import Recorder, transfer
+from transfers.tasks import DST, LAYERS, SRC, STRIDE, Recorder, layer, sent, transfer
 
 from llm_datadist import (
     BlocksCacheKey,
@@ -15,29 +15,7 @@ from llm_datadist import (
 from llm_datadist.status import LLMParamInvalidError
 
 SUCCESS, FAILED = LLMStatusCode.LLM_SUCCESS, LLMStatusCode.LLM_FAILED
-LAYERS, STRIDE = 3, 64
-SRC = Spec(2 * LAYERS, 2, (STRIDE,))
-DST = Spec(2 * LAYERS, 2, (STRIDE,), seed=1)
 STRANGER = 12345
-
-
-@pytest.fixture
-def scene(mode_pair):
-    """Caches of one test, gone and unpinned at its end."""
-    with mode_pair.scene() as scene:
-        yield scene
-        for process in (mode_pair.here, mode_pair.there):
-            assert process.stats()["pins"] == 0
-
-
-def layer(addrs, first, stop):
-    """Addresses of the tensors of some layers."""
-    return addrs[2 * first:2 * stop]
-
-
-def sent(target, source, layers, dst_layers=None):
-    """What the transfer of slot 0 to slot 0 does to the model."""
-    reference.copy_slot(target, 0, source, 0, STRIDE, src_layers=layers, dst_layers=dst_layers or layers)
 
 
 # ----------------------------------------------------------------------------------------------------- synchroniser
