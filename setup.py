@@ -1,7 +1,7 @@
 """Build the compiled core and the library of the embedded provider. Metadata is in pyproject.toml.
 
-Everything is found by pattern: each ``llm_datadist/core/*.pyx`` is one extension module, and every
-``llm_datadist/host/*.c`` together make the plain C library ``libldd_host.so``. No toolkit is needed, and one that
+Everything is found by pattern: each ``.pyx`` below ``llm_datadist/core/`` is one extension module, and all ``.c`` files
+below ``llm_datadist/host/`` together make the plain C library ``libldd_host.so``. No toolkit is needed, and one that
 is installed changes nothing: the headers come from ``include/``. What does not compile fails the build.
 """
 import contextlib
@@ -124,8 +124,8 @@ def host_library(context: BuildContext) -> Extension:
     """The C library of the embedded provider."""
     return Extension(
         HOST_LIBRARY,
-        sources=_relative("llm_datadist/host/*.c"),
-        depends=_relative("include/**/*.h") + _relative("llm_datadist/host/*.h"),
+        sources=_relative("llm_datadist/host/**/*.c"),
+        depends=_relative("include/**/*.h") + _relative("llm_datadist/host/**/*.h"),
         include_dirs=["include", "llm_datadist/host"],
         libraries=["dl"],
         extra_compile_args=context.compile_args,
@@ -149,7 +149,7 @@ def core_modules(context: BuildContext) -> List[Extension]:
             extra_compile_args=context.compile_args + [f"-Wno-{warning}" for warning in noise],
             extra_link_args=context.link_args,
         )
-        for source in _relative("llm_datadist/core/*.pyx")
+        for source in _relative("llm_datadist/core/**/*.pyx")
     ]
 
 
@@ -179,7 +179,7 @@ def packages() -> Tuple[List[str], Dict[str, str]]:
     tools = ["llm_datadist.tools"] + [f"llm_datadist.tools.{name}" for name in find_packages(str(ROOT / "tools"))]
     found = find_packages(str(ROOT), include=["llm_datadist", "llm_datadist.*", "llm_datadist_v1", "llm_datadist_v1.*"])
     return (
-        found + ["llm_datadist.core", "llm_datadist.include"] + tools,
+        found + ["llm_datadist.include"] + tools,
         {"llm_datadist.tools": "tools", "llm_datadist.include": "include"},
     )
 
@@ -194,7 +194,7 @@ def main() -> None:
         package_dir=places,
         package_data={
             "llm_datadist": ["py.typed", "*.pyi"],
-            "llm_datadist.core": ["*.pxd", "*.pyi"],
+            **{name: ["*.pxd", "*.pyi"] for name in names if name.startswith("llm_datadist.core")},
             "llm_datadist.include": ["*/*.h"],
             "llm_datadist.tools.demo": ["*.txt"],
         },

@@ -30,11 +30,11 @@ from llm_datadist.types import (
 from llm_datadist.types import MemType as MemType
 
 if TYPE_CHECKING:
-    from llm_datadist.cache_manager import CacheManager as CacheManager
+    from llm_datadist.caches.tensor import Tensor, TensorDesc
     from llm_datadist.datadist import LLMDataDist
-    from llm_datadist.kv_cache_manager import KvCacheManager
-    from llm_datadist.task import CacheTask
-    from llm_datadist.tensor import Tensor, TensorDesc
+    from llm_datadist.managers.cache import CacheManager as CacheManager
+    from llm_datadist.managers.kv_cache import KvCacheManager
+    from llm_datadist.managers.task import CacheTask
 
 # Read by the acl runtime when a provider opens it. Clients of the original package rely on this import to set it.
 os.environ.setdefault("AUTO_USE_UC_MEMORY", "0")
@@ -49,11 +49,11 @@ v2_list = [name for name in __all__ if name not in ("TensorDesc", "Tensor", "KvC
 
 _LAZY = {
     "LLMDataDist": "llm_datadist.datadist",
-    "CacheManager": "llm_datadist.cache_manager",
-    "KvCacheManager": "llm_datadist.kv_cache_manager",
-    "CacheTask": "llm_datadist.task",
-    "Tensor": "llm_datadist.tensor",
-    "TensorDesc": "llm_datadist.tensor",
+    "CacheManager": "llm_datadist.managers.cache",
+    "KvCacheManager": "llm_datadist.managers.kv_cache",
+    "CacheTask": "llm_datadist.managers.task",
+    "Tensor": "llm_datadist.caches.tensor",
+    "TensorDesc": "llm_datadist.caches.tensor",
 }
 
 __getattr__ = lazy_attributes(globals(), _LAZY)

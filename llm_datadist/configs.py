@@ -1,7 +1,7 @@
 """What a client configures: its role, the addresses of a peer, and the options of an engine.
 
-`LlmConfig` is a builder of the options dict; ``llm_datadist.options`` parses that dict once, at ``init``, so clients
-may also change it by hand in between.
+`LlmConfig` is a builder of the options dict; ``llm_datadist.options.parser`` parses that dict once, at ``init``, so
+clients may also change it by hand in between.
 """
 from __future__ import annotations
 

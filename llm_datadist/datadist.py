@@ -5,20 +5,20 @@ import atexit
 import threading
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple, Union
 
+from llm_datadist.caches.descriptors import RegisterMemStatus
 from llm_datadist.configs import LLMClusterInfo, LLMRole
-from llm_datadist.descriptors import RegisterMemStatus
-from llm_datadist.link_clusters import ClusterLinker
-from llm_datadist.options import LISTEN_IP_INFO, EngineOptions, parse_switch_listen
-from llm_datadist.rank_table import Member, parse_rank_table
-from llm_datadist.rendezvous import Rendezvous
+from llm_datadist.links.link_clusters import ClusterLinker
+from llm_datadist.links.rank_table import Member, parse_rank_table
+from llm_datadist.links.rendezvous import Rendezvous
+from llm_datadist.options.parser import LISTEN_IP_INFO, EngineOptions, parse_switch_listen
 from llm_datadist.status import LLMException, LLMLinkError, LLMNotEnabledError, LLMParamInvalidError, LLMStatusCode
 from llm_datadist.utils import log
 from llm_datadist.utils.utils import check_dict, check_isinstance, check_uint32, check_uint64
 
 if TYPE_CHECKING:
-    from llm_datadist.cache_manager import CacheManager
-    from llm_datadist.core.engine import Engine
-    from llm_datadist.kv_cache_manager import KvCacheManager
+    from llm_datadist.core.engine.engine import Engine
+    from llm_datadist.managers.cache import CacheManager
+    from llm_datadist.managers.kv_cache import KvCacheManager
 
 __all__ = ["LLMDataDist"]
 
@@ -98,9 +98,9 @@ class LLMDataDist:
         log.info("cluster %s is initialized, role %s", self._cluster_id, self._role)
 
     def _open(self, options: EngineOptions) -> None:
-        from llm_datadist.cache_manager import CacheManager
-        from llm_datadist.core.engine import Engine
-        from llm_datadist.kv_cache_manager import KvCacheManager
+        from llm_datadist.core.engine.engine import Engine
+        from llm_datadist.managers.cache import CacheManager
+        from llm_datadist.managers.kv_cache import KvCacheManager
 
         engine = Engine(options, self._cluster_id)
         self._options = options

@@ -1,8 +1,7 @@
 """The public types in one place: descriptors, keys, cache handles and transfer configs."""
 from __future__ import annotations
 
-from llm_datadist.caches import Cache, KvCache
-from llm_datadist.descriptors import (
+from llm_datadist.caches.descriptors import (
     CacheDesc,
     MemInfo,
     MemType,
@@ -11,8 +10,9 @@ from llm_datadist.descriptors import (
     RegisterMemStatus,
     int_to_mem_status_dict,
 )
-from llm_datadist.keys import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
-from llm_datadist.transfer_config import (
+from llm_datadist.caches.handles import Cache, KvCache
+from llm_datadist.caches.keys import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
+from llm_datadist.managers.transfer_config import (
     LayerSynchronizer,
     PushType,
     TransferConfig,

@@ -1,11 +1,11 @@
-"""Older path of `llm_datadist.kv_cache_manager`: the very same object."""
+"""Older path of `llm_datadist.managers.kv_cache`: the very same object."""
 from typing import TYPE_CHECKING
 
 from llm_datadist._lazy import lazy_attributes
 
 if TYPE_CHECKING:
-    from llm_datadist.kv_cache_manager import KvCacheManager
+    from llm_datadist.managers.kv_cache import KvCacheManager
 
 __all__ = ["KvCacheManager"]
 
-__getattr__ = lazy_attributes(globals(), dict.fromkeys(__all__, "llm_datadist.kv_cache_manager"))
+__getattr__ = lazy_attributes(globals(), dict.fromkeys(__all__, "llm_datadist.managers.kv_cache"))

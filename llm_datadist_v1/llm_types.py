@@ -23,7 +23,7 @@ from llm_datadist.v2.llm_types import (
 )
 
 if TYPE_CHECKING:
-    from llm_datadist.task import CacheTask
+    from llm_datadist.managers.task import CacheTask
 
 __all__ = [
     "BlocksCacheKey", "Cache", "CacheDesc", "CacheKey", "CacheKeyByIdAndIndex", "KvCache",
@@ -31,4 +31,4 @@ __all__ = [
     "TransferConfig", "TransferWithCacheKeyConfig", "check_layer_range", "int_to_mem_status_dict", "CacheTask",
 ]
 
-__getattr__ = lazy_attributes(globals(), dict.fromkeys(("CacheTask",), "llm_datadist.task"))
+__getattr__ = lazy_attributes(globals(), dict.fromkeys(("CacheTask",), "llm_datadist.managers.task"))

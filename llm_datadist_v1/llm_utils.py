@@ -18,7 +18,12 @@ from llm_datadist.v2.llm_utils import (
 )
 
 if TYPE_CHECKING:
-    from llm_datadist.task import TransferAsyncThread, TransferCacheJob, TransferCacheParameters, transfer_cache_async
+    from llm_datadist.managers.task import (
+        TransferAsyncThread,
+        TransferCacheJob,
+        TransferCacheParameters,
+        transfer_cache_async,
+    )
 
 __all__ = [
     "CacheDescParser", "calc_tensor_size", "clone_cache_desc", "is_invalid_id", "is_valid_id",
@@ -29,4 +34,4 @@ __all__ = [
 
 __getattr__ = lazy_attributes(globals(), dict.fromkeys(
     ("TransferAsyncThread", "TransferCacheJob", "TransferCacheParameters", "transfer_cache_async"),
-    "llm_datadist.task"))
+    "llm_datadist.managers.task"))

@@ -4,8 +4,8 @@ from __future__ import annotations
 import signal
 
 import pytest
-from engines import Benches
-from peer import Peers
+from support.engines import Benches
+from support.peer import Peers
 
 from llm_datadist.status import LLMException, LLMStatusCode, exception_for
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from llm_datadist import LLMException
-from llm_datadist.core.cann import Provider
+from llm_datadist.core.base.provider import Provider
 
 SETTINGS = (
     "LLM_DATADIST_PROVIDER", "LLM_DATADIST_HOST_PATHS", "LLM_DATADIST_COPY_THREADS", "LLM_DATADIST_TCP_STREAMS",

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Mapping, Tuple
 
 from llm_datadist.configs import LLMRole, trans_str_ip
-from llm_datadist.option_values import parse_listen_ip_info
-from llm_datadist.options import EngineOptions
+from llm_datadist.options.parser import EngineOptions
+from llm_datadist.options.values import parse_listen_ip_info
 
 __all__ = ["EngineConfig", "ClusterConfig"]
 

@@ -1,4 +1,4 @@
-"""Older path of the types: `llm_datadist.types` and ``llm_datadist.task``."""
+"""Older path of the types: `llm_datadist.types` and ``llm_datadist.managers.task``."""
 from typing import TYPE_CHECKING
 
 from llm_datadist._lazy import lazy_attributes
@@ -23,7 +23,7 @@ from llm_datadist.types import (
 )
 
 if TYPE_CHECKING:
-    from llm_datadist.task import CacheTask
+    from llm_datadist.managers.task import CacheTask
 
 __all__ = [
     "Placement", "RegisterMemStatus", "Memtype", "MemType", "MemInfo", "CacheDesc", "Cache", "KvCache", "CacheKey",
@@ -32,4 +32,4 @@ __all__ = [
 ]
 
 # A task needs the compiled core, the types do not.
-__getattr__ = lazy_attributes(globals(), {"CacheTask": "llm_datadist.task"})
+__getattr__ = lazy_attributes(globals(), {"CacheTask": "llm_datadist.managers.task"})

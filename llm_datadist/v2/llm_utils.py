@@ -4,9 +4,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, List, Mapping, Sequence, Tuple
 
 from llm_datadist._lazy import lazy_attributes
-from llm_datadist.data_type import DataType, get_python_dtype_from_wrapper_dtype, python_dtype_2_dwrapper_dtype
-from llm_datadist.descriptors import CacheDesc, MemInfo, calc_tensor_size, clone_cache_desc
-from llm_datadist.keys import (
+from llm_datadist.caches.descriptors import CacheDesc, MemInfo, calc_tensor_size, clone_cache_desc
+from llm_datadist.caches.keys import (
     INVALID_ID,
     BlocksCacheKey,
     CacheKey,
@@ -14,12 +13,18 @@ from llm_datadist.keys import (
     is_invalid_id,
     is_valid_id,
 )
-from llm_datadist.option_values import invalid, parse_listen_ip_info
+from llm_datadist.data_type import DataType, get_python_dtype_from_wrapper_dtype, python_dtype_2_dwrapper_dtype
+from llm_datadist.managers.transfer_config import layer_range_to_tensor_indices
+from llm_datadist.options.values import invalid, parse_listen_ip_info
 from llm_datadist.status import LLMParamInvalidError
-from llm_datadist.transfer_config import layer_range_to_tensor_indices
 
 if TYPE_CHECKING:
-    from llm_datadist.task import TransferAsyncThread, TransferCacheJob, TransferCacheParameters, transfer_cache_async
+    from llm_datadist.managers.task import (
+        TransferAsyncThread,
+        TransferCacheJob,
+        TransferCacheParameters,
+        transfer_cache_async,
+    )
 
 __all__ = [
     "pack_cache_desc", "pack_cache_key", "pack_cache_key_by_id", "pack_block_cache_key", "pack_mem_info",
@@ -31,7 +36,7 @@ __all__ = [
 # Transfers need the compiled core, the rest does not.
 __getattr__ = lazy_attributes(globals(), dict.fromkeys(
     ("transfer_cache_async", "TransferCacheParameters", "TransferCacheJob", "TransferAsyncThread"),
-    "llm_datadist.task"))
+    "llm_datadist.managers.task"))
 
 _REF_INPUT_SHAPES = "llm.RefInputShapes"
 _REF_INPUT_DTYPES = "llm.RefInputDtypes"

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from llm_datadist.core.cann import HOST_LIBRARY
+from llm_datadist.core.base.provider import HOST_LIBRARY
 
 INCLUDE = Path(__file__).resolve().parents[2] / "include"
 HEADERS = ["acl/acl_base_rt.h", "acl/acl_rt.h", "hcomm/hcomm_types.h", "cs/hixl_cs.h", "llm_datadist/ldd_ext.h",
-           "llm_datadist/ldd_status.h", "llm_datadist/ldd_table.h"]
+           "llm_datadist/ldd_status.h", "llm_datadist/ldd_provider.h"]
 STRICT = ["-Wall", "-Wextra", "-Werror", "-D_GNU_SOURCE", f"-I{INCLUDE}"]
 
 # struct: (size, {field: offset}), as on 64-bit Linux
@@ -92,7 +92,7 @@ def test_layouts_and_numbers_are_the_documented_ones(tmp_path):
 
 
 def table_names():
-    text = (INCLUDE / "llm_datadist" / "ldd_table.h").read_text()
+    text = (INCLUDE / "llm_datadist" / "ldd_provider.h").read_text()
     names = re.findall(r"\bX\((\w+)\)", text)
     assert len(names) > 60
     return names
@@ -113,7 +113,7 @@ def test_the_library_exports_nothing_else_and_needs_no_python():
 
 def test_every_table_name_is_declared_by_a_header_and_by_the_core():
     declared = "".join((INCLUDE / header).read_text() for header in HEADERS[:5])
-    core = (INCLUDE.parent / "llm_datadist" / "core" / "cann.pxd").read_text()
+    core = (INCLUDE.parent / "llm_datadist" / "core" / "provider.pxd").read_text()
     for name in table_names():
         assert re.search(rf"\b{name}\(", declared), name
         assert f"(*{name})(" in core, name

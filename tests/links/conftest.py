@@ -1,6 +1,6 @@
 """Processes that link to each other."""
 import pytest
-from link_steps import drop_links, wait_links
+from support.link_steps import drop_links, wait_links
 
 
 @pytest.fixture

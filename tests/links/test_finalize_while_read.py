@@ -4,8 +4,8 @@ from __future__ import annotations
 import signal
 
 import numpy as np
-from link_steps import stopped, until
-from peer import engine_options
+from support.link_steps import stopped, until
+from support.peer import engine_options
 from transfers.caches import addrs_of, bytes_at
 
 from llm_datadist import CacheDesc, CacheKeyByIdAndIndex, DataType, LLMException

@@ -8,8 +8,8 @@ import threading
 import time
 
 import pytest
-from link_steps import until
-from peer import engine_options
+from support.link_steps import until
+from support.peer import engine_options
 
 from llm_datadist import CacheDesc, CacheKeyByIdAndIndex, DataType, LLMException
 

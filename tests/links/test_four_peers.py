@@ -5,11 +5,11 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from link_steps import DESC, NUM_BLOCKS, addrs_of, byte_of, cluster, free, links, offer, withdraw
-from peer import engine_options, engine_options_v1
+from support.link_steps import DESC, NUM_BLOCKS, addrs_of, byte_of, cluster, free, links, offer, withdraw
+from support.peer import engine_options, engine_options_v1
 
 from llm_datadist import BlocksCacheKey, LLMRole, LLMStatusCode
-from llm_datadist.tensor_view import TensorView
+from llm_datadist.caches.tensor_view import TensorView
 
 PEERS = (11, 12, 13, 14)
 PULLS = 40

@@ -4,8 +4,8 @@ from __future__ import annotations
 import signal
 import threading
 
-from link_steps import ALL_BLOCKS, DESC, TCP_ONLY, stopped, until
-from peer import engine_options
+from support.link_steps import ALL_BLOCKS, DESC, TCP_ONLY, stopped, until
+from support.peer import engine_options
 
 from llm_datadist import BlocksCacheKey, LLMException, LLMRole
 

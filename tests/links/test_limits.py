@@ -6,7 +6,7 @@ import os
 import resource
 
 import pytest
-from link_steps import (
+from support.link_steps import (
     ask,
     fetch,
     footprint,
@@ -21,7 +21,7 @@ from link_steps import (
     wait_links,
     withdraw,
 )
-from peer import engine_options
+from support.peer import engine_options
 
 from llm_datadist import LLMStatusCode, RegisterMemStatus
 from llm_datadist.status import LLMParamInvalidError

@@ -7,7 +7,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from link_steps import (
+from support.link_steps import (
     TCP_ONLY,
     cluster,
     fetch,
@@ -24,7 +24,7 @@ from link_steps import (
     wait_links,
     withdraw,
 )
-from peer import engine_options
+from support.peer import engine_options
 
 from llm_datadist import LLMStatusCode
 from llm_datadist.status import LLMParamInvalidError

@@ -5,7 +5,7 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from link_steps import (
+from support.link_steps import (
     TCP_ONLY,
     cluster,
     drop_links,
@@ -20,7 +20,7 @@ from link_steps import (
     wait_links,
     withdraw,
 )
-from peer import engine_options_v1
+from support.peer import engine_options_v1
 
 from llm_datadist import LLMRole, LLMStatusCode
 from llm_datadist.status import LLMException

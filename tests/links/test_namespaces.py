@@ -7,7 +7,7 @@ import json
 import socket
 
 import pytest
-from link_steps import (
+from support.link_steps import (
     ask,
     drop_links,
     fetch,
@@ -22,8 +22,8 @@ from link_steps import (
     until,
     wait_links,
 )
-from networks import Network, NoNamespacesError
-from peer import engine_options
+from support.networks import Network, NoNamespacesError
+from support.peer import engine_options
 
 from llm_datadist import BlocksCacheKey, CacheDesc, DataType, LLMStatusCode, RegisterMemStatus
 

@@ -9,7 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from link_steps import (
+from support.link_steps import (
     ALL_BLOCKS,
     BLOCK_BYTES,
     DESC,
@@ -29,10 +29,10 @@ from link_steps import (
     wait_links,
     withdraw,
 )
-from peer import engine_options
+from support.peer import engine_options
 
 from llm_datadist import BlocksCacheKey, Cache, LLMStatusCode, Placement, RegisterMemStatus
-from llm_datadist.rendezvous import digest_of, local_name
+from llm_datadist.links.rendezvous import digest_of, local_name
 from llm_datadist.status import LLMLinkError
 
 S = LLMStatusCode

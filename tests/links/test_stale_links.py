@@ -1,8 +1,8 @@
 """What is left of a link that this side asked for goes when the peer, which has none any more, links to us."""
 from __future__ import annotations
 
-from link_steps import fetch, link, links, offer, stopped, unlink, wait_links, withdraw
-from peer import engine_options
+from support.link_steps import fetch, link, links, offer, stopped, unlink, wait_links, withdraw
+from support.peer import engine_options
 
 from llm_datadist import LLMStatusCode
 

@@ -9,8 +9,8 @@ import random
 from typing import Any, List, NamedTuple, Optional, Tuple, Union
 
 import numpy as np
-from peer import Node
-from reference import Model
+from support.peer import Node
+from support.reference import Model
 
 from llm_datadist import BlocksCacheKey, CacheDesc, CacheKey, DataType, Placement
 

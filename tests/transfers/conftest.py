@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import pytest
-from peer import Peers
+from support.peer import Peers
 from transfers.pair import PATHS, linked_pair
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from typing import Any, List, Sequence, Tuple
 
-from peer import Node, Process
+from support.peer import Node, Process
 from transfers.caches import PAGE_BYTES, Named, Spec, contents, deallocate, drop_all, invoke, make
 
 from llm_datadist import CacheDesc, CacheKey, CacheKeyByIdAndIndex, DataType

@@ -4,7 +4,7 @@ from __future__ import annotations
 import time
 from typing import Any, Dict, List, Tuple
 
-from peer import Peers, Process, engine_options
+from support.peer import Peers, Process, engine_options
 from transfers.caches import Made, Spec, contents, drop, drop_all, make
 
 PATHS = ("shm", "cma", "tcp")

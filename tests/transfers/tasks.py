@@ -4,8 +4,8 @@ from __future__ import annotations
 import threading
 from typing import Any, List, NamedTuple, Optional, Tuple
 
-import reference
-from peer import Node
+from support import reference
+from support.peer import Node
 from transfers.caches import Named, Spec, invoke
 
 from llm_datadist import LayerSynchronizer, LLMStatusCode

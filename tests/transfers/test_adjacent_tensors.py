@@ -1,10 +1,10 @@
 """Registered tensors that follow each other in memory: each is a region of its own, and no piece may span two."""
 import numpy as np
 import pytest
-from peer import engine_options
+from support.peer import engine_options
 
 from llm_datadist import BlocksCacheKey, CacheDesc, DataType, TransferConfig
-from llm_datadist.transfer_config import LayerSynchronizer
+from llm_datadist.managers.transfer_config import LayerSynchronizer
 
 NUM_TENSORS, NUM_BLOCKS, BLOCK_BYTES = 4, 4, 64 << 10
 DESC = CacheDesc(NUM_TENSORS, [NUM_BLOCKS, BLOCK_BYTES], DataType.DT_UINT8)

@@ -1,7 +1,7 @@
 """Layer-wise transfers to addresses in another process, byte for byte against the reference."""
-import reference
 from hypothesis import given
 from hypothesis import strategies as st
+from support import reference
 from transfers.cases import block_lists, examples, specs, strides
 from transfers.tasks import check_outcome, transfer
 

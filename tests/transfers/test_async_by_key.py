@@ -1,7 +1,7 @@
 """Layer-wise transfers to caches that keys name, byte for byte against the reference; remote-accessible mode only."""
-import reference
 from hypothesis import given
 from hypothesis import strategies as st
+from support import reference
 from transfers.caches import Spec
 from transfers.cases import block_lists, examples, specs, strides
 from transfers.tasks import check_outcome, transfer

@@ -1,6 +1,6 @@
 """Layer-wise transfers that stop early, cannot reach their destination, or must not start."""
 import pytest
-import reference
+from support import reference
 from transfers.caches import Named, Spec, invoke
 from transfers.refusal import INVALID, NOT_EXIST, NOT_LINKED
 from transfers.tasks import DST, LAYERS, SRC, STRIDE, Recorder, layer, sent, transfer

@@ -5,7 +5,7 @@ import time
 import weakref
 
 import pytest
-import reference
+from support import reference
 from transfers.caches import Named, deallocate, invoke
 from transfers.refusal import INVALID, NOT_EXIST
 from transfers.tasks import DST, LAYERS, SRC, STRIDE, Gate, Recorder, layer, sent, transfer, transfer_through

@@ -1,10 +1,10 @@
 """Local operations, byte for byte against the reference: allocated, registered and cpu caches of any placement."""
 import numpy as np
 import pytest
-import reference
 from hypothesis import given
 from hypothesis import strategies as st
-from peer import Peers, engine_options, engine_options_v1
+from support import reference
+from support.peer import Peers, engine_options, engine_options_v1
 from transfers.caches import GUARD, Named, Spec, addrs_of, contents, drop_all, invoke, make
 from transfers.cases import examples, specs, strides
 

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import reference
-from peer import Peers
+from support import reference
+from support.peer import Peers
 from transfers.caches import GUARD, Named, Spec, bytes_at, drop_all, invoke, make
 from transfers.pair import linked_pair
 from transfers.refusal import INVALID, NOT_EXIST, NOT_LINKED, refused

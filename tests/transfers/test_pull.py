@@ -1,7 +1,7 @@
 """Pulls between two processes, byte for byte against the reference: contiguous, blocks, and slots cut into blocks."""
-import reference
 from hypothesis import given
 from hypothesis import strategies as st
+from support import reference
 from transfers.caches import Named, invoke
 from transfers.cases import block_lists, examples, layers, layers_of_model, specs, strides
 

@@ -1,7 +1,7 @@
 """Pushes between two processes in remote-accessible mode, byte for byte against the reference."""
-import reference
 from hypothesis import given
 from hypothesis import strategies as st
+from support import reference
 from transfers.caches import Named, Spec, invoke
 from transfers.cases import block_lists, examples, specs, strides
 

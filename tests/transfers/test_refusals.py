@@ -3,7 +3,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import reference
+from support import reference
 from transfers.caches import Named, Spec, drop, invoke, make
 from transfers.owner import NONE
 from transfers.refusal import INVALID, NOT_EXIST, NOT_LINKED, refused

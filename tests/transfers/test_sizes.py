@@ -1,7 +1,7 @@
 """Pulls from 1 byte to 256 MiB: contiguous and paged, in pools and in private memory, on each path."""
 import numpy as np
 import pytest
-from peer import Peers
+from support.peer import Peers
 from transfers.caches import Named, Spec, invoke
 from transfers.pair import linked_pair
 

@@ -2,7 +2,7 @@
 import threading
 
 import pytest
-from peer import Peers
+from support.peer import Peers
 from transfers.caches import Named, Spec, contents, drop, invoke, make
 from transfers.pair import linked_pair
 from transfers.refusal import NOT_EXIST

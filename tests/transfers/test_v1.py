@@ -2,10 +2,10 @@
 import gc
 
 import pytest
-import reference
 from hypothesis import given
 from hypothesis import strategies as st
-from peer import Peers, engine_options_v1
+from support import reference
+from support.peer import Peers, engine_options_v1
 from transfers.caches import Named, Spec, invoke
 from transfers.cases import block_lists, examples, layers, layers_of_model, specs, strides
 from transfers.pair import HERE, PATHS_VARIABLE, THERE, Pair

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from llm_datadist.core.bound import CopyBound, has_stream_copy
-from llm_datadist.core.bound_tcp import TcpClient
+from llm_datadist.core.measure.bound import CopyBound, has_stream_copy
+from llm_datadist.core.measure.bound_tcp import TcpClient
 
 from .case import Case, descriptors
 from .measure import Sampler, repeat_timed

@@ -14,9 +14,9 @@ import time
 from multiprocessing.connection import Connection
 
 from llm_datadist import CacheDesc, CacheKey, DataType, LLMDataDist, LLMRole
-from llm_datadist.core.bound_tcp import TcpServer
-from llm_datadist.core.engine import KEY_BLOCKS, Engine
-from llm_datadist.options import EngineOptions
+from llm_datadist.core.engine.engine import KEY_BLOCKS, Engine
+from llm_datadist.core.measure.bound_tcp import TcpServer
+from llm_datadist.options.parser import EngineOptions
 
 from . import engine as engines
 from .case import Case, descriptors

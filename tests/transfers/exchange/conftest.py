@@ -1,6 +1,6 @@
 """Linked processes that reach each other by TCP alone."""
 import pytest
-from peer import Peers, engine_options, engine_options_v1
+from support.peer import Peers, engine_options, engine_options_v1
 from transfers.exchange.steps import MIB, TCP, connect, linked, meet
 from transfers.pair import HERE, THERE, Pair
 

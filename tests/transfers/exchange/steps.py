@@ -2,7 +2,7 @@
 import contextlib
 
 import numpy as np
-from peer import engine_options
+from support.peer import engine_options
 from transfers.caches import Named, Spec, addrs_of, bytes_at, invoke
 from transfers.owner import MODEL, NONE
 from transfers.pair import HERE, PATHS_VARIABLE, THERE, Pair

@@ -3,8 +3,8 @@ import contextlib
 import threading
 
 import pytest
-from link_steps import stopped, until
-from peer import Peers, engine_options
+from support.link_steps import stopped, until
+from support.peer import Peers, engine_options
 from transfers.caches import PAGE_BYTES, addrs_of, bytes_at, invoke
 from transfers.exchange.steps import (
     KIB,

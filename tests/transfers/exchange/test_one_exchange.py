@@ -4,9 +4,9 @@ import os
 import struct
 
 import pytest
-import reference
-from hixl_frames import ADMIN, DATA, FETCH, PART, REQUEST, REQUEST_MAGIC, Wire
-from peer import Peers
+from support import reference
+from support.hixl_frames import ADMIN, DATA, FETCH, PART, REQUEST, REQUEST_MAGIC, Wire
+from support.peer import Peers
 from transfers.caches import Named, Spec, invoke
 from transfers.exchange.steps import (
     BLOCKS_KEY,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from llm_datadist.core.stopwatch import TableStopwatch
+from llm_datadist.core.measure.stopwatch import TableStopwatch
 
 from ..case import ALL_BLOCKS, Case
 from ..channel import Channel

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from llm_datadist import BlocksCacheKey
-from llm_datadist.core.bound import CopyBound
+from llm_datadist.core.measure.bound import CopyBound
 
 from .. import engine as engines
 from ..case import ALL_BLOCKS, Case

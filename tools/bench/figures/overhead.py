@@ -8,8 +8,8 @@ from time import perf_counter_ns as clock
 import numpy as np
 
 from llm_datadist import BlocksCacheKey, CacheDesc, CacheKey, DataType
-from llm_datadist.core.bound import CopyBound
-from llm_datadist.core.stopwatch import time_parse, time_plan
+from llm_datadist.core.measure.bound import CopyBound
+from llm_datadist.core.measure.stopwatch import time_parse, time_plan
 
 from .. import engine as engines
 from ..case import PAGED_TENSORS

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from time import perf_counter_ns as clock
 
 from llm_datadist import BlocksCacheKey
-from llm_datadist.core.wait import TableProbe
+from llm_datadist.core.base.wait import TableProbe
 from llm_datadist.status import LLMTimeoutError
 
 from .. import engine as engines

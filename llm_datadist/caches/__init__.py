@@ -1,0 +1,1 @@
+"""What managers hand out and take: descriptors, keys, handles of caches, and views of their tensors."""

@@ -1,0 +1,1 @@
+"""What everything stands on: statuses, deadlines and locks, sockets, and the function table of the provider."""

@@ -1,0 +1,299 @@
+"""Wait for a batch until it ends, its deadline passes, or a signal handler raises; and map the C API's numbers.
+
+Called by the transfer code, with the GIL released, from any thread; one thread at a time per client. Whoever
+waits owns the completion handle, which is gone afterwards, and completion beats the clock: a batch that ended
+before the last look is a success even when the deadline has passed.
+
+A wait that gives up cancels the batch, so that no byte lands after it returned. A provider that cannot cancel
+leaves this to the caller, who destroys the client before telling anybody.
+"""
+cimport cython
+from libc.stdint cimport INT64_MAX, int32_t, int64_t, uintptr_t
+from libc.string cimport memset
+from posix.time cimport nanosleep, timespec
+
+import os
+import threading
+
+from llm_datadist.core.base.provider cimport (
+    ACL_ERROR_RT_DEVICE_MEM_ERROR, ACL_ERROR_RT_STREAM_SYNC_TIMEOUT, ACL_ERROR_RT_SUSPECT_REMOTE_ERROR,
+    HIXL_ALREADY_CONNECTED, HIXL_COMPLETE_STATUS_COMPLETED, HIXL_COMPLETE_STATUS_TIMEOUT, HIXL_COMPLETE_STATUS_WAITING,
+    HIXL_NOT_CONNECTED, HIXL_PARAM_INVALID, HIXL_SUCCESS, HIXL_TIMEOUT, HIXL_UNSUPPORTED, LDD_CAP_CANCEL, LDD_CAP_WAIT,
+    CompleteHandle, HixlClientHandle, HixlCompleteStatus, HixlStatus, Provider, aclError, ldd_provider,
+)
+from llm_datadist.core.base.status cimport (
+    LDD_E_ALREADY_LINKED, LDD_E_DEVICE_MEM, LDD_E_FAILED, LDD_E_INTERRUPTED, LDD_E_NOT_ENABLED, LDD_E_NOT_LINKED,
+    LDD_E_PARAM, LDD_E_SUSPECT_REMOTE, LDD_E_TIMEOUT, LDD_OK, check, ldd_detail, ldd_fail, ldd_status,
+)
+from llm_datadist.core.base.sync cimport ldd_lock_until, ldd_mutex, ldd_now_ns
+
+cdef extern from "Python.h":
+    # Raw result: the exception stays set in this thread until check() lets it out.
+    int PyErr_CheckSignals() noexcept
+    unsigned long PyThread_get_thread_ident() noexcept nogil
+
+cdef extern from *:
+    """
+    #if defined(__x86_64__) || defined(__i386__)
+    #define ldd_cpu_relax() __builtin_ia32_pause()
+    #elif defined(__aarch64__)
+    #define ldd_cpu_relax() __asm__ __volatile__("isb" ::: "memory")
+    #else
+    #define ldd_cpu_relax() ((void)0)
+    #endif
+    """
+    void ldd_cpu_relax() noexcept nogil
+
+cdef enum:
+    PENDING = 1                     # an answer between "done" (0) and the errors (< 0)
+
+    SIGNAL_SLICE_NS = 50000000      # Ctrl-C is served within twice this, at no more than 20 wake-ups a second
+    SPIN_NS = 50000                 # about what a small batch takes between two processes of one host
+    MIN_NAP_NS = 2000
+    MAX_NAP_NS = 100000
+
+# Python runs signal handlers in its main thread only; the others need not stop for them.
+cdef unsigned long main_thread = threading.main_thread().ident
+
+
+def _note_main_thread():
+    global main_thread
+    main_thread = PyThread_get_thread_ident()
+
+
+os.register_at_fork(after_in_child=_note_main_thread)
+
+
+cdef ldd_status ldd_map_hixl(HixlStatus code) noexcept nogil:
+    if code == HIXL_SUCCESS:
+        return LDD_OK
+    if code == HIXL_PARAM_INVALID:
+        return LDD_E_PARAM
+    if code == HIXL_TIMEOUT:
+        return LDD_E_TIMEOUT
+    if code == HIXL_NOT_CONNECTED:
+        return LDD_E_NOT_LINKED
+    if code == HIXL_ALREADY_CONNECTED:
+        return LDD_E_ALREADY_LINKED
+    if code == HIXL_UNSUPPORTED:
+        return LDD_E_NOT_ENABLED
+    return LDD_E_FAILED
+
+
+cdef ldd_status ldd_map_acl(aclError code) noexcept nogil:
+    if code == 0:
+        return LDD_OK
+    if code == ACL_ERROR_RT_STREAM_SYNC_TIMEOUT:
+        return LDD_E_TIMEOUT
+    if code == ACL_ERROR_RT_DEVICE_MEM_ERROR:
+        return LDD_E_DEVICE_MEM
+    if code == ACL_ERROR_RT_SUSPECT_REMOTE_ERROR:
+        return LDD_E_SUSPECT_REMOTE
+    return LDD_E_FAILED
+
+
+cdef ldd_status ldd_hixl_result(
+    const ldd_provider* provider, HixlStatus code, const char* what, ldd_detail* detail
+) noexcept nogil:
+    if code == HIXL_SUCCESS:
+        return LDD_OK
+    return _fail(ldd_map_hixl(code), provider.ext.LddLastError, what, b"HIXL status", <int32_t>code, detail)
+
+
+cdef ldd_status ldd_acl_result(
+    const ldd_provider* provider, aclError code, const char* what, ldd_detail* detail
+) noexcept nogil:
+    if code == 0:
+        return LDD_OK
+    return _fail(ldd_map_acl(code), provider.acl.aclGetRecentErrMsg, what, b"acl error", code, detail)
+
+
+cdef ldd_status _fail(
+    ldd_status status, const char* (*last_error)() noexcept nogil, const char* what, const char* kind, int32_t code,
+    ldd_detail* detail
+) noexcept nogil:
+    """Leave what was called, the provider's number, and its own words when it has any."""
+    cdef const char* text = NULL
+    if last_error != NULL:
+        text = last_error()
+    if detail != NULL:
+        detail.provider_code = code
+    if text == NULL or text[0] == 0:
+        return ldd_fail(detail, status, b"%s: %s %d", what, kind, code)
+    return ldd_fail(detail, status, b"%s: %s %d, %s", what, kind, code, text)
+
+
+cdef ldd_status ldd_wait_complete(
+    const ldd_provider* provider, HixlClientHandle client, CompleteHandle handle, int64_t deadline_ns,
+    ldd_detail* detail
+) noexcept nogil:
+    cdef ldd_status status = _wait_slice(provider, client, handle, deadline_ns, detail)
+    return status if status != PENDING else _give_up(provider, client, handle, LDD_E_TIMEOUT, detail)
+
+
+cdef ldd_status ldd_wait_interruptible(
+    const ldd_provider* provider, HixlClientHandle client, CompleteHandle handle, int64_t deadline_ns,
+    ldd_detail* detail
+) noexcept nogil:
+    cdef int64_t now, until
+    cdef ldd_status status
+    if PyThread_get_thread_ident() != main_thread:
+        return ldd_wait_complete(provider, client, handle, deadline_ns, detail)
+    while True:
+        # Taking the GIL may last as long as another thread keeps it. The last slice is the longest, so that
+        # this happens well before the deadline and never at it.
+        now = ldd_now_ns()
+        until = deadline_ns if deadline_ns - now < 2 * SIGNAL_SLICE_NS else now + SIGNAL_SLICE_NS
+        status = _wait_slice(provider, client, handle, until, detail)
+        if status != PENDING:
+            return status
+        if until == deadline_ns:
+            return _give_up(provider, client, handle, LDD_E_TIMEOUT, detail)
+        if _run_signal_handlers() < 0:
+            return _give_up(provider, client, handle, LDD_E_INTERRUPTED, detail)
+
+
+cdef ldd_status ldd_lock_interruptible(ldd_mutex* mutex, int64_t deadline_ns) noexcept nogil:
+    cdef int64_t now, until
+    cdef ldd_status status
+    if PyThread_get_thread_ident() != main_thread:
+        return ldd_lock_until(mutex, deadline_ns)
+    while True:
+        now = ldd_now_ns()
+        until = deadline_ns if deadline_ns - now < 2 * SIGNAL_SLICE_NS else now + SIGNAL_SLICE_NS
+        status = ldd_lock_until(mutex, until)
+        if status != LDD_E_TIMEOUT or until == deadline_ns:
+            return status
+        if _run_signal_handlers() < 0:
+            return LDD_E_INTERRUPTED
+
+
+cdef int _run_signal_handlers() noexcept with gil:
+    return PyErr_CheckSignals()
+
+
+cdef ldd_status _wait_slice(
+    const ldd_provider* provider, HixlClientHandle client, CompleteHandle handle, int64_t until_ns, ldd_detail* detail
+) noexcept nogil:
+    """Wait until the batch ends or the time comes; PENDING in the latter case. Looks at least once."""
+    cdef HixlCompleteStatus state = HIXL_COMPLETE_STATUS_WAITING
+    cdef HixlStatus code
+    cdef int64_t now, start = ldd_now_ns(), nap_ns = MIN_NAP_NS
+    if provider.caps & <unsigned int>LDD_CAP_WAIT:
+        code = provider.ext.LddClientWait(
+            client, handle, -1 if until_ns == INT64_MAX else max(0, until_ns - start), &state)
+        return _verdict(provider, code, state, detail)
+    while True:
+        code = provider.hixl.HixlCSClientQueryCompleteStatus(client, handle, &state)
+        if code != HIXL_SUCCESS or state != HIXL_COMPLETE_STATUS_WAITING:
+            return _verdict(provider, code, state, detail)
+        now = ldd_now_ns()
+        if now >= until_ns:
+            return PENDING
+        if now - start < SPIN_NS:
+            ldd_cpu_relax()
+        else:
+            _nap(min(nap_ns, until_ns - now))
+            nap_ns = min(2 * nap_ns, <int64_t>MAX_NAP_NS)
+
+
+cdef ldd_status _verdict(
+    const ldd_provider* provider, HixlStatus code, HixlCompleteStatus state, ldd_detail* detail
+) noexcept nogil:
+    if code != HIXL_SUCCESS:
+        return ldd_hixl_result(provider, code, b"wait for a batch", detail)
+    if state == HIXL_COMPLETE_STATUS_COMPLETED:
+        return LDD_OK
+    if state == HIXL_COMPLETE_STATUS_WAITING:
+        return PENDING
+    return _fail(
+        LDD_E_TIMEOUT if state == HIXL_COMPLETE_STATUS_TIMEOUT else LDD_E_FAILED, provider.ext.LddLastError,
+        b"the batch ended unfinished", b"HIXL completion status", <int32_t>state, detail)
+
+
+cdef ldd_status _give_up(
+    const ldd_provider* provider, HixlClientHandle client, CompleteHandle handle, ldd_status reason, ldd_detail* detail
+) noexcept nogil:
+    """Cancel, and return the reason whatever comes of it: the caller tears the link down in any case."""
+    cdef HixlStatus code
+    if provider.caps & <unsigned int>LDD_CAP_CANCEL:
+        code = provider.ext.LddClientCancel(client, handle)
+        if code != HIXL_SUCCESS:
+            ldd_hixl_result(provider, code, b"the batch did not end in time and was not cancelled", detail)
+            return reason
+    if detail != NULL:
+        detail.provider_code = 0
+    return ldd_fail(detail, reason, b"the batch did not end in time")
+
+
+cdef inline void _nap(int64_t nap_ns) noexcept nogil:
+    cdef timespec length
+    length.tv_sec = 0
+    length.tv_nsec = nap_ns
+    nanosleep(&length, NULL)
+
+
+def map_code(str kind, code):
+    """Return the internal status of an "acl" or "hixl" number. A diagnostic."""
+    return ldd_map_acl(code) if kind == "acl" else ldd_map_hixl(code)
+
+
+@cython.final
+cdef class TableProbe:
+    """A function table for diagnostics and tests: that of a provider, with single slots replaced.
+
+    Parameters
+    ----------
+    provider : Provider, optional
+        Whose table to copy; default: every slot is empty.
+    caps : int, optional
+        Capability bits to claim; default: those of `provider`.
+    **slots : int
+        Address of the C function for a slot, 0 to empty it.
+    """
+
+    def __init__(self, Provider provider=None, caps=None, **slots):
+        cdef uintptr_t address
+        self.owner = provider
+        if provider is None:
+            memset(&self.table, 0, sizeof(self.table))
+        else:
+            self.table = provider.table[0]
+        if caps is not None:
+            self.table.caps = caps
+        for name, value in slots.items():
+            address = value
+            if name == "query":
+                (<void**>&self.table.hixl.HixlCSClientQueryCompleteStatus)[0] = <void*>address
+            elif name == "wait":
+                (<void**>&self.table.ext.LddClientWait)[0] = <void*>address
+            elif name == "cancel":
+                (<void**>&self.table.ext.LddClientCancel)[0] = <void*>address
+            elif name == "hixl_text":
+                (<void**>&self.table.ext.LddLastError)[0] = <void*>address
+            elif name == "acl_text":
+                (<void**>&self.table.acl.aclGetRecentErrMsg)[0] = <void*>address
+            elif name == "memcpy":
+                (<void**>&self.table.acl.aclrtMemcpy)[0] = <void*>address
+            elif name == "memcpy_async":
+                (<void**>&self.table.acl.aclrtMemcpyAsync)[0] = <void*>address
+            elif name == "synchronize":
+                (<void**>&self.table.acl.aclrtSynchronizeStreamWithTimeout)[0] = <void*>address
+            elif name == "abort":
+                (<void**>&self.table.acl.aclrtStreamAbort)[0] = <void*>address
+            else:
+                raise TypeError(f"unknown slot {name!r}")
+
+    def wait(self, uintptr_t client, uintptr_t handle, timeout_ns=None, bint interruptible=False):
+        """Wait for a batch as the transfer code does; `timeout_ns` None waits without limit."""
+        cdef int64_t deadline_ns = INT64_MAX if timeout_ns is None else ldd_now_ns() + <int64_t>timeout_ns
+        cdef ldd_detail detail
+        cdef ldd_status status
+        detail.provider_code = 0
+        detail.text[0] = 0
+        with nogil:
+            if interruptible:
+                status = ldd_wait_interruptible(&self.table, <void*>client, <void*>handle, deadline_ns, &detail)
+            else:
+                status = ldd_wait_complete(&self.table, <void*>client, <void*>handle, deadline_ns, &detail)
+            check(status, &detail, b"wait for transfer")

@@ -1,0 +1,1 @@
+"""What the facade calls: the engine's life cycle, its links, its transfers, and layer-wise pushes."""

@@ -1,0 +1,36 @@
+"""Life cycle of an engine; see ``lifecycle.pyx``."""
+from llm_datadist.core.base.provider cimport Provider, aclrtStream
+from llm_datadist.core.base.status cimport ldd_detail, ldd_status
+from llm_datadist.core.base.sync cimport ldd_mutex
+from llm_datadist.core.link.links cimport ldd_node
+from llm_datadist.core.link.service_conn cimport ldd_service
+from llm_datadist.core.table.cache_table cimport ldd_table
+from llm_datadist.core.table.pool cimport ldd_pool
+from llm_datadist.core.transfer.local_copy cimport ldd_op_list
+
+
+cdef class EngineCore:
+    cdef Provider _provider
+    cdef ldd_node node
+    cdef ldd_service service
+    cdef ldd_table* table
+    cdef ldd_pool* device_pool
+    cdef ldd_pool* host_pool
+    cdef void* _device_memory
+    cdef void* _host_memory
+    cdef aclrtStream _stream
+    cdef ldd_mutex _copy_lock                   # the stream and the plan below, one local operation at a time
+    cdef ldd_op_list _ops
+    cdef bint v1
+    cdef bint _open
+    cdef bint _device_set
+    cdef int _pid
+    cdef int _device_id
+    cdef int _listen_fd
+    cdef dict _registered                       # cache id -> (addresses, tensor bytes) of registered caches
+    cdef readonly object options
+    cdef readonly object listener               # (ip, port) or None
+
+    cdef int require_open(self) except -1
+    cdef int raise_for(self, ldd_status status, const ldd_detail* detail, const char* what) except -1
+    cdef void _release_memory(self) noexcept nogil

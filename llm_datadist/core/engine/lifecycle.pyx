@@ -1,0 +1,382 @@
+"""Life cycle of an engine: provider, device context, pools, cache table, service thread.
+
+Construction opens everything or leaves nothing behind; `close` gives everything back. A forked child gets an error
+from everything and frees nothing.
+"""
+import contextlib
+import os
+
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memset
+
+from llm_datadist.core.base.provider cimport ACL_MEM_MALLOC_HUGE_FIRST, aclrtContext
+from llm_datadist.core.base.sockets cimport net_listen
+from llm_datadist.core.base.status cimport (
+    LDD_E_FAILED, LDD_E_NO_MEMORY, LDD_OK, check, ldd_fail, raise_status, start_detail,
+)
+from llm_datadist.core.base.sync cimport ldd_lock, ldd_mutex_destroy, ldd_mutex_init, ldd_now_ns, ldd_unlock
+from llm_datadist.core.base.wait cimport ldd_acl_result
+from llm_datadist.core.link.links cimport ldd_node_close, ldd_node_destroy, ldd_node_init
+from llm_datadist.core.link.open cimport ldd_random
+from llm_datadist.core.link.region cimport (
+    ldd_regions_add, ldd_regions_close, ldd_regions_end_fetches, ldd_regions_epoch, ldd_regions_init, ldd_regions_serve,
+    ldd_regions_set_endpoints,
+)
+from llm_datadist.core.link.service cimport (
+    ldd_service_listen, ldd_service_start, ldd_service_stop, ldd_service_unlisten,
+)
+from llm_datadist.core.link.shared_reader cimport ldd_board_name
+from llm_datadist.core.link.wire cimport LDD_MODE_REMOTE_ACCESSIBLE
+from llm_datadist.core.table.cache_table cimport (
+    ldd_cache_row, ldd_table_clear, ldd_table_counts, ldd_table_create, ldd_table_destroy, ldd_table_set_epoch,
+    ldd_table_snapshot, ldd_table_stats,
+)
+from llm_datadist.core.table.pool cimport ldd_pool_create, ldd_pool_destroy, ldd_pool_free_bytes, ldd_pool_largest_bytes
+from llm_datadist.core.transfer.batch cimport ldd_context_enter, ldd_context_leave
+from llm_datadist.core.transfer.local_copy cimport ldd_op_list_free
+from llm_datadist.core.transfer.serve_pull cimport ldd_serve_fetch
+
+cdef extern from "<unistd.h>" nogil:
+    int close(int fd)
+    int getpid()
+
+cdef enum:
+    ACL_REPEAT_INITIALIZE = 100002
+    LISTEN_BACKLOG = 1024
+    CLOSE_GRACE_NS = 2000000000                 # on top of the time running transfers may still take
+
+
+cdef class EngineCore:
+    """What every part of an engine stands on; see ``engine.pyx`` for the whole."""
+
+    def __cinit__(self):
+        self._listen_fd = -1
+        self._registered = {}
+        ldd_mutex_init(&self._copy_lock)
+        memset(&self._ops, 0, sizeof(self._ops))
+
+    def __init__(self, options, unsigned long long cluster_id):
+        self.options = options
+        self.v1 = options.generation == 1
+        self._pid = getpid()
+        self._device_id = options.device_id
+        self._provider = Provider.open(options.provider)
+        ldd_node_init(&self.node, self._provider.table, cluster_id)
+        ldd_regions_init(&self.node.regions, self._provider.table)
+        ldd_serve_fetch(&self.node)
+        self._open = True
+        try:
+            self._open_all(options)
+        except BaseException:
+            self.close()
+            raise
+
+    def __dealloc__(self):
+        ldd_mutex_destroy(&self._copy_lock)
+        ldd_op_list_free(&self._ops)
+        if self._provider is not None:
+            ldd_node_destroy(&self.node)
+
+    # ------------------------------------------------------------------------------------------ life cycle
+
+    def _open_all(self, options):
+        cdef ldd_detail detail
+        cdef ldd_status status
+        cdef char name[80]
+        start_detail(&detail)
+        ldd_random(self.node.instance, sizeof(self.node.instance))
+        self.node.sync_timeout_ns = <int64_t>options.sync_timeout_ms * 1000000
+        self.node.shares_table = shares_table(os.environ)
+        self.node.mode = LDD_MODE_REMOTE_ACCESSIBLE if options.remote_cache_accessible else 0
+        with nogil:
+            status = ldd_table_create(&self.table, &detail)
+        self.node.table = self.table
+        self.raise_for(status, &detail, b"init")
+        endpoints = b"".join(options.endpoints)
+        status = ldd_regions_set_endpoints(&self.node.regions, <const char*>endpoints,
+                                           <uint32_t>len(options.endpoints))
+        self.raise_for(status, &detail, b"init")
+        self._open_device()
+        if options.device_pool is not None:
+            self._open_pool(options.device_pool, False)
+        if options.host_pool is not None:
+            self._open_pool(options.host_pool, True)
+        with nogil:
+            status = ldd_service_start(&self.service, &self.node, &detail)
+        self.raise_for(status, &detail, b"init")
+        if self.node.shares_table:
+            ldd_board_name(self.node.instance, name, sizeof(name))
+            self.listen_at(name.decode(), 0)
+        if options.listen is not None:
+            self.set_listener(options.listen)
+
+    def _open_device(self):
+        cdef ldd_detail detail
+        cdef aclrtContext before = NULL
+        cdef int code
+        cdef ldd_status status
+        start_detail(&detail)
+        with nogil:
+            code = self._provider.table.acl.aclInit(NULL)
+            status = LDD_OK
+            if code != 0 and code != ACL_REPEAT_INITIALIZE:
+                status = ldd_acl_result(self._provider.table, code, b"initialise the runtime", &detail)
+            if status == LDD_OK:
+                self._provider.table.acl.aclrtGetCurrentContext(&before)
+                status = ldd_acl_result(self._provider.table, self._provider.table.acl.aclrtSetDevice(self._device_id),
+                                        b"bind the device", &detail)
+            if status == LDD_OK:
+                self._device_set = True
+                status = ldd_acl_result(
+                    self._provider.table,
+                    self._provider.table.acl.aclrtCreateContext(&self.node.context, self._device_id),
+                    b"create a context", &detail)
+            if status == LDD_OK:
+                status = ldd_acl_result(self._provider.table,
+                                        self._provider.table.acl.aclrtCreateStream(&self._stream),
+                                        b"create a stream", &detail)
+            if before != NULL:
+                self._provider.table.acl.aclrtSetCurrentContext(before)
+        self.raise_for(status, &detail, b"init")
+
+    def _open_pool(self, pool_options, bint host):
+        cdef uint64_t nbytes = pool_options.memory_size
+        cdef uint32_t page_shift = pool_options.page_shift
+        cdef ldd_detail detail
+        cdef ldd_status status
+        cdef aclrtContext before
+        cdef void** memory = &self._host_memory if host else &self._device_memory
+        cdef ldd_pool** pool = &self.host_pool if host else &self.device_pool
+        start_detail(&detail)
+        with nogil:
+            before = ldd_context_enter(&self.node)
+            if host:
+                status = ldd_acl_result(self._provider.table,
+                                        self._provider.table.acl.aclrtMallocHost(memory, nbytes),
+                                        b"take the host pool", &detail)
+            else:
+                status = ldd_acl_result(
+                    self._provider.table,
+                    self._provider.table.acl.aclrtMalloc(memory, nbytes, ACL_MEM_MALLOC_HUGE_FIRST),
+                    b"take the device pool", &detail)
+            if status < 0:
+                memory[0] = NULL
+                status = LDD_E_FAILED if host else LDD_E_NO_MEMORY
+            else:
+                status = ldd_pool_create(<uint64_t>memory[0], nbytes, page_shift, pool, &detail)
+                if status == LDD_OK:
+                    status = ldd_regions_add(&self.node.regions, <uint64_t>memory[0], nbytes, host, &detail)
+                    ldd_table_set_epoch(self.table, ldd_regions_epoch(&self.node.regions))
+            ldd_context_leave(&self.node, before)
+        self.raise_for(status, &detail, b"init")
+
+    def close(self):
+        """Unlink everything locally, stop serving, and give all memory back. Idempotent.
+
+        Running transfers are waited for until their own time limits have passed.
+        """
+        cdef ldd_detail detail
+        cdef ldd_status idle, status
+        if not self._open:
+            return
+        self._open = False
+        if getpid() != self._pid:
+            return                              # a forked child: all of this is the parent's
+        start_detail(&detail)
+        with nogil:
+            idle = ldd_node_close(&self.node, ldd_now_ns() + 2 * self.node.sync_timeout_ns + CLOSE_GRACE_NS)
+            status = LDD_OK
+            if self.table != NULL:
+                # Peers that read or write here just now see their links end, and say when they are done. Those that
+                # do not are cut off with the service, though memory of the caller may then still be written to.
+                ldd_table_clear(self.table, ldd_now_ns() + min(self.node.sync_timeout_ns, <int64_t>CLOSE_GRACE_NS),
+                                &detail)
+            ldd_service_stop(&self.service)
+            ldd_regions_end_fetches(&self.node.regions)
+            if self.table != NULL:
+                status = ldd_table_clear(self.table, ldd_now_ns() + self.node.sync_timeout_ns, &detail)
+            if idle == LDD_OK and status == LDD_OK:
+                self._release_memory()
+            # otherwise something still touches the pools: leaking them is better than pulling them away
+        self._listen_fd = -1
+        self.listener = None
+        self._registered.clear()
+
+    cdef void _release_memory(self) noexcept nogil:
+        cdef aclrtContext before
+        ldd_regions_close(&self.node.regions)
+        ldd_table_destroy(self.table)
+        self.table = self.node.table = NULL
+        ldd_pool_destroy(self.device_pool)
+        ldd_pool_destroy(self.host_pool)
+        self.device_pool = self.host_pool = NULL
+        if self.node.context != NULL:
+            before = ldd_context_enter(&self.node)
+            if self._device_memory != NULL:
+                self._provider.table.acl.aclrtFree(self._device_memory)
+            if self._host_memory != NULL:
+                self._provider.table.acl.aclrtFreeHost(self._host_memory)
+            if self._stream != NULL:
+                self._provider.table.acl.aclrtDestroyStream(self._stream)
+            if before != self.node.context:
+                ldd_context_leave(&self.node, before)
+            self._provider.table.acl.aclrtDestroyContext(self.node.context)
+        if self._device_set:
+            self._provider.table.acl.aclrtResetDevice(self._device_id)
+        self._device_memory = self._host_memory = self._stream = self.node.context = NULL
+        self._device_set = False
+
+    def is_own_process(self):
+        """False in a forked child, which must leave the engine alone."""
+        return getpid() == self._pid
+
+    def check_process(self):
+        """Raise in a forked child, before anything is touched that a thread of the parent may have held."""
+        if getpid() != self._pid:
+            self.require_open()
+
+    cdef int require_open(self) except -1:
+        cdef ldd_detail detail
+        if self._open and getpid() == self._pid:
+            return 0
+        start_detail(&detail)
+        if getpid() == self._pid:
+            ldd_fail(&detail, LDD_E_FAILED, b"the engine is finalized")
+        else:
+            ldd_fail(&detail, LDD_E_FAILED, b"the engine belongs to the parent process: a forked child cannot use it")
+        return raise_status(LDD_E_FAILED, &detail, b"use engine", self.v1)
+
+    cdef int raise_for(self, ldd_status status, const ldd_detail* detail, const char* what) except -1:
+        return check(status, detail, what, self.v1)
+
+    # ------------------------------------------------------------------------------------------- listeners
+
+    def set_listener(self, address):
+        """Open, move or close (None) the control listener; the port is free again when this returns."""
+        cdef ldd_detail detail
+        cdef ldd_status status
+        cdef int fd = -1, port, bound = 0
+        cdef uint32_t data_port = 0
+        cdef bytes ip
+        cdef const char* c_ip
+        self.require_open()
+        if address is not None:
+            address = (address[0], address[1])
+        if address == self.listener:
+            return
+        start_detail(&detail)
+        if self._listen_fd >= 0:
+            with nogil:
+                ldd_service_unlisten(&self.service, self._listen_fd)
+            self._listen_fd = -1
+            self.listener = None
+        if address is None:
+            return
+        ip, port = address[0].encode(), address[1]
+        c_ip = ip
+        with nogil:
+            status = net_listen(c_ip, port, LISTEN_BACKLOG, &fd, &bound, &detail)
+            if status == LDD_OK and ip_is_specific(c_ip):
+                status = ldd_regions_serve(&self.node.regions, c_ip, &data_port, &detail)
+            if status == LDD_OK:
+                ldd_service_listen(&self.service, fd)
+            elif fd >= 0:
+                close(fd)
+        self.raise_for(status, &detail, b"listen")
+        self._listen_fd = fd
+        self.listener = (address[0], bound)
+
+    def listen_at(self, str ip, int port):
+        """Open one more listener ("@name" is an abstract Unix name) and return its handle, or None when it is taken."""
+        cdef ldd_detail detail
+        cdef int fd = -1, bound = 0
+        cdef bytes address = ip.encode()
+        self.require_open()
+        start_detail(&detail)
+        if net_listen(address, port, LISTEN_BACKLOG, &fd, &bound, &detail) < 0:
+            return None
+        with nogil:
+            ldd_service_listen(&self.service, fd)
+        return fd
+
+    def unlisten(self, int handle):
+        """Close a listener of `listen_at`."""
+        self.require_open()
+        with nogil:
+            ldd_service_unlisten(&self.service, handle)
+
+    # ------------------------------------------------------------------------------------------ for operators
+
+    def stats(self):
+        """What is held right now: caches, keys, pins, pools, links."""
+        cdef ldd_table_counts counts
+        self.require_open()
+        ldd_table_stats(self.table, &counts)
+        return {
+            "caches": counts.num_owned + counts.num_registered, "owned_caches": counts.num_owned,
+            "registered_caches": counts.num_registered, "deferred_caches": counts.num_deferred,
+            "keys": counts.num_keys, "pins": counts.num_pins,
+            "device_pool": self._pool_stats(False), "host_pool": self._pool_stats(True),
+            "links": self.node.num_links, "requests": self.service.num_requests,
+            "rejected_frames": self.service.num_rejected_frames, "provider": self._provider.name,
+        }
+
+    def _pool_stats(self, bint host):
+        cdef ldd_pool* pool = self.host_pool if host else self.device_pool
+        if pool == NULL:
+            return None
+        return {"bytes": pool.memory_size, "free_bytes": ldd_pool_free_bytes(pool),
+                "largest_free_bytes": ldd_pool_largest_bytes(pool)}
+
+    @contextlib.contextmanager
+    def hold_table(self):
+        """Keep the cache table locked for a while: everybody else waits, and runs into their time limits."""
+        self.require_open()
+        with nogil:
+            ldd_lock(&self.table.mutex)
+        try:
+            yield
+        finally:
+            ldd_unlock(&self.table.mutex)
+
+    def caches(self):
+        """One dict per live cache: cache_id, bytes, num_tensors, keys, pins, owned, is_blocks, handle."""
+        cdef size_t capacity, count, i
+        cdef ldd_table_counts counts
+        cdef ldd_cache_row* rows
+        self.require_open()
+        ldd_table_stats(self.table, &counts)
+        capacity = counts.num_owned + counts.num_registered + 16
+        rows = <ldd_cache_row*>calloc(capacity, sizeof(ldd_cache_row))
+        if rows == NULL:
+            raise MemoryError()
+        try:
+            count = min(ldd_table_snapshot(self.table, rows, capacity), capacity)
+            return [{
+                "cache_id": rows[i].cache_id, "bytes": rows[i].bytes, "num_tensors": rows[i].num_tensors,
+                "keys": rows[i].num_keys, "pins": rows[i].pins, "owned": bool(rows[i].owned),
+                "is_blocks": bool(rows[i].is_blocks), "handle": bool(rows[i].handle_ref),
+            } for i in range(count)]
+        finally:
+            free(rows)
+
+
+def shares_table(environ):
+    """Whether processes on this host look up each other's caches in shared memory.
+
+    Variable ``LLM_DATADIST_SHARED_TABLE``: 1 (default) or 0; it goes with the shared mapping, so it is off where
+    ``LLM_DATADIST_HOST_PATHS`` leaves "shm" out.
+    """
+    paths = environ.get("LLM_DATADIST_HOST_PATHS", "")
+    if paths and "shm" not in paths.replace("|", ",").split(","):
+        return False
+    return environ.get("LLM_DATADIST_SHARED_TABLE", "1") != "0"
+
+
+cdef bint ip_is_specific(const char* ip) noexcept nogil:
+    """False for the wildcard addresses, whose data servers start at the address a peer came in by."""
+    cdef const char* at = ip
+    while at[0] == c'0' or at[0] == c'.' or at[0] == c':':
+        at += 1
+    return at[0] != 0

@@ -1,6 +1,0 @@
-"""What a forked child has of an engine: nothing that keeps a connection open."""
-from .conn cimport ldd_service
-
-# From its start to its end. Children that are forked in between close their copies of its descriptors.
-cdef void ldd_fork_watch(ldd_service* service) noexcept nogil
-cdef void ldd_fork_forget(ldd_service* service) noexcept nogil

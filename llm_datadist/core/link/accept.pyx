@@ -1,0 +1,281 @@
+"""The answering side of a handshake: who may link, and what becomes of the two connections.
+
+A link needs two connections from the same peer: the first is served, on the second we ask. It becomes
+active when the second has come. Runs on the service thread, but for the wishes at the end.
+"""
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdio cimport snprintf
+from libc.stdlib cimport realloc
+from libc.string cimport memcmp, memcpy, memset
+
+from llm_datadist.core.base.sockets cimport net_is_own_user, net_local_ip, net_peer_ip, net_send_files
+from llm_datadist.core.base.status cimport (
+    LDD_E_LINK_FAILED, LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_E_PROCESSING_LINK, LDD_OK, ldd_detail, ldd_fail,
+)
+from llm_datadist.core.base.sync cimport ldd_lock, ldd_unlock
+from llm_datadist.core.link.links cimport (
+    LINK_OPENING, ORIGIN_COMM, ORIGIN_PEER, ldd_link, ldd_link_break, ldd_link_new, ldd_link_publish,
+    ldd_links_drop_stale, ldd_node,
+)
+from llm_datadist.core.link.region cimport ldd_regions_own_endpoint, ldd_regions_serve
+from llm_datadist.core.link.service_conn cimport CONN_SERVING, ldd_conn_forget, ldd_conn_reply, ldd_wish
+from llm_datadist.core.link.wire cimport (
+    LDD_FRAME_WELCOME, LDD_HELLO_BOARD, LDD_HELLO_FORWARD, LDD_HELLO_REVERSE, LDD_MODE_REMOTE_ACCESSIBLE,
+    LDD_WELCOME_FRAME_BYTES, LDD_WIRE_VERSION, ldd_frame_header, ldd_hello, ldd_welcome,
+)
+from llm_datadist.core.table.cache_table cimport ldd_table_add_lane
+from llm_datadist.core.table.shared_table cimport ldd_lane, ldd_lane_create, ldd_lane_unmap
+
+cdef extern from "<sys/socket.h>" nogil:
+    int MSG_NOSIGNAL
+    ssize_t send(int fd, const void* data, size_t nbytes, int flags)
+
+
+cdef extern from "<unistd.h>" nogil:
+    int close(int fd)
+
+
+cdef ldd_wish* find_wish(ldd_service* service, const uint8_t* comm, uint64_t cluster_id) noexcept nogil:
+    """A wish for this communicator and peer that is not met yet. Needs service.lock."""
+    cdef uint32_t i
+    for i in range(service.num_wishes):
+        if (not service.wishes[i].met and service.wishes[i].cluster_id == cluster_id
+                and memcmp(service.wishes[i].comm, comm, 32) == 0):
+            return &service.wishes[i]
+    return NULL
+
+
+cdef bint is_zero(const uint8_t* data, size_t nbytes) noexcept nogil:
+    cdef size_t i
+    for i in range(nbytes):
+        if data[i]:
+            return False
+    return True
+
+
+cdef ldd_status welcome_forward(ldd_service* service, ldd_conn* conn, const ldd_hello* hello,
+                                ldd_welcome* answer, ldd_detail* detail) noexcept nogil:
+    """Check who comes, and open a link that becomes active when its second connection arrives."""
+    cdef ldd_node* node = service.node
+    cdef ldd_link* link
+    cdef ldd_wish* wish
+    cdef char local_ip[64]
+    cdef uint32_t port = 0
+    cdef int64_t comm_id = 0
+    cdef bint for_comm = not is_zero(hello.comm, 32)
+    cdef ldd_status status
+    if hello.check_expected and hello.expected_cluster_id != node.cluster_id:
+        return ldd_fail(detail, LDD_E_LINK_FAILED, b"this is cluster %llu, not %llu",
+                        <unsigned long long>node.cluster_id, <unsigned long long>hello.expected_cluster_id)
+    if is_zero(hello.token, sizeof(hello.token)):
+        return ldd_fail(detail, LDD_E_PARAM, b"the token of the link is all zero")
+    if hello.mode != node.mode:
+        return ldd_fail(detail, LDD_E_PARAM, b"the two sides disagree on remote-accessible mode (here %d, there %d)",
+                        <int>(node.mode & LDD_MODE_REMOTE_ACCESSIBLE),
+                        <int>(hello.mode & LDD_MODE_REMOTE_ACCESSIBLE))
+    if for_comm:
+        ldd_lock(&service.lock)
+        wish = find_wish(service, hello.comm, hello.cluster_id)
+        comm_id = wish.comm_id if wish != NULL else 0
+        ldd_unlock(&service.lock)
+        if comm_id == 0:
+            return ldd_fail(detail, LDD_E_PROCESSING_LINK, b"cluster %llu has not asked for this communicator yet",
+                            <unsigned long long>node.cluster_id)
+    net_local_ip(conn.fd, local_ip, sizeof(local_ip))
+    status = ldd_regions_serve(&node.regions, local_ip, &port, detail)
+    if status < 0:
+        return status
+    link = ldd_link_new(node, hello.cluster_id, ORIGIN_COMM if for_comm else ORIGIN_PEER)
+    if link == NULL:
+        return ldd_fail(detail, LDD_E_NO_MEMORY, b"no memory for a link")
+    memcpy(link.instance, hello.instance, 16)
+    memcpy(link.token, hello.token, 16)
+    link.comm_id = comm_id
+    net_peer_ip(conn.fd, link.peer_ip, sizeof(link.peer_ip))
+    memcpy(link.data_ip, <const char*>hello.data_ip if hello.data_ip[0] else <const char*>link.peer_ip,
+           sizeof(link.data_ip))
+    link.data_port = hello.data_port
+    memcpy(link.endpoint, hello.endpoint, sizeof(link.endpoint))
+    ldd_regions_own_endpoint(&node.regions, answer.endpoint)
+    conn.link = link
+    answer.data_port = port
+    return LDD_OK
+
+
+cdef ldd_conn* find_token(ldd_service* service, const uint8_t* token) noexcept nogil:
+    """The serving connection of the link that this token names."""
+    cdef ldd_conn* conn = service.conns
+    while conn != NULL and (conn.link == NULL or memcmp(conn.link.token, token, 16) != 0):
+        conn = conn.next
+    return conn
+
+
+cdef ldd_status meet_wish(ldd_service* service, const ldd_hello* hello, ldd_link* link,
+                          ldd_detail* detail) noexcept nogil:
+    """Publish the link of a communicator that is still wished for."""
+    cdef ldd_wish* wish
+    cdef ldd_status status
+    ldd_lock(&service.lock)
+    wish = find_wish(service, hello.comm, link.cluster_id)
+    if wish == NULL or wish.comm_id != link.comm_id:
+        status = ldd_fail(detail, LDD_E_PROCESSING_LINK, b"the communicator was given up meanwhile")
+    else:
+        status = ldd_link_publish(link, detail)
+        wish.met = status == LDD_OK
+    ldd_unlock(&service.lock)
+    return status
+
+
+cdef ldd_status activate(ldd_service* service, ldd_conn* reverse, const ldd_hello* hello, ldd_link** out,
+                         ldd_detail* detail) noexcept nogil:
+    """The second connection of a link arrived: it is the one we ask on.
+
+    The link is returned locked: who finds it now must not ask before our answer to this connection is on its way.
+    """
+    cdef ldd_conn* forward = find_token(service, hello.token)
+    cdef ldd_link* link
+    cdef ldd_status status
+    if forward == NULL or forward.link.state != LINK_OPENING:
+        return ldd_fail(detail, LDD_E_LINK_FAILED, b"no link is being opened under this token")
+    link = forward.link
+    if link.origin == ORIGIN_PEER:
+        # The peer would not ask if it knew of these: they are left over from before it unlinked or restarted.
+        ldd_links_drop_stale(service.node, link.cluster_id, link.instance)
+    link.ask_fd = reverse.fd
+    ldd_lock(&link.lock)
+    if link.origin == ORIGIN_COMM:
+        status = meet_wish(service, hello, link, detail)
+    else:
+        status = ldd_link_publish(link, detail)
+    if status < 0:
+        ldd_unlock(&link.lock)
+        link.ask_fd = -1
+        return status
+    out[0] = link
+    forward.deadline_ns = 0
+    service.num_handshakes -= 1
+    return LDD_OK
+
+
+cdef bint hand_out_table(ldd_service* service, ldd_conn* conn, const ldd_frame_header* header, const ldd_hello* hello,
+                         ldd_welcome* answer) noexcept nogil:
+    """Give a linked process of the same user on this host our table to read, and a lane to write."""
+    cdef uint8_t frame[LDD_WELCOME_FRAME_BYTES]
+    cdef ldd_frame_header reply_header
+    cdef ldd_conn* serving = find_token(service, hello.token)
+    cdef ldd_lane* lane
+    cdef int files[3]
+    if (serving == NULL or serving.link.lane != NULL or not service.node.shares_table
+            or service.node.table.board.table_fd < 0 or not net_is_own_user(conn.fd)):
+        service.num_rejected_frames += 1
+        return False
+    lane = ldd_lane_create(&files[2])
+    if lane == NULL:
+        return False
+    if ldd_table_add_lane(service.node.table, lane) < 0:
+        close(files[2])
+        ldd_lane_unmap(lane)
+        return False
+    serving.link.lane = lane                    # goes with the link, see replies.pyx
+    files[0] = service.node.table.board.table_fd
+    files[1] = service.node.table.board.desk_fd
+    reply_header = header[0]
+    reply_header.type = LDD_FRAME_WELCOME
+    reply_header.length = sizeof(ldd_welcome)
+    memcpy(frame, &reply_header, sizeof(reply_header))
+    memcpy(frame + sizeof(reply_header), answer, sizeof(ldd_welcome))
+    net_send_files(conn.fd, frame, sizeof(frame), files, 3)
+    close(files[2])
+    return False                                # one answer, and the connection is over
+
+
+cdef bint ldd_welcome_hello(ldd_service* service, ldd_conn* conn, const ldd_frame_header* header,
+                   const uint8_t* payload) noexcept nogil:
+    cdef ldd_hello hello
+    cdef ldd_welcome answer
+    cdef ldd_detail detail
+    cdef ldd_status status
+    cdef ldd_link* activated = NULL
+    memset(&answer, 0, sizeof(answer))
+    detail.text[0] = 0
+    detail.provider_code = 0
+    answer.cluster_id = service.node.cluster_id
+    answer.mode = service.node.mode
+    memcpy(answer.instance, service.node.instance, 16)
+    if header.version != LDD_WIRE_VERSION:
+        status = ldd_fail(&detail, LDD_E_LINK_FAILED, b"protocol version %u is not spoken here, only %u",
+                          <uint32_t>header.version, <uint32_t>LDD_WIRE_VERSION)
+    else:
+        memcpy(&hello, payload, sizeof(hello))
+        hello.data_ip[sizeof(hello.data_ip) - 1] = 0
+        if hello.direction == LDD_HELLO_FORWARD and conn.link == NULL:
+            status = welcome_forward(service, conn, &hello, &answer, &detail)
+        elif hello.direction == LDD_HELLO_REVERSE and conn.link == NULL:
+            status = activate(service, conn, &hello, &activated, &detail)
+        elif hello.direction == LDD_HELLO_BOARD and conn.link == NULL:
+            return hand_out_table(service, conn, header, &hello, &answer)
+        else:
+            service.num_rejected_frames += 1
+            return False
+    answer.status = status
+    snprintf(answer.text, sizeof(answer.text), b"%s", detail.text)
+    if ldd_conn_reply(conn, header.request_id, LDD_FRAME_WELCOME, &answer, sizeof(answer), NULL, 0) < 0:
+        if activated == NULL:
+            return False
+        ldd_link_break(activated, b"no memory to answer the peer")
+    if activated != NULL:
+        # The socket now belongs to the link; its small answer fits an empty send buffer.
+        send(conn.fd, conn.outbox.data, conn.outbox.length, MSG_NOSIGNAL)
+        ldd_conn_forget(service, conn, False)
+        ldd_unlock(&activated.lock)             # the serving connection keeps a reference to it
+        return True
+    if status < 0:
+        conn.closing = True
+    else:
+        conn.kind = CONN_SERVING                # the deadline stays until the link's second connection came
+    return True
+
+
+cdef ldd_status ldd_service_wish(ldd_service* service, const uint8_t* comm, uint64_t cluster_id,
+                                 int64_t comm_id) noexcept nogil:
+    cdef ldd_wish* grown
+    cdef ldd_status status = LDD_OK
+    ldd_lock(&service.lock)
+    if service.num_wishes == service.wish_capacity:
+        grown = <ldd_wish*>realloc(service.wishes, (service.wish_capacity * 2 + 8) * sizeof(ldd_wish))
+        if grown == NULL:
+            status = LDD_E_NO_MEMORY
+        else:
+            service.wishes = grown
+            service.wish_capacity = service.wish_capacity * 2 + 8
+    if status == LDD_OK:
+        memcpy(service.wishes[service.num_wishes].comm, comm, 32)
+        service.wishes[service.num_wishes].cluster_id = cluster_id
+        service.wishes[service.num_wishes].comm_id = comm_id
+        service.wishes[service.num_wishes].met = False
+        service.num_wishes += 1
+    ldd_unlock(&service.lock)
+    return status
+
+
+cdef bint ldd_service_met(ldd_service* service, int64_t comm_id, uint64_t cluster_id) noexcept nogil:
+    cdef bint met = False
+    cdef uint32_t i
+    ldd_lock(&service.lock)
+    for i in range(service.num_wishes):
+        if service.wishes[i].comm_id == comm_id and service.wishes[i].cluster_id == cluster_id:
+            met = service.wishes[i].met
+    ldd_unlock(&service.lock)
+    return met
+
+
+cdef void ldd_service_forget(ldd_service* service, int64_t comm_id) noexcept nogil:
+    cdef uint32_t i = 0
+    ldd_lock(&service.lock)
+    while i < service.num_wishes:
+        if service.wishes[i].comm_id == comm_id:
+            service.num_wishes -= 1
+            service.wishes[i] = service.wishes[service.num_wishes]
+        else:
+            i += 1
+    ldd_unlock(&service.lock)

@@ -1,0 +1,138 @@
+"""Who we are and whom we are linked to: state that the service thread and user threads share."""
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+
+from llm_datadist.core.base.provider cimport HixlClientHandle, aclrtContext, ldd_provider
+from llm_datadist.core.base.status cimport ldd_detail, ldd_status
+from llm_datadist.core.base.sync cimport ldd_cond, ldd_mutex
+from llm_datadist.core.link.region cimport ldd_regions
+from llm_datadist.core.plan.block_plan cimport ldd_desc_list
+from llm_datadist.core.table.cache_table cimport ldd_table
+from llm_datadist.core.table.shared_table cimport ldd_lane, ldd_peek
+
+cdef enum:
+    MAX_LINKS = 4096
+    MAX_PAST = 16384                            # clusters that are remembered after their links have gone
+
+cdef enum ldd_link_origin:
+    ORIGIN_LOCAL                                # link_clusters called here
+    ORIGIN_PEER                                 # link_clusters called there
+    ORIGIN_COMM                                 # both called link
+
+cdef enum ldd_link_state:
+    LINK_OPENING
+    LINK_ACTIVE
+    LINK_BROKEN                                 # the peer died or a transfer timed out; kept until unlinked
+    LINK_CLOSED                                 # unlinked; lives on until its last user is done
+
+# A pinned cache of the table.
+ctypedef struct ldd_pin:
+    uint32_t slot
+    uint32_t generation
+
+# What a peer holds: it reads or writes these caches until it releases the lease or is gone.
+ctypedef struct ldd_lease:
+    uint32_t id                                 # 0: the entry is free
+    uint32_t num_pins
+    ldd_pin first                               # all a lease on a key needs
+    ldd_pin* more                               # the pins after the first, of a lease on ranges
+    uint32_t key_index                          # what a release may take
+    uint32_t key_generation
+
+ctypedef struct ldd_link:
+    ldd_node* node
+    ldd_link* next
+    uint64_t cluster_id
+    uint8_t instance[16]
+    uint8_t token[16]
+    ldd_link_origin origin
+    int64_t comm_id                             # of ORIGIN_COMM, otherwise 0
+    char peer_ip[64]
+    # guarded by node.lock
+    ldd_link_state state
+    uint32_t refs                               # the set, the service thread and every running operation
+    uint32_t ops                                # running operations: while there are any, we may touch peer memory
+    char reason[160]                            # why it broke
+    # asking: one operation at a time under `lock`
+    ldd_mutex lock
+    int ask_fd
+    uint32_t next_request
+    HixlClientHandle client
+    char data_ip[64]
+    uint32_t data_port
+    uint8_t endpoint[160]                       # the peer's EndpointDesc; all zero where there is none
+    uint64_t seen_epoch                         # of the peer's regions
+    bint fetches                                # all of them are reached by the network, and in one exchange
+    ldd_desc_list descs
+    ldd_peek* peek                              # the peer's shared table, see shared_reader.pyx
+    bint peek_tried
+    uint8_t* reply
+    size_t reply_capacity
+    # answering: the service thread alone
+    ldd_lease* leases
+    uint32_t num_leases
+    uint32_t lease_capacity
+    uint32_t next_lease
+    ldd_lane* lane                              # what the peer writes while it reads our table
+    # counters, relaxed
+    uint64_t pulled_bytes
+    uint64_t pushed_bytes
+    uint64_t num_transfers
+
+# A thread of ours that links to a cluster just now.
+ctypedef struct ldd_attempt:
+    ldd_attempt* next
+    uint64_t cluster_id
+
+ctypedef struct ldd_node:
+    const ldd_provider* provider
+    aclrtContext context
+    ldd_table* table
+    ldd_regions regions
+    uint64_t cluster_id
+    uint8_t instance[16]
+    uint32_t mode                               # LDD_MODE_* bits; both ends of a link must agree
+    int64_t sync_timeout_ns
+    bint shares_table                           # with peers on this host, both ways
+    int32_t owner_pid
+    ldd_mutex lock                        # guards the set and the fields said above; a leaf lock
+    ldd_cond idle                         # signalled when a link's last operation ends
+    ldd_link* links
+    uint32_t num_links
+    uint32_t num_ops                            # running operations of all links, dropped ones included, and attempts
+    bint closing                                # no new link is taken in
+    ldd_attempt* attempts                       # of link_clusters, at most one per cluster
+    ldd_cond attempted                          # signalled when one of them ends
+    uint64_t* past                              # clusters of earlier and present links of link_clusters
+    uint32_t num_past
+    uint32_t past_capacity
+    uint32_t next_past                          # the oldest entry, once no more are kept
+
+cdef void ldd_node_init(ldd_node* node, const ldd_provider* provider, uint64_t cluster_id) noexcept nogil
+# All links must be gone.
+cdef void ldd_node_destroy(ldd_node* node) noexcept nogil
+
+# A link of nobody's set yet, with one reference.
+cdef ldd_link* ldd_link_new(ldd_node* node, uint64_t cluster_id, ldd_link_origin origin) noexcept nogil
+cdef void ldd_link_unref(ldd_link* link) noexcept nogil
+cdef void ldd_link_ref(ldd_link* link) noexcept nogil
+# Make it visible and active.
+cdef ldd_status ldd_link_publish(ldd_link* link, ldd_detail* detail) noexcept nogil
+# An active link to this cluster with an operation counted on it; LDD_E_NOT_LINKED otherwise.
+cdef ldd_status ldd_link_begin(ldd_node* node, uint64_t cluster_id, ldd_link** out, ldd_detail* detail) noexcept nogil
+cdef void ldd_link_end(ldd_link* link) noexcept nogil
+# No new operation starts on it; kept in the set.
+cdef void ldd_link_break(ldd_link* link, const char* reason) noexcept nogil
+# Take it out of the set.
+cdef void ldd_link_drop(ldd_link* link) noexcept nogil
+# Whether a link of link_clusters to this cluster exists or existed, as far back as MAX_PAST clusters.
+cdef bint ldd_link_existed(ldd_node* node, uint64_t cluster_id) noexcept nogil
+# Drop all that match; -1 for any origin or communicator. Returns how many there were.
+cdef uint32_t ldd_links_drop(ldd_node* node, int origin, int64_t comm_id, bint any_cluster,
+                             uint64_t cluster_id) noexcept nogil
+# Drop what is left of links with a cluster that now, as `instance`, links to us: those it made before, and those we
+# made that are broken or lead to an earlier process.
+cdef void ldd_links_drop_stale(ldd_node* node, uint64_t cluster_id, const uint8_t* instance) noexcept nogil
+# An operation on a link that is already known; False when it is no longer active.
+cdef bint ldd_link_resume(ldd_link* link) noexcept nogil
+# Drop all links, take in no new ones, and wait until no operation runs, also on links that were dropped earlier.
+cdef ldd_status ldd_node_close(ldd_node* node, int64_t deadline_ns) noexcept nogil

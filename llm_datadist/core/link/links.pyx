@@ -1,0 +1,291 @@
+"""Who we are and whom we are linked to: state that the service thread and user threads share.
+
+`node.lock` guards the set of links and each link's state and counts; it is a leaf lock, held for a few
+instructions. A link is freed by whoever drops its last reference.
+
+The rule that keeps peers' memory safe: **our asking connection stays open as long as an operation of ours
+may touch peer memory**, whatever else became of the link, and is shut down right after. The peer takes its
+end as the proof that its leases are over.
+"""
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, realloc
+from libc.string cimport memcmp, memset, strncpy
+
+from llm_datadist.core.base.sockets cimport net_shutdown
+from llm_datadist.core.base.status cimport LDD_E_FAILED, LDD_E_NOT_LINKED, LDD_OK, ldd_fail
+from llm_datadist.core.base.sync cimport (
+    ldd_cond_broadcast, ldd_cond_destroy, ldd_cond_init, ldd_cond_wait_until, ldd_lock, ldd_mutex_destroy,
+    ldd_mutex_init, ldd_unlock,
+)
+from llm_datadist.core.plan.block_plan cimport ldd_desc_list_free, ldd_desc_list_init
+from llm_datadist.core.table.shared_table cimport ldd_peek_free
+
+cdef extern from "unistd.h" nogil:
+    int close(int fd)
+
+
+cdef void ldd_node_init(ldd_node* node, const ldd_provider* provider, uint64_t cluster_id) noexcept nogil:
+    memset(node, 0, sizeof(ldd_node))
+    node.provider = provider
+    node.cluster_id = cluster_id
+    ldd_mutex_init(&node.lock)
+    ldd_cond_init(&node.idle)
+    ldd_cond_init(&node.attempted)
+
+
+cdef void ldd_node_destroy(ldd_node* node) noexcept nogil:
+    ldd_mutex_destroy(&node.lock)
+    ldd_cond_destroy(&node.idle)
+    ldd_cond_destroy(&node.attempted)
+    free(node.past)
+    node.past = NULL
+
+
+cdef ldd_link* ldd_link_new(ldd_node* node, uint64_t cluster_id, ldd_link_origin origin) noexcept nogil:
+    cdef ldd_link* link = <ldd_link*>calloc(1, sizeof(ldd_link))
+    if link == NULL:
+        return NULL
+    link.node = node
+    link.cluster_id = cluster_id
+    link.origin = origin
+    link.state = LINK_OPENING
+    link.refs = 1
+    link.ask_fd = -1
+    ldd_mutex_init(&link.lock)
+    ldd_desc_list_init(&link.descs)
+    return link
+
+
+cdef void destroy(ldd_link* link) noexcept nogil:
+    if link.client != NULL:
+        link.node.provider.hixl.HixlCSClientDestroy(link.client)
+    if link.ask_fd >= 0:
+        close(link.ask_fd)
+    ldd_peek_free(link.peek)
+    ldd_desc_list_free(&link.descs)
+    free(link.reply)
+    free(link.leases)
+    ldd_mutex_destroy(&link.lock)
+    free(link)
+
+
+cdef void ldd_link_ref(ldd_link* link) noexcept nogil:
+    ldd_lock(&link.node.lock)
+    link.refs += 1
+    ldd_unlock(&link.node.lock)
+
+
+cdef void ldd_link_unref(ldd_link* link) noexcept nogil:
+    cdef ldd_node* node = link.node
+    ldd_lock(&node.lock)
+    link.refs -= 1
+    cdef bint last = link.refs == 0
+    ldd_unlock(&node.lock)
+    if last:
+        destroy(link)
+
+
+cdef bint existed_locked(const ldd_node* node, uint64_t cluster_id) noexcept nogil:
+    cdef uint32_t i
+    for i in range(node.num_past):
+        if node.past[i] == cluster_id:
+            return True
+    return False
+
+
+cdef bint ldd_link_existed(ldd_node* node, uint64_t cluster_id) noexcept nogil:
+    ldd_lock(&node.lock)
+    cdef bint existed = existed_locked(node, cluster_id)
+    ldd_unlock(&node.lock)
+    return existed
+
+
+cdef void remember_locked(ldd_node* node, uint64_t cluster_id) noexcept nogil:
+    """Without memory the cluster is forgotten with its link, which changes the code of a later unlink and no more."""
+    cdef uint64_t* grown
+    if existed_locked(node, cluster_id):
+        return
+    if node.num_past == MAX_PAST:
+        node.past[node.next_past] = cluster_id
+        node.next_past = (node.next_past + 1) % MAX_PAST
+        return
+    if node.num_past == node.past_capacity:
+        grown = <uint64_t*>realloc(node.past, (node.past_capacity * 2 + 16) * sizeof(uint64_t))
+        if grown == NULL:
+            return
+        node.past = grown
+        node.past_capacity = node.past_capacity * 2 + 16
+    node.past[node.num_past] = cluster_id
+    node.num_past += 1
+
+
+cdef ldd_status ldd_link_publish(ldd_link* link, ldd_detail* detail) noexcept nogil:
+    cdef ldd_node* node = link.node
+    ldd_lock(&node.lock)
+    if node.closing:
+        ldd_unlock(&node.lock)
+        return ldd_fail(detail, LDD_E_FAILED, b"the engine is being finalized")
+    if node.num_links >= MAX_LINKS:
+        ldd_unlock(&node.lock)
+        return ldd_fail(detail, LDD_E_FAILED, b"%d links exist, which is the most one engine holds", <int>MAX_LINKS)
+    link.state = LINK_ACTIVE
+    link.refs += 1
+    link.next = node.links
+    node.links = link
+    node.num_links += 1
+    if link.origin != ORIGIN_COMM:
+        remember_locked(node, link.cluster_id)
+    ldd_unlock(&node.lock)
+    return LDD_OK
+
+
+cdef void start_locked(ldd_link* link) noexcept nogil:
+    link.refs += 1
+    link.ops += 1
+    link.node.num_ops += 1
+
+
+cdef bint ldd_link_resume(ldd_link* link) noexcept nogil:
+    ldd_lock(&link.node.lock)
+    cdef bint active = link.state == LINK_ACTIVE
+    if active:
+        start_locked(link)
+    ldd_unlock(&link.node.lock)
+    return active
+
+
+cdef ldd_status ldd_link_begin(ldd_node* node, uint64_t cluster_id, ldd_link** out,
+                               ldd_detail* detail) noexcept nogil:
+    cdef ldd_link* link
+    cdef ldd_link* broken = NULL
+    cdef ldd_status status = LDD_E_NOT_LINKED
+    ldd_lock(&node.lock)
+    link = node.links
+    while link != NULL:
+        if link.cluster_id == cluster_id:
+            if link.state == LINK_ACTIVE:
+                start_locked(link)
+                out[0] = link
+                ldd_unlock(&node.lock)
+                return LDD_OK
+            broken = link
+        link = link.next
+    if broken != NULL:
+        ldd_fail(detail, status, b"the link to cluster %llu is broken (%s): unlink and link again",
+                 <unsigned long long>cluster_id, broken.reason)
+    else:
+        ldd_fail(detail, status, b"cluster %llu is not linked", <unsigned long long>cluster_id)
+    ldd_unlock(&node.lock)
+    return status
+
+
+cdef void ldd_link_end(ldd_link* link) noexcept nogil:
+    cdef ldd_node* node = link.node
+    ldd_lock(&node.lock)
+    link.ops -= 1
+    node.num_ops -= 1
+    if link.ops == 0 and link.state != LINK_ACTIVE:
+        net_shutdown(link.ask_fd)
+    if node.num_ops == 0:
+        ldd_cond_broadcast(&node.idle)
+    ldd_unlock(&node.lock)
+    ldd_link_unref(link)
+
+
+cdef void leave_locked(ldd_link* link, ldd_link_state state) noexcept nogil:
+    link.state = state
+    if link.ops == 0:
+        net_shutdown(link.ask_fd)
+
+
+cdef void ldd_link_break(ldd_link* link, const char* reason) noexcept nogil:
+    ldd_lock(&link.node.lock)
+    if link.state == LINK_ACTIVE:
+        strncpy(link.reason, reason, sizeof(link.reason) - 1)
+        leave_locked(link, LINK_BROKEN)
+    ldd_unlock(&link.node.lock)
+
+
+cdef bint take_out_locked(ldd_link* link) noexcept nogil:
+    """Unchain the link and close it; the caller owes the set's reference afterwards."""
+    cdef ldd_link** at = &link.node.links
+    while at[0] != NULL and at[0] != link:
+        at = &at[0].next
+    if at[0] == NULL:
+        return False
+    at[0] = link.next
+    link.node.num_links -= 1
+    leave_locked(link, LINK_CLOSED)
+    return True
+
+
+cdef void ldd_link_drop(ldd_link* link) noexcept nogil:
+    ldd_lock(&link.node.lock)
+    cdef bint was_in = take_out_locked(link)
+    ldd_unlock(&link.node.lock)
+    if was_in:
+        ldd_link_unref(link)
+
+
+cdef void move_out_locked(ldd_link* link, ldd_link** dropped) noexcept nogil:
+    take_out_locked(link)
+    link.next = dropped[0]
+    dropped[0] = link
+
+
+cdef void unref_all(ldd_link* dropped) noexcept nogil:
+    cdef ldd_link* following
+    while dropped != NULL:
+        following = dropped.next
+        ldd_link_unref(dropped)
+        dropped = following
+
+
+cdef uint32_t ldd_links_drop(ldd_node* node, int origin, int64_t comm_id, bint any_cluster,
+                             uint64_t cluster_id) noexcept nogil:
+    cdef ldd_link* link
+    cdef ldd_link* following
+    cdef ldd_link* dropped = NULL
+    cdef uint32_t count = 0
+    ldd_lock(&node.lock)
+    link = node.links
+    while link != NULL:
+        following = link.next
+        if ((origin < 0 or link.origin == origin) and (comm_id < 0 or link.comm_id == comm_id)
+                and (any_cluster or link.cluster_id == cluster_id)):
+            move_out_locked(link, &dropped)
+            count += 1
+        link = following
+    ldd_unlock(&node.lock)
+    unref_all(dropped)
+    return count
+
+
+cdef void ldd_links_drop_stale(ldd_node* node, uint64_t cluster_id, const uint8_t* instance) noexcept nogil:
+    cdef ldd_link* link
+    cdef ldd_link* following
+    cdef ldd_link* dropped = NULL
+    ldd_lock(&node.lock)
+    link = node.links
+    while link != NULL:
+        following = link.next
+        if link.cluster_id == cluster_id and (
+                link.origin == ORIGIN_PEER or (link.origin == ORIGIN_LOCAL and (
+                    link.state != LINK_ACTIVE or memcmp(link.instance, instance, 16) != 0))):
+            move_out_locked(link, &dropped)
+        link = following
+    ldd_unlock(&node.lock)
+    unref_all(dropped)
+
+
+cdef ldd_status ldd_node_close(ldd_node* node, int64_t deadline_ns) noexcept nogil:
+    cdef ldd_status status = LDD_OK
+    ldd_lock(&node.lock)
+    node.closing = True
+    ldd_unlock(&node.lock)
+    ldd_links_drop(node, -1, -1, True, 0)
+    ldd_lock(&node.lock)
+    while node.num_ops and status == LDD_OK:
+        status = ldd_cond_wait_until(&node.idle, &node.lock, deadline_ns)
+    ldd_unlock(&node.lock)
+    return status

@@ -1,0 +1,256 @@
+"""Memory that peers may reach, and the data servers that announce it.
+
+A region is one range registered with every data server of this engine. Servers are started per local
+address when the first peer comes in by it, so a process that only ever dials out on loopback is reachable
+on loopback alone. Any thread; the lock is held across provider calls that are short.
+"""
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc, realloc
+from libc.string cimport memset, strcmp, strlen, memcpy
+
+from llm_datadist.core.base.provider cimport (
+    COMM_MEM_TYPE_DEVICE, COMM_MEM_TYPE_HOST, LDD_CAP_ANY_LOCAL, LDD_CAP_DROP_PEER, LDD_CAP_FETCH,
+    LDD_CAP_LATE_REGISTRATION, CommMem, HixlServerConfig, HixlServerDesc,
+)
+from llm_datadist.core.base.sockets cimport net_free_port
+from llm_datadist.core.base.status cimport LDD_E_FAILED, LDD_E_NOT_ENABLED, LDD_E_NO_MEMORY, LDD_OK, ldd_fail
+from llm_datadist.core.base.sync cimport ldd_lock, ldd_mutex_destroy, ldd_mutex_init, ldd_unlock
+from llm_datadist.core.base.wait cimport ldd_hixl_result
+
+cdef extern from * nogil:
+    int __ATOMIC_RELEASE, __ATOMIC_ACQUIRE
+    uint64_t __atomic_add_fetch(uint64_t* counter, uint64_t by, int order)
+    uint64_t __atomic_load_n(const uint64_t* counter, int order)
+
+cdef enum:
+    LISTEN_BACKLOG = 512
+    PORT_TRIES = 16                             # a port found free may be taken before the server binds it
+
+
+cdef void ldd_regions_init(ldd_regions* regions, const ldd_provider* provider) noexcept nogil:
+    memset(regions, 0, sizeof(ldd_regions))
+    regions.provider = provider
+    regions.epoch = 1
+    ldd_mutex_init(&regions.lock)
+
+
+cdef void ldd_regions_close(ldd_regions* regions) noexcept nogil:
+    cdef uint32_t i, s
+    ldd_lock(&regions.lock)
+    for s in range(regions.num_servers):
+        for i in range(regions.count):
+            if regions.items[i].refs and regions.items[i].handles[s] != NULL:
+                regions.provider.hixl.HixlCSServerUnregMem(regions.servers[s].handle, regions.items[i].handles[s])
+        regions.provider.hixl.HixlCSServerDestroy(regions.servers[s].handle)
+    regions.num_servers = 0
+    free(regions.items)
+    regions.items = NULL
+    regions.count = regions.capacity = 0
+    free(regions.endpoints)
+    regions.endpoints = NULL
+    regions.num_endpoints = 0
+    ldd_unlock(&regions.lock)
+    ldd_mutex_destroy(&regions.lock)
+
+
+cdef void describe(const ldd_region* region, CommMem* mem) noexcept nogil:
+    memset(mem, 0, sizeof(CommMem))
+    mem.type = COMM_MEM_TYPE_HOST if region.host else COMM_MEM_TYPE_DEVICE
+    mem.addr = <void*>region.addr
+    mem.size = region.nbytes
+
+
+cdef ldd_status announce(ldd_regions* regions, ldd_region* region, uint32_t server,
+                         ldd_detail* detail) noexcept nogil:
+    cdef CommMem mem
+    describe(region, &mem)
+    return ldd_hixl_result(
+        regions.provider,
+        regions.provider.hixl.HixlCSServerRegMem(regions.servers[server].handle, NULL, &mem, &region.handles[server]),
+        b"register memory with the data server", detail)
+
+
+cdef void withdraw(ldd_regions* regions, ldd_region* region) noexcept nogil:
+    cdef uint32_t s
+    for s in range(regions.num_servers):
+        if region.handles[s] != NULL:
+            regions.provider.hixl.HixlCSServerUnregMem(regions.servers[s].handle, region.handles[s])
+            region.handles[s] = NULL
+    region.refs = 0
+
+
+cdef ldd_status ldd_regions_add(ldd_regions* regions, uint64_t addr, uint64_t nbytes, bint host,
+                                ldd_detail* detail) noexcept nogil:
+    cdef uint32_t i, s, slot
+    cdef ldd_status status = LDD_OK
+    cdef ldd_region* grown
+    ldd_lock(&regions.lock)
+    slot = regions.count
+    for i in range(regions.count):
+        if regions.items[i].refs == 0:
+            slot = i
+        elif regions.items[i].addr == addr and regions.items[i].nbytes == nbytes:
+            regions.items[i].refs += 1
+            ldd_unlock(&regions.lock)
+            return LDD_OK
+    if slot == regions.capacity:
+        grown = <ldd_region*>realloc(regions.items, (regions.capacity * 2 + 16) * sizeof(ldd_region))
+        if grown == NULL:
+            ldd_unlock(&regions.lock)
+            return ldd_fail(detail, LDD_E_NO_MEMORY, b"no memory for another region")
+        regions.items = grown
+        regions.capacity = regions.capacity * 2 + 16
+    cdef ldd_region* region = &regions.items[slot]
+    memset(region, 0, sizeof(ldd_region))
+    region.addr = addr
+    region.nbytes = nbytes
+    region.host = host
+    # A provider that shows peers only what was there when they connected keeps such memory local.
+    if regions.num_servers == 0 or regions.provider.caps & LDD_CAP_LATE_REGISTRATION:
+        for s in range(regions.num_servers):
+            status = announce(regions, region, s, detail)
+            if status < 0:
+                break
+    if status < 0:
+        withdraw(regions, region)
+    else:
+        region.refs = 1
+        if slot == regions.count:
+            regions.count += 1
+        __atomic_add_fetch(&regions.epoch, 1, __ATOMIC_RELEASE)
+    ldd_unlock(&regions.lock)
+    return status
+
+
+cdef void ldd_regions_remove(ldd_regions* regions, uint64_t addr, uint64_t nbytes) noexcept nogil:
+    cdef uint32_t i
+    ldd_lock(&regions.lock)
+    for i in range(regions.count):
+        if regions.items[i].refs and regions.items[i].addr == addr and regions.items[i].nbytes == nbytes:
+            regions.items[i].refs -= 1
+            if regions.items[i].refs == 0:
+                withdraw(regions, &regions.items[i])
+                __atomic_add_fetch(&regions.epoch, 1, __ATOMIC_RELEASE)
+            break
+    ldd_unlock(&regions.lock)
+
+
+cdef ldd_status start_server(ldd_regions* regions, uint32_t s, const char* ip, ldd_detail* detail) noexcept nogil:
+    """Create, announce everything, then listen: a peer must find all memory when it connects."""
+    cdef HixlServerDesc desc
+    cdef HixlServerConfig config
+    cdef ldd_data_server* server = &regions.servers[s]
+    cdef int _attempt
+    cdef uint32_t i
+    cdef ldd_status status = LDD_E_FAILED
+    for _attempt in range(PORT_TRIES):
+        memset(&desc, 0, sizeof(desc))
+        memset(&config, 0, sizeof(config))
+        server.port = <uint32_t>net_free_port(ip)
+        if server.port == 0:
+            return ldd_fail(detail, LDD_E_FAILED, b"no free port for a data server at %s", ip)
+        desc.server_ip = ip
+        desc.server_port = server.port
+        desc.endpoint_list = regions.endpoints
+        desc.endpoint_list_num = regions.num_endpoints
+        status = ldd_hixl_result(regions.provider,
+                                 regions.provider.hixl.HixlCSServerCreate(&desc, &config, &server.handle),
+                                 b"create a data server", detail)
+        if status < 0:
+            return status
+        if regions.fetch_hooks.begin != NULL and regions.provider.caps & LDD_CAP_FETCH:
+            status = ldd_hixl_result(regions.provider, regions.provider.ext.LddServerSetFetch(
+                server.handle, &regions.fetch_hooks, regions.fetch_context), b"set up a data server", detail)
+        for i in range(regions.count):
+            regions.items[i].handles[s] = NULL
+            if status == LDD_OK and regions.items[i].refs:
+                status = announce(regions, &regions.items[i], s, detail)
+        if status == LDD_OK:
+            status = ldd_hixl_result(regions.provider,
+                                     regions.provider.hixl.HixlCSServerListen(server.handle, LISTEN_BACKLOG),
+                                     b"start a data server", detail)
+            if status == LDD_OK:
+                return LDD_OK
+        regions.provider.hixl.HixlCSServerDestroy(server.handle)
+    return status
+
+
+cdef ldd_status ldd_regions_serve(ldd_regions* regions, const char* ip, uint32_t* port,
+                                  ldd_detail* detail) noexcept nogil:
+    cdef uint32_t s
+    cdef ldd_status status
+    ldd_lock(&regions.lock)
+    for s in range(regions.num_servers):
+        if strcmp(regions.servers[s].ip, ip) == 0:
+            port[0] = regions.servers[s].port
+            ldd_unlock(&regions.lock)
+            return LDD_OK
+    s = regions.num_servers
+    if s == MAX_DATA_SERVERS or strlen(ip) >= sizeof(regions.servers[0].ip):
+        ldd_unlock(&regions.lock)
+        return ldd_fail(detail, LDD_E_NOT_ENABLED, b"no data server at %s: at most %d local addresses", ip,
+                        <int>MAX_DATA_SERVERS)
+    memset(&regions.servers[s], 0, sizeof(ldd_data_server))
+    memcpy(regions.servers[s].ip, ip, strlen(ip))
+    status = start_server(regions, s, ip, detail)
+    if status == LDD_OK:
+        regions.num_servers += 1
+        port[0] = regions.servers[s].port
+    ldd_unlock(&regions.lock)
+    return status
+
+
+cdef ldd_status ldd_regions_register_client(ldd_regions* regions, HixlClientHandle client,
+                                            ldd_detail* detail) noexcept nogil:
+    cdef CommMem mem
+    cdef MemHandle handle                       # goes with the client
+    cdef uint32_t i
+    cdef ldd_status status = LDD_OK
+    if regions.provider.caps & LDD_CAP_ANY_LOCAL:
+        return LDD_OK
+    ldd_lock(&regions.lock)
+    for i in range(regions.count):
+        if regions.items[i].refs and status == LDD_OK:
+            describe(&regions.items[i], &mem)
+            status = ldd_hixl_result(regions.provider,
+                                     regions.provider.hixl.HixlCSClientRegMem(client, NULL, &mem, &handle),
+                                     b"register memory with the data client", detail)
+    ldd_unlock(&regions.lock)
+    return status
+
+
+cdef void ldd_regions_drop_peer(ldd_regions* regions, const uint8_t* token) noexcept nogil:
+    cdef uint32_t s
+    if not regions.provider.caps & LDD_CAP_DROP_PEER:
+        return
+    ldd_lock(&regions.lock)
+    for s in range(regions.num_servers):
+        regions.provider.ext.LddServerDropPeer(regions.servers[s].handle, token)
+    ldd_unlock(&regions.lock)
+
+
+cdef void ldd_regions_end_fetches(ldd_regions* regions) noexcept nogil:
+    cdef uint32_t s
+    ldd_lock(&regions.lock)
+    for s in range(regions.num_servers):
+        if regions.provider.caps & LDD_CAP_FETCH:
+            regions.provider.ext.LddServerSetFetch(regions.servers[s].handle, NULL, NULL)
+    ldd_unlock(&regions.lock)
+
+
+cdef ldd_status ldd_regions_set_endpoints(ldd_regions* regions, const void* endpoints, uint32_t count) noexcept nogil:
+    regions.endpoints = <EndpointDesc*>malloc(max(count, <uint32_t>1) * sizeof(EndpointDesc))
+    if regions.endpoints == NULL:
+        return LDD_E_NO_MEMORY
+    memcpy(regions.endpoints, endpoints, count * sizeof(EndpointDesc))
+    regions.num_endpoints = count
+    return LDD_OK
+
+
+cdef void ldd_regions_own_endpoint(ldd_regions* regions, uint8_t* out) noexcept nogil:
+    if regions.num_endpoints:
+        memcpy(out, regions.endpoints, sizeof(EndpointDesc))
+
+
+cdef uint64_t ldd_regions_epoch(ldd_regions* regions) noexcept nogil:
+    return __atomic_load_n(&regions.epoch, __ATOMIC_ACQUIRE)

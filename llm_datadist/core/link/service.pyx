@@ -1,0 +1,365 @@
+"""The service thread: answers peers' requests without the interpreter.
+
+One thread per engine waits on epoll for listeners, handshakes and serving connections, and never takes the
+GIL: a peer resolves, reads and releases while this process is busy in Python or in the model. It owns its
+connections alone; other threads hand it work through commands that wait until they are carried out.
+
+Nothing a peer sends is believed: frames are bounded before memory is taken for them, and a frame that does
+not fit closes that connection only. The end of a serving connection ends every lease of that link.
+"""
+from libc.errno cimport EAGAIN, EINTR, EMFILE, ENFILE, errno
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport free
+from libc.string cimport memcpy, memset, strerror
+
+from llm_datadist.core.base.sockets cimport net_tune
+from llm_datadist.core.base.status cimport LDD_E_FAILED, LDD_OK, ldd_fail
+from llm_datadist.core.base.sync cimport (
+    LDD_NEVER, ldd_cond_broadcast, ldd_cond_destroy, ldd_cond_init, ldd_cond_wait_until, ldd_lock, ldd_mutex_destroy,
+    ldd_mutex_init, ldd_now_ns, ldd_unlock,
+)
+from llm_datadist.core.link.accept cimport ldd_welcome_hello
+from llm_datadist.core.link.fork cimport ldd_fork_forget, ldd_fork_watch
+from llm_datadist.core.link.links cimport ldd_link_break, ldd_link_unref
+from llm_datadist.core.link.replies cimport ldd_answer, ldd_answer_ended
+from llm_datadist.core.link.service_conn cimport (
+    COMMAND_LISTEN, COMMAND_SERVE, COMMAND_STOP, COMMAND_UNLISTEN, CONN_HANDSHAKE, CONN_LISTENER, CONN_SERVING,
+    ldd_bytes_append, ldd_bytes_consume, ldd_command, ldd_command_kind, ldd_conn, ldd_conn_add, ldd_conn_flush,
+    ldd_conn_forget, ldd_conn_is_listed, pthread_t,
+)
+from llm_datadist.core.link.wire cimport (
+    LDD_FRAME_HELLO, LDD_FRAME_RANGES, LDD_WIRE_MAGIC, LDD_WIRE_MAX_PAYLOAD, LDD_WIRE_MAX_RANGES, LDD_WIRE_VERSION,
+    ldd_frame_header, ldd_hello, ldd_range,
+)
+
+cdef extern from * nogil:
+    """
+    #include <pthread.h>
+    #include <signal.h>
+    #include <sys/epoll.h>
+    #include <sys/eventfd.h>
+    #include <sys/socket.h>
+    #include <time.h>
+    #include <unistd.h>
+
+    /* A thread that no signal is delivered to, with a stack for what it does. */
+    static int ldd_service_spawn(pthread_t *thread, void *(*main)(void *), void *argument) {
+        sigset_t all, before;
+        pthread_attr_t attributes;
+        sigfillset(&all);
+        pthread_sigmask(SIG_SETMASK, &all, &before);
+        pthread_attr_init(&attributes);
+        pthread_attr_setstacksize(&attributes, 512 * 1024);
+        int error = pthread_create(thread, &attributes, main, argument);
+        pthread_attr_destroy(&attributes);
+        pthread_sigmask(SIG_SETMASK, &before, NULL);
+        return error;
+    }
+
+    static void ldd_epoll_wake(int epoll_fd, int wake_fd) {
+        struct epoll_event event = {.events = EPOLLIN, .data = {.ptr = NULL}};
+        epoll_ctl(epoll_fd, EPOLL_CTL_ADD, wake_fd, &event);
+    }
+
+    static void ldd_nap_ms(int ms) {
+        struct timespec nap = {.tv_sec = 0, .tv_nsec = ms * 1000000L};
+        nanosleep(&nap, NULL);
+    }
+    """
+    ctypedef union epoll_data_t:
+        void* ptr
+    struct epoll_event:
+        uint32_t events
+        epoll_data_t data
+    int EPOLLOUT, EPOLL_CLOEXEC
+    int EFD_CLOEXEC, EFD_NONBLOCK, SOCK_NONBLOCK, SOCK_CLOEXEC
+    int epoll_create1(int flags)
+    int epoll_wait(int epoll_fd, epoll_event* events, int max_events, int timeout_ms)
+    int eventfd(unsigned int value, int flags)
+    int accept4(int fd, void* address, void* length, int flags)
+    ssize_t recv(int fd, void* data, size_t nbytes, int flags)
+    ssize_t read(int fd, void* data, size_t nbytes)
+    ssize_t write(int fd, const void* data, size_t nbytes)
+    int close(int fd)
+    int pthread_join(pthread_t thread, void** result)
+    int ldd_service_spawn(pthread_t* thread, void* (*main)(void*) noexcept nogil, void* argument)
+    void ldd_epoll_wake(int epoll_fd, int wake_fd)
+    void ldd_nap_ms(int ms)
+
+cdef enum:
+    EVENTS_PER_WAIT = 64
+    MAX_HANDSHAKES = 256                        # a flood of silent connections costs no more than this
+    MAX_UNREAD_BYTES = LDD_WIRE_MAX_PAYLOAD     # of answers; a peer that has so many waiting is not answered any more
+    MAX_SMALL_REQUEST = 64                      # bytes of any request but RANGES and HELLO
+    READ_BYTES = 4096
+    READS_PER_TURN = 16
+
+
+cdef bint frame_fits(const ldd_conn* conn, const ldd_frame_header* header) noexcept nogil:
+    """Whether such a frame may come now; checked before memory is taken for its payload."""
+    if header.magic != LDD_WIRE_MAGIC:
+        return False
+    if conn.kind == CONN_HANDSHAKE:
+        return header.type == LDD_FRAME_HELLO and header.length == sizeof(ldd_hello)
+    if header.version != LDD_WIRE_VERSION:
+        return False
+    if header.type == LDD_FRAME_RANGES:
+        return header.length <= LDD_WIRE_MAX_RANGES * sizeof(ldd_range)
+    return header.length <= MAX_SMALL_REQUEST
+
+
+cdef bint on_readable(ldd_service* service, ldd_conn* conn) noexcept nogil:
+    """Read and answer what has come; False when the connection is over (and then not yet forgotten)."""
+    cdef uint8_t chunk[READ_BYTES]
+    cdef ldd_frame_header header
+    cdef ssize_t count
+    cdef size_t at
+    cdef bint was_handshake
+    cdef int _turn
+    for _turn in range(READS_PER_TURN):
+        count = recv(conn.fd, chunk, sizeof(chunk), 0)
+        if count == 0:
+            if conn.inbox.length:
+                service.num_rejected_frames += 1        # it ends in the middle of a frame
+            return False
+        if count < 0:
+            return errno == EAGAIN or errno == EINTR
+        if ldd_bytes_append(&conn.inbox, chunk, <size_t>count) < 0:
+            return False
+        at = 0
+        while conn.inbox.length - at >= sizeof(header):
+            memcpy(&header, conn.inbox.data + at, sizeof(header))
+            if not frame_fits(conn, &header):
+                service.num_rejected_frames += 1
+                return False
+            if conn.inbox.length - at < sizeof(header) + header.length:
+                break
+            was_handshake = conn.kind == CONN_HANDSHAKE
+            if was_handshake:
+                if not ldd_welcome_hello(service, conn, &header, conn.inbox.data + at + sizeof(header)):
+                    return False
+                if header.version != LDD_WIRE_VERSION:
+                    service.num_rejected_frames += 1
+                elif not ldd_conn_is_listed(service, conn):
+                    return True                 # the connection is the link's now, and `conn` is gone
+            elif (conn.outbox.length > MAX_UNREAD_BYTES         # it asks on and on, and reads nothing
+                    or not ldd_answer(service, conn, &header, conn.inbox.data + at + sizeof(header))):
+                service.num_rejected_frames += 1
+                return False
+            at += sizeof(header) + header.length
+        ldd_bytes_consume(&conn.inbox, at)
+        if not ldd_conn_flush(service, conn):
+            return False
+    return True                                     # epoll reports it again, after the others had their turn
+
+
+cdef void end_conn(ldd_service* service, ldd_conn* conn) noexcept nogil:
+    if conn.link != NULL:
+        ldd_answer_ended(service, conn)
+    else:
+        ldd_conn_forget(service, conn, True)
+
+
+cdef bint make_room(ldd_service* service) noexcept nogil:
+    """End the handshake that has waited longest: for its first frame, or else for the second connection of its link.
+
+    A peer that means it goes on at once, so those that do not cannot keep others out.
+    """
+    cdef ldd_conn* conn = service.conns
+    cdef ldd_conn* silent = NULL
+    cdef ldd_conn* half = NULL
+    while conn != NULL:                         # new ones come first in the list
+        if conn.kind == CONN_HANDSHAKE:
+            silent = conn
+        elif conn.deadline_ns:
+            half = conn
+        conn = conn.next
+    if silent == NULL and half == NULL:
+        return False
+    end_conn(service, silent if silent != NULL else half)
+    return True
+
+
+cdef void on_connection(ldd_service* service, ldd_conn* listener) noexcept nogil:
+    cdef int fd
+    while True:
+        fd = accept4(listener.fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC)
+        if fd < 0:
+            if errno == EMFILE or errno == ENFILE:
+                ldd_nap_ms(10)                  # the listener stays readable: do not spin while files run out
+            return
+        net_tune(fd)
+        if service.num_handshakes >= MAX_HANDSHAKES and not make_room(service):
+            close(fd)
+        elif ldd_conn_add(service, fd, CONN_HANDSHAKE) == NULL:
+            close(fd)
+
+
+cdef void drop_command(ldd_command* command) noexcept nogil:
+    """What it brought cannot be served."""
+    close(command.fd)
+    if command.link != NULL:
+        ldd_link_break(command.link, b"the peer cannot be served")
+        ldd_link_unref(command.link)
+
+
+cdef bint run_commands(ldd_service* service) noexcept nogil:
+    """Carry out what other threads asked for; False when the thread is to stop."""
+    cdef ldd_command* command
+    cdef ldd_conn* conn
+    cdef bint go_on = True
+    ldd_lock(&service.lock)
+    while service.commands != NULL:
+        command = service.commands
+        service.commands = command.next
+        if command.kind == COMMAND_STOP:
+            go_on = False
+        elif command.kind == COMMAND_UNLISTEN:
+            conn = service.conns
+            while conn != NULL and not (conn.fd == command.fd and conn.kind == CONN_LISTENER):
+                conn = conn.next
+            if conn != NULL:
+                ldd_conn_forget(service, conn, True)
+        else:
+            conn = ldd_conn_add(service, command.fd, CONN_LISTENER if command.kind == COMMAND_LISTEN else CONN_SERVING)
+            if conn != NULL:
+                conn.link = command.link
+            else:
+                drop_command(command)
+        command.done = True
+    ldd_cond_broadcast(&service.done)
+    ldd_unlock(&service.lock)
+    return go_on
+
+
+cdef void end_late_handshakes(ldd_service* service) noexcept nogil:
+    cdef ldd_conn* conn = service.conns
+    cdef ldd_conn* following
+    cdef int64_t now = ldd_now_ns()
+    while conn != NULL:
+        following = conn.next
+        if conn.deadline_ns and now > conn.deadline_ns:
+            end_conn(service, conn)
+        conn = following
+
+
+cdef void* service_main(void* argument) noexcept nogil:
+    cdef ldd_service* service = <ldd_service*>argument
+    cdef epoll_event events[EVENTS_PER_WAIT]
+    cdef ldd_conn* conn
+    cdef uint64_t wakes
+    cdef int i, count, woken
+    cdef int64_t next_sweep_ns = 0
+    if service.node.context != NULL:
+        service.node.provider.acl.aclrtSetCurrentContext(service.node.context)
+    while True:
+        count = epoll_wait(service.epoll_fd, events, EVENTS_PER_WAIT, 1000 if service.num_handshakes else -1)
+        woken = 0
+        for i in range(max(count, 0)):
+            conn = <ldd_conn*>events[i].data.ptr
+            if conn == NULL:
+                read(service.wake_fd, &wakes, sizeof(wakes))
+                woken = 1
+            elif count > 1 and not ldd_conn_is_listed(service, conn):
+                continue
+            elif conn.kind == CONN_LISTENER:
+                on_connection(service, conn)
+            elif events[i].events & EPOLLOUT and not ldd_conn_flush(service, conn):
+                end_conn(service, conn)
+            elif events[i].events & ~<uint32_t>EPOLLOUT and not on_readable(service, conn):
+                end_conn(service, conn)
+        if woken and not run_commands(service):
+            break
+        if service.num_handshakes and ldd_now_ns() > next_sweep_ns:
+            end_late_handshakes(service)
+            next_sweep_ns = ldd_now_ns() + 500000000
+    while service.conns != NULL:
+        end_conn(service, service.conns)
+    return NULL
+
+
+cdef bint run(ldd_service* service, ldd_command* command) noexcept nogil:
+    """Have a command carried out and wait for that; False when the thread has been told to stop."""
+    cdef uint64_t one = 1
+    cdef bint accepted
+    command.done = False
+    ldd_lock(&service.lock)
+    accepted = not service.stopping
+    if accepted:
+        service.stopping = command.kind == COMMAND_STOP
+        command.next = service.commands
+        service.commands = command
+        write(service.wake_fd, &one, sizeof(one))
+        while not command.done:
+            ldd_cond_wait_until(&service.done, &service.lock, LDD_NEVER)
+    ldd_unlock(&service.lock)
+    return accepted
+
+
+cdef ldd_status ldd_service_start(ldd_service* service, ldd_node* node, ldd_detail* detail) noexcept nogil:
+    cdef int error
+    memset(service, 0, sizeof(ldd_service))
+    service.node = node
+    service.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
+    service.wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+    if service.epoll_fd < 0 or service.wake_fd < 0:
+        error = errno
+    else:
+        ldd_mutex_init(&service.lock)
+        ldd_cond_init(&service.done)
+        ldd_mutex_init(&service.conns_lock)
+        ldd_epoll_wake(service.epoll_fd, service.wake_fd)
+        error = ldd_service_spawn(&service.thread, service_main, service)
+        if error == 0:
+            service.running = True
+            ldd_fork_watch(service)
+            return LDD_OK
+        ldd_cond_destroy(&service.done)
+        ldd_mutex_destroy(&service.lock)
+        ldd_mutex_destroy(&service.conns_lock)
+    if service.epoll_fd >= 0:
+        close(service.epoll_fd)
+    if service.wake_fd >= 0:
+        close(service.wake_fd)
+    return ldd_fail(detail, LDD_E_FAILED, b"cannot start the service thread: %s", strerror(error))
+
+
+cdef void ldd_service_stop(ldd_service* service) noexcept nogil:
+    cdef ldd_command command
+    if not service.running:
+        return
+    memset(&command, 0, sizeof(command))
+    command.kind = COMMAND_STOP
+    run(service, &command)
+    pthread_join(service.thread, NULL)
+    ldd_fork_forget(service)
+    ldd_mutex_destroy(&service.conns_lock)
+    service.running = False
+    close(service.epoll_fd)
+    close(service.wake_fd)
+    free(service.wishes)
+    service.wishes = NULL
+    service.num_wishes = service.wish_capacity = 0
+    # The lock and the condition stay: a late caller finds out by them that it is too late.
+
+
+cdef void command_with_fd(ldd_service* service, ldd_command_kind kind, int fd, ldd_link* link) noexcept nogil:
+    cdef ldd_command command
+    memset(&command, 0, sizeof(command))
+    command.kind = kind
+    command.fd = fd
+    command.link = link
+    if not run(service, &command) and kind != COMMAND_UNLISTEN:
+        drop_command(&command)
+
+
+cdef void ldd_service_serve(ldd_service* service, int fd, ldd_link* link) noexcept nogil:
+    command_with_fd(service, COMMAND_SERVE, fd, link)
+
+
+cdef void ldd_service_listen(ldd_service* service, int fd) noexcept nogil:
+    command_with_fd(service, COMMAND_LISTEN, fd, NULL)
+
+
+cdef void ldd_service_unlisten(ldd_service* service, int fd) noexcept nogil:
+    command_with_fd(service, COMMAND_UNLISTEN, fd, NULL)

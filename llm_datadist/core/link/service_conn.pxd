@@ -1,0 +1,89 @@
+"""Connections of the service thread: their buffers, and the list they are in."""
+from libc.stddef cimport size_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+
+from llm_datadist.core.base.status cimport ldd_status
+from llm_datadist.core.base.sync cimport ldd_cond, ldd_mutex
+from llm_datadist.core.link.links cimport ldd_link, ldd_node
+
+cdef extern from "<pthread.h>" nogil:
+    ctypedef struct pthread_t:
+        pass
+
+cdef enum ldd_conn_kind:
+    CONN_LISTENER
+    CONN_HANDSHAKE
+    CONN_SERVING
+
+ctypedef struct ldd_bytes:
+    uint8_t* data
+    size_t length
+    size_t capacity
+
+ctypedef struct ldd_conn:
+    ldd_conn* next
+    ldd_conn** at                               # where the list points here
+    int fd
+    ldd_conn_kind kind
+    ldd_link* link                              # one reference, once there is a link
+    int64_t deadline_ns                         # of the handshake; 0 once the link is whole
+    ldd_bytes inbox
+    ldd_bytes outbox
+    bint closing                                # once the outbox is empty
+    bint wants_write
+
+# Both ends called link() for this communicator; filled in when the peer of higher rank has come.
+ctypedef struct ldd_wish:
+    uint8_t comm[32]
+    uint64_t cluster_id
+    int64_t comm_id
+    bint met
+
+cdef enum ldd_command_kind:
+    COMMAND_SERVE
+    COMMAND_LISTEN
+    COMMAND_UNLISTEN
+    COMMAND_STOP
+
+ctypedef struct ldd_command:
+    ldd_command* next
+    ldd_command_kind kind
+    int fd
+    ldd_link* link
+    bint done
+
+ctypedef struct ldd_service:
+    ldd_node* node
+    pthread_t thread
+    bint running
+    int epoll_fd
+    int wake_fd
+    ldd_conn* conns                             # changed under `conns_lock`, by this thread alone
+    ldd_mutex conns_lock
+    ldd_service* next_watched                   # see fork.pyx
+    uint32_t num_handshakes                     # connections with a deadline
+    ldd_mutex lock                              # guards what follows, up to the counters
+    bint stopping
+    ldd_cond done
+    ldd_command* commands
+    ldd_wish* wishes
+    uint32_t num_wishes
+    uint32_t wish_capacity
+    # counters, relaxed
+    uint64_t num_requests
+    uint64_t num_rejected_frames
+
+# All of this belongs to the service thread.
+cdef ldd_status ldd_bytes_append(ldd_bytes* out, const void* data, size_t nbytes) noexcept nogil
+cdef void ldd_bytes_consume(ldd_bytes* out, size_t nbytes) noexcept nogil
+# Takes over the descriptor; NULL without memory.
+cdef ldd_conn* ldd_conn_add(ldd_service* service, int fd, ldd_conn_kind kind) noexcept nogil
+# Out of epoll and the list, and freed. The link reference is the caller's.
+cdef void ldd_conn_forget(ldd_service* service, ldd_conn* conn, bint close_fd) noexcept nogil
+# An earlier event may have ended a connection that a later one names.
+cdef bint ldd_conn_is_listed(const ldd_service* service, const ldd_conn* conn) noexcept nogil
+# Send what the socket takes; False when the connection is over.
+cdef bint ldd_conn_flush(ldd_service* service, ldd_conn* conn) noexcept nogil
+# Queue a frame of a fixed and a variable part.
+cdef ldd_status ldd_conn_reply(ldd_conn* conn, uint32_t request_id, uint32_t type, const void* fixed,
+                               size_t fixed_bytes, const void* rest, size_t rest_bytes) noexcept nogil

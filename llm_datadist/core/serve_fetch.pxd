@@ -1,5 +1,0 @@
-"""Answering pulls that are one exchange."""
-from .node cimport ldd_node
-
-# Before the first data server starts.
-cdef void ldd_serve_fetch(ldd_node* node) noexcept nogil

@@ -1,0 +1,358 @@
+"""The life of one cache in a table: its slot, its keys, its pins, and when its memory goes back.
+
+A cache is live while its handle exists or, when owned and contiguous, while a req or prefix key is bound to it. Then it
+is retired: nobody can find or pin it any more, and its last pin frees it. So a running transfer keeps its memory
+whatever happens to handle and keys meanwhile, deallocation never waits, and counts are exact at every moment because
+each transition is one critical section of ``cache_table.pyx``.
+
+    allocate -> published --handle and last key gone--> retired --last pin gone--> freed (pages back to the pool)
+    register -> published --unregister---------------->   same
+
+Slots are dense and reused with a new generation; ids are never reused. No function here locks, waits or raises.
+"""
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc, realloc
+from libc.string cimport memset
+
+from llm_datadist.core.base.status cimport LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_OK, ldd_detail, ldd_fail, ldd_status
+from llm_datadist.core.base.sync cimport ldd_cond_broadcast
+from llm_datadist.core.table.key_index cimport (
+    KEY_BLOCKS, KEY_BY_ID, KEY_PREFIX, KEY_REQ, LDD_NO_KEY, ldd_keys_add, ldd_keys_find, ldd_keys_remove,
+    ldd_keys_reserve,
+)
+from llm_datadist.core.table.pool cimport LDD_NO_PAGE, ldd_pool_free
+from llm_datadist.core.table.shared_table cimport LDD_LANE_HAZARDS, LDD_MAX_CACHES, ldd_load64
+
+cdef enum:
+    MIN_CACHES = 16
+    MAX_BATCH = 1 << 30         # batch slots that can have a key
+
+
+cdef ldd_status ldd_cache_describe(ldd_cache* cache, uint32_t num_tensors, uint64_t num_slots, uint64_t tensor_bytes,
+                                   uint32_t flags, const ldd_key_spec* keys, uint32_t num_keys,
+                                   ldd_detail* detail) noexcept nogil:
+    cdef uint32_t i
+    cdef uint64_t batch = 1 if flags & LDD_CACHE_BLOCKS else min(num_slots, <uint64_t>MAX_BATCH)
+    cdef bint fits
+    if num_tensors == 0 or num_slots == 0 or tensor_bytes == 0:
+        return ldd_fail(detail, LDD_E_PARAM, b"%u tensors of %llu bytes in %llu slots were asked for; each must be "
+                        b"at least 1", num_tensors, <unsigned long long>tensor_bytes, <unsigned long long>num_slots)
+    if num_keys > batch:
+        return ldd_fail(detail, LDD_E_PARAM, b"%u keys were given for a batch size of %llu", num_keys,
+                        <unsigned long long>batch)
+    memset(cache, 0, sizeof(ldd_cache))
+    for i in range(num_keys):
+        fits = keys[i].kind == KEY_BLOCKS if flags & LDD_CACHE_BLOCKS else keys[i].kind <= KEY_PREFIX
+        if not fits:
+            return ldd_fail(detail, LDD_E_PARAM, b"a %s key cannot be bound to a %s cache", ldd_kind_name(keys[i].kind),
+                            b"blocks" if flags & LDD_CACHE_BLOCKS else b"contiguous")
+        if keys[i].slot >= batch:
+            return ldd_fail(detail, LDD_E_PARAM, b"%s %llu is meant for batch slot %u; the batch size is %llu",
+                            ldd_kind_name(keys[i].kind), <unsigned long long>keys[i].id, keys[i].slot,
+                            <unsigned long long>batch)
+        cache.num_key_slots = max(cache.num_key_slots, keys[i].slot + 1)
+    cache.addrs = <uint64_t*>malloc(num_tensors * sizeof(uint64_t) + cache.num_key_slots * sizeof(uint32_t))
+    if cache.addrs == NULL:
+        return ldd_fail(detail, LDD_E_NO_MEMORY, b"no room for the addresses of %u tensors", num_tensors)
+    cache.slot_keys = <uint32_t*>(cache.addrs + num_tensors)
+    memset(cache.slot_keys, 0xff, cache.num_key_slots * sizeof(uint32_t))       # LDD_NO_KEY everywhere
+    cache.is_blocks = (flags & LDD_CACHE_BLOCKS) != 0
+    cache.host = (flags & LDD_CACHE_HOST) != 0
+    cache.remote_accessible = (flags & LDD_CACHE_REMOTE) != 0
+    cache.handle_ref = True
+    cache.num_tensors = num_tensors
+    cache.num_slots = num_slots
+    cache.tensor_bytes = tensor_bytes
+    cache.span = LDD_NO_PAGE
+    return LDD_OK
+
+
+cdef ldd_status ldd_cache_enter(ldd_table* table, const ldd_cache* cache, const ldd_key_spec* keys, uint32_t num_keys,
+                       uint32_t flags, uint32_t* out, ldd_detail* detail) noexcept nogil:
+    cdef uint32_t slot, generation, i
+    cdef ldd_status st = _reserve_slot(table)
+    if st == LDD_OK:
+        st = ldd_keys_reserve(&table.keys, num_keys + 1)
+    if st != LDD_OK:
+        return ldd_fail(detail, st, b"no room for another cache with %u keys", num_keys)
+    slot = table.first_free
+    table.first_free = table.caches[slot].link
+    generation = table.caches[slot].generation
+    table.caches[slot] = cache[0]
+    table.caches[slot].generation = generation
+    for i in range(num_keys):
+        st = _bind(table, slot, &keys[i], flags, detail)
+        if st != LDD_OK:
+            ldd_cache_leave(table, slot)
+            return st
+    out[0] = slot
+    return LDD_OK
+
+
+cdef void ldd_cache_leave(ldd_table* table, uint32_t slot) noexcept nogil:
+    cdef ldd_cache* cache = &table.caches[slot]
+    _unbind_all(table, slot)
+    cache.cache_id = 0
+    cache.addrs = NULL
+    cache.generation += 1
+    cache.link = table.first_free
+    table.first_free = slot
+
+
+cdef ldd_status _reserve_slot(ldd_table* table) noexcept nogil:
+    cdef uint32_t capacity, i
+    cdef ldd_range* ranges
+    if table.first_free != LDD_NO_SLOT:
+        return LDD_OK
+    capacity = max(table.cache_capacity * 2, <uint32_t>MIN_CACHES)
+    if capacity > LDD_MAX_CACHES:
+        return LDD_E_NO_MEMORY
+    ranges = <ldd_range*>realloc(table.ranges, capacity * sizeof(ldd_range))
+    if ranges == NULL:
+        return LDD_E_NO_MEMORY
+    table.ranges = ranges
+    for i in range(table.cache_capacity, capacity):
+        table.caches[i].link = i + 1 if i + 1 < capacity else LDD_NO_SLOT
+    table.first_free = table.cache_capacity
+    table.cache_capacity = capacity
+    return LDD_OK
+
+
+cdef ldd_status _bind(ldd_table* table, uint32_t slot, const ldd_key_spec* spec, uint32_t flags,
+                      ldd_detail* detail) noexcept nogil:
+    """Bind one key to a slot that _enter is filling; room in the index is reserved."""
+    cdef ldd_cache* cache = &table.caches[slot]
+    cdef uint32_t key = ldd_keys_find(&table.keys, spec.kind, spec.id, spec.model_id), other
+    if cache.slot_keys[spec.slot] != LDD_NO_KEY:
+        return ldd_fail(detail, LDD_E_PARAM, b"two keys were given for batch slot %u", spec.slot)
+    if key != LDD_NO_KEY:
+        other = table.keys.entries[key].cache_slot
+        if other == slot:
+            if not flags & LDD_CACHE_LAST_KEY_WINS:
+                return ldd_fail(detail, LDD_E_PARAM, b"%s %llu of model %llu was given twice", ldd_kind_name(spec.kind),
+                                <unsigned long long>spec.id, <unsigned long long>spec.model_id)
+        elif cache.owned:
+            return ldd_fail(detail, LDD_E_PARAM, b"%s %llu of model %llu is bound to cache %lld already",
+                            ldd_kind_name(spec.kind), <unsigned long long>spec.id, <unsigned long long>spec.model_id,
+                            <long long>table.caches[other].cache_id)
+        elif spec.kind != KEY_BLOCKS:
+            return LDD_OK                           # registered later: the first one keeps the key
+        _unbind(table, key)
+    key = ldd_keys_add(&table.keys, spec.kind, spec.id, spec.model_id, slot, spec.slot)
+    cache.slot_keys[spec.slot] = key
+    cache.num_keys += 1
+    if cache.owned and not cache.is_blocks:
+        cache.num_refs += 1
+    return LDD_OK
+
+
+cdef void _unbind(ldd_table* table, uint32_t key) noexcept nogil:
+    cdef ldd_cache* cache = &table.caches[table.keys.entries[key].cache_slot]
+    cache.slot_keys[table.keys.entries[key].batch_slot] = LDD_NO_KEY
+    cache.num_keys -= 1
+    if cache.owned and not cache.is_blocks:
+        cache.num_refs -= 1
+    ldd_keys_remove(&table.keys, key)
+
+
+cdef void _unbind_all(ldd_table* table, uint32_t slot) noexcept nogil:
+    cdef ldd_cache* cache = &table.caches[slot]
+    cdef uint32_t i
+    for i in range(cache.num_key_slots if cache.num_keys else 0):
+        if cache.slot_keys[i] != LDD_NO_KEY:
+            _unbind(table, cache.slot_keys[i])
+
+
+cdef int64_t ldd_cache_publish(ldd_table* table, uint32_t slot) noexcept nogil:
+    cdef ldd_cache* cache = &table.caches[slot]
+    cdef ldd_range* bounds = &table.ranges[table.num_caches]
+    cdef uint64_t low = cache.addrs[0], high = cache.addrs[0], step = 0
+    cdef uint32_t i
+    if cache.num_tensors > 1 and cache.addrs[1] > cache.addrs[0]:
+        step = cache.addrs[1] - cache.addrs[0]
+    for i in range(1, cache.num_tensors):
+        low = min(low, cache.addrs[i])
+        high = max(high, cache.addrs[i])
+        if cache.addrs[i] - cache.addrs[i - 1] != step:
+            step = 0
+    cache.step = step
+    cache.base = cache.addrs[0]
+    cache.cache_id = table.next_id
+    cache.published = True
+    cache.link = table.num_caches
+    bounds.first = low
+    bounds.last = high + cache.tensor_bytes - 1
+    bounds.slot = slot
+    ldd_keys_add(&table.keys, KEY_BY_ID, <uint64_t>cache.cache_id, 0, slot, 0)
+    table.next_id += 1
+    table.num_caches += 1
+    if cache.owned:
+        table.num_owned += 1
+        table.owned_bytes += cache.num_tensors * cache.tensor_bytes
+    else:
+        table.registered_bytes += cache.num_tensors * cache.tensor_bytes
+    return cache.cache_id
+
+
+cdef void ldd_cache_close(ldd_table* table, uint32_t slot, bint force) noexcept nogil:
+    cdef ldd_cache* cache = &table.caches[slot]
+    if cache.handle_ref:
+        cache.handle_ref = False
+        table.num_deferred += 1
+    if cache.published and (force or cache.num_refs == 0):
+        _retire(table, slot)
+
+
+cdef void ldd_cache_release_key(ldd_table* table, uint32_t key) noexcept nogil:
+    cdef uint32_t slot = table.keys.entries[key].cache_slot
+    _unbind(table, key)
+    if not table.caches[slot].handle_ref and table.caches[slot].num_refs == 0:
+        _retire(table, slot)
+
+
+cdef void _retire(ldd_table* table, uint32_t slot) noexcept nogil:
+    """Let nobody find a published cache from now on; free it now or with its last pin."""
+    cdef ldd_cache* cache = &table.caches[slot]
+    cache.published = False
+    _unbind_all(table, slot)
+    ldd_cache_free_unused(table, slot)
+
+
+cdef void ldd_cache_free_unused(ldd_table* table, uint32_t slot) noexcept nogil:
+    cdef ldd_cache* cache = &table.caches[slot]
+    cdef uint32_t* grown
+    if cache.pins != 0:
+        return
+    if not _has_hazard(table, slot, cache.generation):
+        cache.zombie = False
+        _free_cache(table, slot)
+        return
+    if cache.zombie:
+        return
+    if table.num_zombies == table.zombie_capacity:
+        grown = <uint32_t*>realloc(table.zombies, (table.zombie_capacity * 2 + 16) * sizeof(uint32_t))
+        if grown == NULL:
+            return                                  # the memory stays taken; nothing is freed under a reader
+        table.zombies = grown
+        table.zombie_capacity = table.zombie_capacity * 2 + 16
+    cache.zombie = True
+    table.zombies[table.num_zombies] = slot
+    table.num_zombies += 1
+
+
+cdef void ldd_cache_bury(ldd_table* table) noexcept nogil:
+    cdef uint32_t i = 0, slot
+    while i < table.num_zombies:
+        slot = table.zombies[i]
+        if table.caches[slot].pins != 0 or _has_hazard(table, slot, table.caches[slot].generation):
+            i += 1
+            continue
+        table.num_zombies -= 1
+        table.zombies[i] = table.zombies[table.num_zombies]
+        table.caches[slot].zombie = False
+        _free_cache(table, slot)
+
+
+cdef bint _has_hazard(ldd_table* table, uint32_t slot, uint32_t generation) noexcept nogil:
+    """Whether a peer says that it touches this cache. What hides the cache comes before, see ldd_seq_begin."""
+    cdef uint64_t wanted = <uint64_t>generation << 32 | (slot + 1)
+    cdef uint32_t i, j
+    for i in range(table.num_lanes):
+        for j in range(LDD_LANE_HAZARDS):
+            if ldd_load64(&table.lanes[i].lane.hazards[j]) == wanted:
+                return True
+    return False
+
+
+cdef uint64_t ldd_cache_count_hazards(ldd_table* table) noexcept nogil:
+    cdef uint64_t count = 0
+    cdef uint32_t i, j
+    for i in range(table.num_lanes):
+        for j in range(LDD_LANE_HAZARDS):
+            count += ldd_load64(&table.lanes[i].lane.hazards[j]) != 0
+    return count
+
+
+cdef void _free_cache(ldd_table* table, uint32_t slot) noexcept nogil:
+    cdef ldd_cache* cache = &table.caches[slot]
+    cdef ldd_range* moved
+    ldd_keys_remove(&table.keys, ldd_keys_find(&table.keys, KEY_BY_ID, <uint64_t>cache.cache_id, 0))
+    if cache.owned:
+        ldd_pool_free(cache.pool, cache.span)
+        table.num_owned -= 1
+        table.owned_bytes -= cache.num_tensors * cache.tensor_bytes
+    else:
+        table.registered_bytes -= cache.num_tensors * cache.tensor_bytes
+    table.num_deferred -= 1
+    table.num_caches -= 1
+    moved = &table.ranges[table.num_caches]
+    table.ranges[cache.link] = moved[0]
+    table.caches[moved.slot].link = cache.link
+    free(cache.addrs)
+    ldd_cache_leave(table, slot)
+    ldd_cond_broadcast(&table.drained)
+
+
+cdef uint32_t ldd_cache_find(ldd_table* table, int64_t cache_id) noexcept nogil:
+    cdef uint32_t key = ldd_keys_find(&table.keys, KEY_BY_ID, <uint64_t>cache_id, 0)
+    return table.keys.entries[key].cache_slot if key != LDD_NO_KEY else <uint32_t>LDD_NO_SLOT
+
+
+cdef void ldd_cache_pin(ldd_table* table, uint32_t slot, uint64_t batch_index, ldd_cache_view* view) noexcept nogil:
+    cdef ldd_cache* cache = &table.caches[slot]
+    cdef uint32_t key = cache.slot_keys[batch_index] if batch_index < cache.num_key_slots else LDD_NO_KEY
+    cache.pins += 1
+    table.num_pins += 1
+    view.cache_id = cache.cache_id
+    view.slot = slot
+    view.generation = cache.generation
+    view.num_tensors = cache.num_tensors
+    view.batch_index = batch_index
+    view.num_slots = cache.num_slots
+    view.tensor_bytes = cache.tensor_bytes
+    view.stride = cache.tensor_bytes // cache.num_slots
+    view.step = cache.step
+    view.addrs = cache.addrs
+    view.key_index = LDD_NO_KEY
+    view.key_generation = 0
+    view.key_kind = KEY_BY_ID
+    if key != LDD_NO_KEY:
+        view.key_kind = table.keys.entries[key].kind
+        if view.key_kind == KEY_REQ and cache.owned:
+            view.key_index = key
+            view.key_generation = table.keys.entries[key].generation
+    view.tensor = 0
+    view.offset = 0
+    view.owned = cache.owned
+    view.is_blocks = cache.is_blocks
+    view.host = cache.host
+    view.remote_accessible = cache.remote_accessible
+
+
+cdef void ldd_cache_unpin(ldd_table* table, uint32_t slot) noexcept nogil:
+    cdef ldd_cache* cache = &table.caches[slot]
+    cache.pins -= 1
+    table.num_pins -= 1
+    if not cache.published:
+        ldd_cache_free_unused(table, slot)
+
+
+cdef uint32_t ldd_cache_tensor_of(const ldd_cache* cache, uint64_t addr, uint64_t last) noexcept nogil:
+    cdef uint32_t i = 0, end = cache.num_tensors
+    if cache.step:
+        # The last tensor that starts at or below addr; none before it reaches further.
+        i = <uint32_t>min((addr - cache.addrs[0]) // cache.step, <uint64_t>(end - 1))
+        end = i + 1
+    while i < end:
+        if cache.addrs[i] <= addr and last - cache.addrs[i] < cache.tensor_bytes:
+            return i
+        i += 1
+    return cache.num_tensors
+
+
+cdef const char* ldd_kind_name(uint32_t kind) noexcept nogil:
+    if kind == KEY_REQ:
+        return b"req_id"
+    if kind == KEY_PREFIX:
+        return b"prefix_id"
+    return b"blocks" if kind == KEY_BLOCKS else b"unknown"

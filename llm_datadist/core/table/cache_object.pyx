@@ -1,0 +1,272 @@
+"""The cache table as a Python object: the cdef API with Python numbers, for tests and for looking at a table by hand.
+
+The engine and the service thread call ``cache_table`` directly and never come here. Methods raise what the statuses
+of the calls below them stand for; none blocks with the GIL held.
+"""
+cimport cython
+from libc.stddef cimport size_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
+
+from llm_datadist.core.base.status cimport LDD_E_TIMEOUT, check, ldd_detail, ldd_status
+from llm_datadist.core.base.sync cimport ldd_lock, ldd_now_ns, ldd_unlock
+from llm_datadist.core.table.cache_table cimport (
+    ldd_cache_row, ldd_cache_view, ldd_key_spec, ldd_table_allocate, ldd_table_clear, ldd_table_counts,
+    ldd_table_create, ldd_table_deallocate, ldd_table_destroy, ldd_table_pin_local, ldd_table_pin_range,
+    ldd_table_register, ldd_table_remove_key, ldd_table_resolve, ldd_table_snapshot, ldd_table_stats, ldd_table_take,
+    ldd_table_unpin, ldd_table_unregister,
+)
+from llm_datadist.core.table.key_index cimport LDD_NO_KEY
+from llm_datadist.core.table.pool cimport PagePool, ldd_pool
+
+import contextlib
+from typing import NamedTuple, Optional
+
+
+class Pinned(NamedTuple):
+    """A pinned cache as Python sees it; fields as in ``ldd_cache_view``, addresses copied."""
+
+    cache_id: int
+    slot: int
+    generation: int
+    num_tensors: int
+    num_slots: int
+    tensor_bytes: int
+    stride: int
+    step: int
+    addrs: tuple
+    batch_index: int
+    key: Optional[tuple]
+    key_kind: int
+    tensor: int
+    offset: int
+    owned: bool
+    is_blocks: bool
+    host: bool
+    remote_accessible: bool
+
+
+@cython.final
+cdef class CacheTable:
+    """A cache table of its own.
+
+    Safe from any thread. A method with a timeout first tries the mutex and waits for it without the GIL. `keys` are
+    (batch slot, kind, id, model id).
+    """
+
+    def __cinit__(self):
+        self.t = NULL
+
+    def __init__(self):
+        cdef ldd_detail detail
+        if self.t != NULL:
+            raise TypeError("a CacheTable is initialised once")
+        check(ldd_table_create(&self.t, &detail), &detail, b"create cache table")
+
+    def __dealloc__(self):
+        ldd_table_destroy(self.t)
+
+    def allocate(self, PagePool pool, uint32_t num_tensors, uint64_t num_slots, uint64_t tensor_bytes, keys=(),
+                 uint32_t flags=0, timeout_ms=1000):
+        """Return (cache id, [address per tensor]) of a new owned cache."""
+        cdef ldd_detail detail
+        cdef int64_t cache_id = 0, deadline = _deadline(timeout_ms)
+        cdef ldd_status st
+        cdef uint32_t num_keys = len(keys)
+        cdef ldd_pool* memory = NULL if pool is None else pool.pool
+        cdef uint64_t* addrs = <uint64_t*>malloc(<size_t>num_tensors * sizeof(uint64_t) + 1)
+        cdef ldd_key_spec* specs = NULL
+        detail.provider_code = 0
+        try:
+            specs = _key_specs(keys)
+            if addrs == NULL:
+                raise MemoryError
+            st = ldd_table_allocate(self.t, memory, num_tensors, num_slots, tensor_bytes, flags, specs, num_keys,
+                                    &cache_id, addrs, 0, &detail)
+            if st == LDD_E_TIMEOUT:
+                with nogil:
+                    st = ldd_table_allocate(self.t, memory, num_tensors, num_slots, tensor_bytes, flags, specs,
+                                            num_keys, &cache_id, addrs, deadline, &detail)
+            check(st, &detail, b"allocate cache")
+            return cache_id, [addrs[i] for i in range(num_tensors)]
+        finally:
+            free(addrs)
+            free(specs)
+
+    def register(self, addrs, uint64_t num_slots, uint64_t tensor_bytes, keys=(), uint32_t flags=0, timeout_ms=1000):
+        """Return the id of a new registered cache over tensors at `addrs`."""
+        cdef ldd_detail detail
+        cdef int64_t cache_id = 0, deadline = _deadline(timeout_ms)
+        cdef ldd_status st
+        cdef uint32_t num_tensors = len(addrs), num_keys = len(keys), i
+        cdef uint64_t* values = <uint64_t*>malloc(<size_t>num_tensors * sizeof(uint64_t) + 1)
+        cdef ldd_key_spec* specs = NULL
+        detail.provider_code = 0
+        try:
+            specs = _key_specs(keys)
+            if values == NULL:
+                raise MemoryError
+            for i, addr in enumerate(addrs):
+                values[i] = addr
+            with nogil:
+                st = ldd_table_register(self.t, values, num_tensors, num_slots, tensor_bytes, flags, specs, num_keys,
+                                        &cache_id, deadline, &detail)
+            check(st, &detail, b"register cache")
+            return cache_id
+        finally:
+            free(values)
+            free(specs)
+
+    def deallocate(self, int64_t cache_id, timeout_ms=1000):
+        """Give up the handle of an owned cache."""
+        cdef ldd_detail detail
+        cdef int64_t deadline = _deadline(timeout_ms)
+        cdef ldd_status st = ldd_table_deallocate(self.t, cache_id, 0, &detail)
+        if st == LDD_E_TIMEOUT:
+            with nogil:
+                st = ldd_table_deallocate(self.t, cache_id, deadline, &detail)
+        detail.provider_code = 0
+        check(st, &detail, b"deallocate cache")
+
+    def unregister(self, int64_t cache_id, timeout_ms=1000):
+        """Forget a registered cache once nothing reads or writes it."""
+        cdef ldd_detail detail
+        cdef int64_t deadline = _deadline(timeout_ms)
+        cdef ldd_status st
+        detail.provider_code = 0
+        with nogil:
+            st = ldd_table_unregister(self.t, cache_id, deadline, &detail)
+        check(st, &detail, b"unregister cache")
+
+    def remove_key(self, uint32_t kind, uint64_t id, uint64_t model_id, timeout_ms=1000):
+        """Unbind a key."""
+        cdef ldd_detail detail
+        cdef int64_t deadline = _deadline(timeout_ms)
+        cdef ldd_status st = ldd_table_remove_key(self.t, kind, id, model_id, 0, &detail)
+        if st == LDD_E_TIMEOUT:
+            with nogil:
+                st = ldd_table_remove_key(self.t, kind, id, model_id, deadline, &detail)
+        detail.provider_code = 0
+        check(st, &detail, b"remove cache key")
+
+    def resolve(self, uint32_t kind, uint64_t id, uint64_t model_id=0, uint64_t batch_index=0):
+        """Find, pin and describe a cache; give the result to `unpin`."""
+        cdef ldd_detail detail
+        cdef ldd_cache_view view
+        cdef ldd_status st
+        detail.provider_code = 0
+        with nogil:
+            st = ldd_table_resolve(self.t, kind, id, model_id, batch_index, &view, &detail)
+        check(st, &detail, b"resolve cache")
+        return _pinned(&view)
+
+    def pin_local(self, int64_t cache_id):
+        """Pin a cache by id."""
+        cdef ldd_detail detail
+        cdef ldd_cache_view view
+        cdef ldd_status st
+        detail.provider_code = 0
+        with nogil:
+            st = ldd_table_pin_local(self.t, cache_id, &view, &detail)
+        check(st, &detail, b"pin cache")
+        return _pinned(&view)
+
+    def pin_range(self, uint64_t addr, uint64_t num_bytes):
+        """Pin the cache with a tensor around an address range."""
+        cdef ldd_detail detail
+        cdef ldd_cache_view view
+        cdef ldd_status st
+        detail.provider_code = 0
+        with nogil:
+            st = ldd_table_pin_range(self.t, addr, num_bytes, &view, &detail)
+        check(st, &detail, b"pin range")
+        return _pinned(&view)
+
+    def unpin(self, pinned):
+        """Drop a pin."""
+        cdef uint32_t slot = pinned.slot, generation = pinned.generation
+        with nogil:
+            ldd_table_unpin(self.t, slot, generation)
+
+    def take(self, key, uint32_t first_tensor, uint32_t num_tensors):
+        """Report a successful pull of a range of tensors; `key` is ``Pinned.key``, or None."""
+        cdef uint32_t index, generation
+        cdef ldd_status st
+        index, generation = (LDD_NO_KEY, 0) if key is None else key
+        with nogil:
+            st = ldd_table_take(self.t, index, generation, first_tensor, num_tensors)
+        check(st, NULL, b"take tensors")
+
+    def clear(self, timeout_ms=1000):
+        """Free everything once nothing is read or written."""
+        cdef ldd_detail detail
+        cdef int64_t deadline = _deadline(timeout_ms)
+        cdef ldd_status st
+        detail.provider_code = 0
+        with nogil:
+            st = ldd_table_clear(self.t, deadline, &detail)
+        check(st, &detail, b"clear cache table")
+
+    def stats(self):
+        """Return the counts as a dict."""
+        cdef ldd_table_counts counts
+        with nogil:
+            ldd_table_stats(self.t, &counts)
+        return counts
+
+    def snapshot(self):
+        """Return one dict per live cache, in no order."""
+        cdef ldd_cache_row* rows = NULL
+        cdef size_t capacity = 64, count
+        while True:
+            rows = <ldd_cache_row*>malloc(capacity * sizeof(ldd_cache_row))
+            if rows == NULL:
+                raise MemoryError
+            try:
+                with nogil:
+                    count = ldd_table_snapshot(self.t, rows, capacity)
+                if count <= capacity:
+                    return [rows[i] for i in range(count)]
+            finally:
+                free(rows)
+            capacity = count + (count >> 2)
+
+    @contextlib.contextmanager
+    def hold(self):
+        """Keep the mutex for a while, so that everybody else runs into their deadlines."""
+        with nogil:
+            ldd_lock(&self.t.mutex)
+        try:
+            yield
+        finally:
+            ldd_unlock(&self.t.mutex)
+
+
+cdef int64_t _deadline(timeout_ms) except -1:
+    return ldd_now_ns() + <int64_t>timeout_ms * 1000000
+
+
+cdef ldd_key_spec* _key_specs(keys) except? NULL:
+    cdef ldd_key_spec* specs = <ldd_key_spec*>malloc(len(keys) * sizeof(ldd_key_spec) + 1)
+    cdef size_t i
+    if specs == NULL:
+        raise MemoryError
+    try:
+        for i, (slot, kind, id, model_id) in enumerate(keys):
+            specs[i].slot = slot
+            specs[i].kind = kind
+            specs[i].id = id
+            specs[i].model_id = model_id
+    except BaseException:
+        free(specs)
+        raise
+    return specs
+
+
+cdef object _pinned(const ldd_cache_view* view):
+    return Pinned(
+        view.cache_id, view.slot, view.generation, view.num_tensors, view.num_slots, view.tensor_bytes, view.stride,
+        view.step, tuple([view.addrs[i] for i in range(view.num_tensors)]), view.batch_index,
+        None if view.key_index == LDD_NO_KEY else (view.key_index, view.key_generation), view.key_kind, view.tensor,
+        view.offset, bool(view.owned), bool(view.is_blocks), bool(view.host), bool(view.remote_accessible),
+    )

@@ -1,0 +1,547 @@
+"""The cache table of one engine: what can be found here by key, id or address, and pinned while it is used.
+
+Called by user threads, and by the service thread and those of the data servers, which never hold the GIL. One mutex
+covers the table: no operation scans caches or keys (but for pushes to given addresses, statistics and the end). None
+makes a system call under the mutex except through the allocator, and for each pull whose bytes are on their way over
+the network, to see whether they have arrived; that is also the one wait, of milliseconds at most and hardly ever, but
+for ``unregister`` and ``clear``, which wait on a condition. Lock order: GIL, table, pool or the provider's own. The
+transitions themselves are in ``cache_life.pyx``.
+"""
+from libc.stddef cimport size_t
+from libc.stdint cimport UINT64_MAX, int32_t, int64_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, realloc
+from libc.string cimport memcpy
+
+from llm_datadist.core.base.provider cimport LDD_FETCH_DONE, LDD_FETCH_OPEN
+from llm_datadist.core.base.status cimport (
+    LDD_E_NOT_EXIST, LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_OK, ldd_detail, ldd_fail, ldd_status,
+)
+from llm_datadist.core.base.sync cimport (
+    ldd_cond_destroy, ldd_cond_init, ldd_cond_wait_until, ldd_lock, ldd_lock_until, ldd_mutex_destroy, ldd_mutex_init,
+    ldd_now_ns, ldd_unlock,
+)
+from llm_datadist.core.table.cache_life cimport (
+    LDD_NO_SLOT, ldd_cache, ldd_cache_bury, ldd_cache_close, ldd_cache_count_hazards, ldd_cache_describe,
+    ldd_cache_enter, ldd_cache_find, ldd_cache_leave, ldd_cache_pin, ldd_cache_publish, ldd_cache_release_key,
+    ldd_cache_tensor_of, ldd_cache_unpin, ldd_delivery, ldd_kind_name, ldd_lane_reader, ldd_range,
+)
+from llm_datadist.core.table.key_index cimport (
+    KEY_BLOCKS, KEY_BY_ID, KEY_REQ, LDD_NO_KEY, ldd_cell, ldd_key, ldd_keys_bytes, ldd_keys_destroy, ldd_keys_find,
+    ldd_keys_init, ldd_keys_max_probe, ldd_keys_place, ldd_keys_take,
+)
+from llm_datadist.core.table.pool cimport ldd_pool, ldd_pool_alloc_tensors
+from llm_datadist.core.table.shared_table cimport (
+    LDD_LANE_RING, LDD_MAX_CELLS, LDD_MAX_KEYS, ldd_board_create, ldd_board_destroy, ldd_lane, ldd_load32, ldd_load64,
+    ldd_seq_begin, ldd_seq_end, ldd_store32,
+)
+
+cdef enum:
+    HAZARD_POLL_NS = 200000
+
+
+cdef ldd_status ldd_table_create(ldd_table** out, ldd_detail* detail) noexcept nogil:
+    cdef ldd_table* table = <ldd_table*>calloc(1, sizeof(ldd_table))
+    out[0] = NULL
+    if table == NULL or ldd_mutex_init(&table.mutex) != LDD_OK:
+        free(table)
+        return ldd_fail(detail, LDD_E_NO_MEMORY, b"no room for a cache table")
+    if ldd_cond_init(&table.drained) != LDD_OK:
+        ldd_mutex_destroy(&table.mutex)
+        free(table)
+        return ldd_fail(detail, LDD_E_NO_MEMORY, b"no room for a cache table")
+    if ldd_board_create(&table.board, sizeof(ldd_cell), sizeof(ldd_key), sizeof(ldd_cache), detail) != LDD_OK:
+        ldd_cond_destroy(&table.drained)
+        ldd_mutex_destroy(&table.mutex)
+        free(table)
+        return LDD_E_NO_MEMORY
+    ldd_keys_init(&table.keys)
+    ldd_keys_place(&table.keys, <ldd_cell*>table.board.cells[0], <ldd_cell*>table.board.cells[1], LDD_MAX_CELLS,
+                   <ldd_key*>table.board.entries, LDD_MAX_KEYS)
+    table.caches = <ldd_cache*>table.board.caches
+    table.first_free = LDD_NO_SLOT
+    table.next_id = 1
+    out[0] = table
+    return LDD_OK
+
+
+cdef void ldd_table_destroy(ldd_table* table) noexcept nogil:
+    cdef uint32_t i
+    if table == NULL:
+        return
+    for i in range(table.num_caches):
+        free(table.caches[table.ranges[i].slot].addrs)
+    ldd_keys_destroy(&table.keys)
+    ldd_board_destroy(&table.board)
+    free(table.ranges)
+    free(table.lanes)
+    free(table.zombies)
+    ldd_cond_destroy(&table.drained)
+    ldd_mutex_destroy(&table.mutex)
+    free(table)
+
+
+cdef ldd_status ldd_table_allocate(ldd_table* table, ldd_pool* pool, uint32_t num_tensors, uint64_t num_slots,
+                                   uint64_t tensor_bytes, uint32_t flags, const ldd_key_spec* keys, uint32_t num_keys,
+                                   int64_t* cache_id, uint64_t* addrs, int64_t deadline_ns,
+                                   ldd_detail* detail) noexcept nogil:
+    cdef ldd_cache cache
+    cdef uint32_t slot
+    cdef ldd_status st
+    if pool == NULL:
+        return ldd_fail(detail, LDD_E_PARAM, b"there is no %s memory pool to allocate from",
+                        b"host" if flags & LDD_CACHE_HOST else b"device")
+    st = ldd_cache_describe(&cache, num_tensors, num_slots, tensor_bytes, flags, keys, num_keys, detail)
+    if st != LDD_OK:
+        return st
+    cache.owned = True
+    cache.pool = pool
+    st = _lock(table, deadline_ns, detail)
+    if st != LDD_OK:
+        free(cache.addrs)
+        return st
+    _begin(table)
+    st = ldd_cache_enter(table, &cache, keys, num_keys, flags, &slot, detail)
+    if st == LDD_OK:
+        st = ldd_pool_alloc_tensors(pool, num_tensors, tensor_bytes, cache.addrs, &table.caches[slot].span, detail)
+        if st != LDD_OK:
+            ldd_cache_leave(table, slot)
+    if st == LDD_OK:
+        cache_id[0] = ldd_cache_publish(table, slot)
+        if addrs != NULL:
+            memcpy(addrs, cache.addrs, num_tensors * sizeof(uint64_t))
+    _end(table)
+    ldd_unlock(&table.mutex)
+    if st != LDD_OK:
+        free(cache.addrs)
+    return st
+
+
+cdef ldd_status ldd_table_register(ldd_table* table, const uint64_t* addrs, uint32_t num_tensors, uint64_t num_slots,
+                                   uint64_t tensor_bytes, uint32_t flags, const ldd_key_spec* keys, uint32_t num_keys,
+                                   int64_t* cache_id, int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
+    cdef ldd_cache cache
+    cdef uint32_t slot, i
+    cdef ldd_status st
+    st = ldd_cache_describe(&cache, num_tensors, num_slots, tensor_bytes, flags, keys, num_keys, detail)
+    if st != LDD_OK:
+        return st
+    for i in range(num_tensors):
+        if addrs[i] == 0 or tensor_bytes - 1 > UINT64_MAX - addrs[i]:
+            free(cache.addrs)
+            return ldd_fail(detail, LDD_E_PARAM, b"address %u is 0x%llx, no place for %llu bytes", i,
+                            <unsigned long long>addrs[i], <unsigned long long>tensor_bytes)
+    memcpy(cache.addrs, addrs, num_tensors * sizeof(uint64_t))
+    st = _lock(table, deadline_ns, detail)
+    if st != LDD_OK:
+        free(cache.addrs)
+        return st
+    _begin(table)
+    st = ldd_cache_enter(table, &cache, keys, num_keys, flags, &slot, detail)
+    if st == LDD_OK:
+        cache_id[0] = ldd_cache_publish(table, slot)
+    _end(table)
+    ldd_unlock(&table.mutex)
+    if st != LDD_OK:
+        free(cache.addrs)
+    return st
+
+
+cdef ldd_status ldd_table_deallocate(ldd_table* table, int64_t cache_id, int64_t deadline_ns,
+                                     ldd_detail* detail) noexcept nogil:
+    cdef uint32_t slot
+    cdef ldd_status st = _lock(table, deadline_ns, detail)
+    if st != LDD_OK:
+        return st
+    slot = ldd_cache_find(table, cache_id)
+    if slot != LDD_NO_SLOT and table.caches[slot].owned:
+        _begin(table)
+        ldd_cache_close(table, slot, False)
+        _end(table)
+    ldd_unlock(&table.mutex)
+    return LDD_OK
+
+
+cdef ldd_status ldd_table_unregister(ldd_table* table, int64_t cache_id, int64_t deadline_ns,
+                                     ldd_detail* detail) noexcept nogil:
+    cdef uint32_t slot
+    cdef ldd_status st = _lock(table, deadline_ns, detail)
+    if st != LDD_OK:
+        return st
+    slot = ldd_cache_find(table, cache_id)
+    if slot != LDD_NO_SLOT and not table.caches[slot].owned:
+        _begin(table)
+        ldd_cache_close(table, slot, False)
+        _end(table)
+        # Ids are never used twice, so a slot that has another one by now tells that the cache is gone.
+        while table.caches[slot].cache_id == cache_id:
+            if st == LDD_OK:
+                st = _wait_drained(table, deadline_ns)
+                continue
+            ldd_fail(detail, st, b"cache %lld is read or written by %u transfers", <long long>cache_id,
+                     table.caches[slot].pins)
+            ldd_unlock(&table.mutex)
+            return st
+    ldd_unlock(&table.mutex)
+    return LDD_OK
+
+
+cdef ldd_status ldd_table_remove_key(ldd_table* table, uint32_t kind, uint64_t id, uint64_t model_id,
+                                     int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
+    cdef uint32_t key
+    cdef ldd_status st
+    if kind > KEY_BLOCKS:                           # ids are not keys, though the index holds both
+        return ldd_fail(detail, LDD_E_PARAM, b"key kind is %u; allowed are 0 to 2", kind)
+    st = _lock(table, deadline_ns, detail)
+    if st != LDD_OK:
+        return st
+    key = ldd_keys_find(&table.keys, kind, id, model_id)
+    if key != LDD_NO_KEY:
+        _begin(table)
+        ldd_cache_release_key(table, key)
+        _end(table)
+    ldd_unlock(&table.mutex)
+    return LDD_OK
+
+
+cdef ldd_status ldd_table_resolve(ldd_table* table, uint32_t kind, uint64_t id, uint64_t model_id,
+                                  uint64_t batch_index, ldd_cache_view* view, ldd_detail* detail) noexcept nogil:
+    cdef uint32_t key
+    cdef ldd_status st = LDD_OK
+    if kind == KEY_BY_ID:
+        return _pin_by_id(table, id, batch_index, view, detail)
+    _lock_now(table)
+    key = ldd_keys_find(&table.keys, kind, id, model_id)
+    if key != LDD_NO_KEY:
+        ldd_cache_pin(table, table.keys.entries[key].cache_slot, table.keys.entries[key].batch_slot, view)
+    ldd_unlock(&table.mutex)
+    if key == LDD_NO_KEY:
+        st = ldd_fail(detail, LDD_E_NOT_EXIST, b"no cache is bound to %s %llu of model %llu", ldd_kind_name(kind),
+                      <unsigned long long>id, <unsigned long long>model_id)
+    return st
+
+
+cdef ldd_status ldd_table_pin_local(ldd_table* table, int64_t cache_id, ldd_cache_view* view,
+                                    ldd_detail* detail) noexcept nogil:
+    return _pin_by_id(table, <uint64_t>cache_id, 0, view, detail)
+
+
+cdef ldd_status ldd_table_pin_range(ldd_table* table, uint64_t addr, uint64_t num_bytes, ldd_cache_view* view,
+                                    ldd_detail* detail) noexcept nogil:
+    cdef uint64_t last = addr + num_bytes - 1
+    cdef uint32_t i, tensor
+    cdef ldd_range* bounds
+    cdef ldd_cache* cache
+    if num_bytes != 0 and last >= addr:
+        _lock_now(table)
+        for i in range(table.num_caches):
+            bounds = &table.ranges[i]
+            if addr < bounds.first or last > bounds.last:
+                continue
+            cache = &table.caches[bounds.slot]
+            tensor = ldd_cache_tensor_of(cache, addr, last)
+            if tensor < cache.num_tensors and cache.published:
+                ldd_cache_pin(table, bounds.slot, 0, view)
+                view.tensor = tensor
+                view.offset = addr - cache.addrs[tensor]
+                ldd_unlock(&table.mutex)
+                return LDD_OK
+        ldd_unlock(&table.mutex)
+    return ldd_fail(detail, LDD_E_PARAM, b"%llu bytes at 0x%llx lie in no tensor of a live cache",
+                    <unsigned long long>num_bytes, <unsigned long long>addr)
+
+
+cdef void ldd_table_unpin(ldd_table* table, uint32_t slot, uint32_t generation) noexcept nogil:
+    _lock_now(table)
+    _unpin(table, slot, generation)
+    ldd_unlock(&table.mutex)
+
+
+cdef void _unpin(ldd_table* table, uint32_t slot, uint32_t generation) noexcept nogil:
+    cdef ldd_cache* cache
+    if slot < table.cache_capacity:
+        cache = &table.caches[slot]
+        if cache.cache_id != 0 and cache.generation == generation and cache.pins != 0:
+            if cache.published:
+                ldd_cache_unpin(table, slot)
+            else:
+                _begin(table)
+                ldd_cache_unpin(table, slot)
+                _end(table)
+
+
+cdef ldd_status ldd_table_take(ldd_table* table, uint32_t key_index, uint32_t key_generation, uint32_t first_tensor,
+                               uint32_t num_tensors) noexcept nogil:
+    cdef ldd_key* key
+    cdef ldd_cache* cache
+    cdef int taken
+    cdef ldd_status st = LDD_OK
+    _lock_now(table)
+    # The handle may come from a peer: only an entry in use, of the very generation, that keeps memory, is taken.
+    if key_index < table.keys.num_entries and key_generation & 1:
+        key = &table.keys.entries[key_index]
+        if key.generation == key_generation and key.kind == KEY_REQ:
+            cache = &table.caches[key.cache_slot]
+            if not cache.owned:
+                pass
+            elif first_tensor > cache.num_tensors or num_tensors > cache.num_tensors - first_tensor:
+                st = LDD_E_PARAM
+            else:
+                taken = ldd_keys_take(&table.keys, key_index, first_tensor, num_tensors, cache.num_tensors)
+                if taken < 0:
+                    st = taken
+                elif taken:
+                    _begin(table)
+                    ldd_cache_release_key(table, key_index)
+                    _end(table)
+    ldd_unlock(&table.mutex)
+    return st
+
+
+cdef ldd_status ldd_table_clear(ldd_table* table, int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
+    cdef uint32_t i = 0, num_caches, slot
+    cdef ldd_status st = _lock(table, deadline_ns, detail)
+    if st != LDD_OK:
+        return st
+    _begin(table)
+    while i < table.num_caches:
+        num_caches = table.num_caches
+        ldd_cache_close(table, table.ranges[i].slot, True)
+        if table.num_caches == num_caches:          # pinned; otherwise the last one has moved to i
+            i += 1
+    _end(table)
+    while st == LDD_OK and table.num_caches:
+        st = _wait_drained(table, deadline_ns)
+    if table.num_caches:
+        slot = table.ranges[0].slot
+        ldd_fail(detail, st, b"%u caches are still read or written, among them cache %lld by %u transfers",
+                 table.num_caches, <long long>table.caches[slot].cache_id, table.caches[slot].pins)
+    else:
+        st = LDD_OK
+    ldd_unlock(&table.mutex)
+    return st
+
+
+cdef ldd_status _wait_drained(ldd_table* table, int64_t deadline_ns) noexcept nogil:
+    """Sleep until some cache went away. Hazards are dropped without a word, so look after them now and then."""
+    cdef int64_t until = deadline_ns
+    cdef ldd_status st
+    if table.num_zombies:
+        until = min(deadline_ns, ldd_now_ns() + HAZARD_POLL_NS)
+    st = ldd_cond_wait_until(&table.drained, &table.mutex, until)
+    if table.num_zombies:
+        _begin(table)
+        ldd_cache_bury(table)
+        _end(table)
+        if ldd_now_ns() < deadline_ns:
+            return LDD_OK
+    return st
+
+
+cdef void ldd_table_stats(ldd_table* table, ldd_table_counts* counts) noexcept nogil:
+    _lock_now(table)
+    counts.num_owned = table.num_owned
+    counts.num_registered = table.num_caches - table.num_owned
+    counts.num_keys = table.keys.num_keys - table.num_caches
+    counts.num_pins = table.num_pins + ldd_cache_count_hazards(table)
+    counts.num_deferred = table.num_deferred
+    counts.owned_bytes = table.owned_bytes
+    counts.registered_bytes = table.registered_bytes
+    counts.max_probe = ldd_keys_max_probe(&table.keys)
+    counts.key_bytes = ldd_keys_bytes(&table.keys)
+    ldd_unlock(&table.mutex)
+
+
+cdef size_t ldd_table_snapshot(ldd_table* table, ldd_cache_row* rows, size_t capacity) noexcept nogil:
+    cdef size_t i, count
+    cdef ldd_cache* cache
+    _lock_now(table)
+    count = table.num_caches
+    for i in range(min(count, capacity)):
+        cache = &table.caches[table.ranges[i].slot]
+        rows[i].cache_id = cache.cache_id
+        rows[i].bytes = cache.num_tensors * cache.tensor_bytes
+        rows[i].num_tensors = cache.num_tensors
+        rows[i].num_keys = cache.num_keys
+        rows[i].pins = cache.pins
+        rows[i].owned = cache.owned
+        rows[i].is_blocks = cache.is_blocks
+        rows[i].handle_ref = cache.handle_ref
+        rows[i].published = cache.published
+    ldd_unlock(&table.mutex)
+    return count
+
+
+# The mutex, and what peers have left to be done: every entry to the table goes through one of these.
+
+cdef inline ldd_status _lock(ldd_table* table, int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
+    cdef ldd_status st = ldd_lock_until(&table.mutex, deadline_ns)
+    if st != LDD_OK:
+        return ldd_fail(detail, st, b"the cache table was busy until the deadline")
+    if table.deliveries != NULL:
+        _take_in_deliveries(table)
+    if ldd_load64(&table.board.desk.doorbell) != table.seen_doorbell or table.num_zombies:
+        _take_in(table)
+    return LDD_OK
+
+
+cdef inline void _lock_now(ldd_table* table) noexcept nogil:
+    ldd_lock(&table.mutex)
+    if table.deliveries != NULL:
+        _take_in_deliveries(table)
+    if ldd_load64(&table.board.desk.doorbell) != table.seen_doorbell or table.num_zombies:
+        _take_in(table)
+
+
+cdef inline void _begin(ldd_table* table) noexcept nogil:
+    """Something that peers read is about to change."""
+    ldd_seq_begin(&table.board.head.seq)
+
+
+cdef inline void _end(ldd_table* table) noexcept nogil:
+    table.board.head.which_cells = table.keys.which
+    table.board.head.mask = table.keys.mask
+    ldd_seq_end(&table.board.head.seq)
+
+
+cdef void _take_in(ldd_table* table) noexcept nogil:
+    """Release the keys that peers say they pulled, and free what their hazards kept."""
+    cdef uint32_t i
+    table.seen_doorbell = ldd_load64(&table.board.desk.doorbell)
+    _begin(table)
+    for i in range(table.num_lanes):
+        _read_ring(table, &table.lanes[i])
+    if table.num_zombies:
+        ldd_cache_bury(table)
+    _end(table)
+
+
+cdef void _take_in_deliveries(ldd_table* table) noexcept nogil:
+    cdef ldd_delivery** at = &table.deliveries
+    cdef ldd_delivery* delivery
+    cdef int32_t state
+    while at[0] != NULL:
+        delivery = at[0]
+        state = delivery.confirmed(delivery.fetch)
+        if state != LDD_FETCH_OPEN and delivery.key_index != LDD_NO_KEY:
+            _begin(table)
+            _release(table, delivery.key_index, delivery.key_generation)
+            _end(table)
+            delivery.key_index = LDD_NO_KEY
+        if state == LDD_FETCH_DONE:
+            at[0] = delivery.next
+            _settle(table, delivery)
+        else:
+            at = &delivery.next
+
+
+cdef void _settle(ldd_table* table, ldd_delivery* delivery) noexcept nogil:
+    delivery.pending = False
+    _unpin(table, delivery.slot, delivery.generation)
+
+
+cdef void ldd_table_deliver(ldd_table* table, ldd_delivery* delivery) noexcept nogil:
+    _lock_now(table)
+    delivery.pending = True
+    delivery.next = table.deliveries
+    table.deliveries = delivery
+    ldd_unlock(&table.mutex)
+
+
+cdef void ldd_table_end_delivery(ldd_table* table, ldd_delivery* delivery) noexcept nogil:
+    cdef ldd_delivery** at = &table.deliveries
+    _lock_now(table)                                # asks whether it is confirmed, the last time
+    if delivery.pending:
+        while at[0] != delivery:
+            at = &at[0].next
+        at[0] = delivery.next
+        _settle(table, delivery)
+    ldd_unlock(&table.mutex)
+
+
+cdef void _release(ldd_table* table, uint32_t key_index, uint32_t generation) noexcept nogil:
+    """A peer has pulled what this key was bound to. A key that is gone, or keeps no memory, is left alone."""
+    cdef ldd_key* key
+    if key_index < table.keys.num_entries and generation & 1:
+        key = &table.keys.entries[key_index]
+        if key.generation == generation and key.kind == KEY_REQ and table.caches[key.cache_slot].owned:
+            ldd_cache_release_key(table, key_index)
+
+
+cdef void _read_ring(ldd_table* table, ldd_lane_reader* reader) noexcept nogil:
+    cdef uint32_t head = ldd_load32(&reader.lane.ring_head), at
+    if head - reader.tail > LDD_LANE_RING:          # only a peer that breaks the rules gets there
+        reader.tail = head - LDD_LANE_RING
+    while reader.tail != head:
+        at = reader.tail % LDD_LANE_RING
+        reader.tail += 1
+        _release(table, reader.lane.ring[at].key_index, reader.lane.ring[at].key_generation)
+    ldd_store32(&reader.lane.ring_tail, reader.tail)
+
+
+cdef ldd_status ldd_table_add_lane(ldd_table* table, ldd_lane* lane) noexcept nogil:
+    cdef ldd_lane_reader* grown
+    cdef ldd_status st = LDD_OK
+    _lock_now(table)
+    if table.num_lanes == table.lane_capacity:
+        grown = <ldd_lane_reader*>realloc(table.lanes, (table.lane_capacity * 2 + 8) * sizeof(ldd_lane_reader))
+        if grown == NULL:
+            st = LDD_E_NO_MEMORY
+        else:
+            table.lanes = grown
+            table.lane_capacity = table.lane_capacity * 2 + 8
+    if st == LDD_OK:
+        table.lanes[table.num_lanes].lane = lane
+        table.lanes[table.num_lanes].tail = 0
+        table.num_lanes += 1
+    ldd_unlock(&table.mutex)
+    return st
+
+
+cdef void ldd_table_remove_lane(ldd_table* table, ldd_lane* lane) noexcept nogil:
+    cdef uint32_t i
+    _lock_now(table)
+    _begin(table)
+    for i in range(table.num_lanes):
+        if table.lanes[i].lane == lane:
+            _read_ring(table, &table.lanes[i])
+            ldd_store32(&lane.closed, 1)            # before anything is freed
+            table.num_lanes -= 1
+            table.lanes[i] = table.lanes[table.num_lanes]
+            break
+    if table.num_zombies:
+        ldd_cache_bury(table)
+    _end(table)
+    ldd_unlock(&table.mutex)
+
+
+cdef void ldd_table_take_in(ldd_table* table) noexcept nogil:
+    _lock_now(table)
+    ldd_unlock(&table.mutex)
+
+
+cdef void ldd_table_set_epoch(ldd_table* table, uint64_t region_epoch) noexcept nogil:
+    ldd_lock(&table.mutex)
+    if region_epoch > table.board.head.region_epoch:        # callers come in any order
+        _begin(table)
+        table.board.head.region_epoch = region_epoch
+        _end(table)
+    ldd_unlock(&table.mutex)
+
+
+cdef ldd_status _pin_by_id(ldd_table* table, uint64_t cache_id, uint64_t batch_index, ldd_cache_view* view,
+                           ldd_detail* detail) noexcept nogil:
+    cdef uint32_t slot
+    cdef uint64_t batch = 0
+    _lock_now(table)
+    slot = ldd_cache_find(table, <int64_t>cache_id)
+    if slot != LDD_NO_SLOT and table.caches[slot].published:
+        batch = 1 if table.caches[slot].is_blocks else table.caches[slot].num_slots
+        if batch_index < batch:
+            ldd_cache_pin(table, slot, batch_index, view)
+    ldd_unlock(&table.mutex)
+    if batch == 0:
+        return ldd_fail(detail, LDD_E_NOT_EXIST, b"there is no cache %lld", <long long>cache_id)
+    if batch_index >= batch:
+        return ldd_fail(detail, LDD_E_NOT_EXIST, b"batch index %llu of cache %lld is out of range; its batch size is "
+                        b"%llu", <unsigned long long>batch_index, <long long>cache_id, <unsigned long long>batch)
+    return LDD_OK

@@ -1,0 +1,87 @@
+"""Moving the bytes of a plan over a link, within a time limit.
+
+Runs on the caller's thread without the GIL, under the link's lock. A failure after which bytes might still arrive
+breaks the link.
+"""
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+
+from llm_datadist.core.base.provider cimport LDD_CAP_CANCEL, CompleteHandle
+from llm_datadist.core.base.status cimport (
+    LDD_E_INTERRUPTED, LDD_E_NOT_LINKED, LDD_E_PARAM, LDD_E_TIMEOUT, LDD_OK, ldd_fail,
+)
+from llm_datadist.core.base.sync cimport ldd_now_ns, ldd_unlock
+from llm_datadist.core.base.wait cimport ldd_hixl_result, ldd_lock_interruptible, ldd_wait_interruptible
+from llm_datadist.core.link.links cimport LINK_ACTIVE, ldd_link_break
+
+cdef extern from * nogil:
+    int __ATOMIC_RELAXED
+    uint64_t __atomic_add_fetch(uint64_t* counter, uint64_t by, int order)
+
+
+cdef aclrtContext ldd_context_enter(ldd_node* node) noexcept nogil:
+    cdef aclrtContext before = NULL
+    node.provider.acl.aclrtGetCurrentContext(&before)
+    if before != node.context:
+        node.provider.acl.aclrtSetCurrentContext(node.context)
+    return before
+
+
+cdef void ldd_context_leave(ldd_node* node, aclrtContext before) noexcept nogil:
+    if before != NULL and before != node.context:
+        node.provider.acl.aclrtSetCurrentContext(before)
+
+
+cdef ldd_status ldd_link_lock(ldd_link* link, ldd_detail* detail) noexcept nogil:
+    cdef ldd_status status = ldd_lock_interruptible(&link.lock, ldd_now_ns() + link.node.sync_timeout_ns)
+    if status == LDD_E_TIMEOUT:
+        return ldd_fail(detail, status, b"other transfers kept the link to cluster %llu busy for %lld ms",
+                        <unsigned long long>link.cluster_id, <long long>(link.node.sync_timeout_ns // 1000000))
+    if status == LDD_OK and link.state != LINK_ACTIVE:
+        ldd_unlock(&link.lock)
+        return ldd_fail(detail, LDD_E_NOT_LINKED, b"the link to cluster %llu went away (%s)",
+                        <unsigned long long>link.cluster_id,
+                        <const char*>link.reason if link.reason[0] else <const char*>b"unlinked")
+    return status
+
+
+cdef ldd_status ldd_move(ldd_link* link, bint put, int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
+    cdef CompleteHandle handle = NULL
+    cdef ldd_status status
+    if link.descs.count == 0:
+        return LDD_OK
+    if put:
+        status = ldd_hixl_result(link.node.provider, link.node.provider.hixl.HixlCSClientBatchPutAsync(
+            link.client, <uint32_t>link.descs.count, link.descs.items, &handle), b"write to the peer", detail)
+    else:
+        status = ldd_hixl_result(link.node.provider, link.node.provider.hixl.HixlCSClientBatchGetAsync(
+            link.client, <uint32_t>link.descs.count, link.descs.items, &handle), b"read from the peer", detail)
+    status = ldd_move_end(link, status, handle, deadline_ns, detail)
+    if status == LDD_OK:
+        ldd_move_count(link, put)
+    return status
+
+
+cdef void ldd_move_count(ldd_link* link, bint put) noexcept nogil:
+    __atomic_add_fetch(&link.pushed_bytes if put else &link.pulled_bytes, link.descs.bytes, __ATOMIC_RELAXED)
+    __atomic_add_fetch(&link.num_transfers, 1, __ATOMIC_RELAXED)
+
+
+cdef ldd_status ldd_move_end(ldd_link* link, ldd_status submitted, CompleteHandle handle, int64_t deadline_ns,
+                             ldd_detail* detail) noexcept nogil:
+    cdef ldd_status status = submitted
+    if status == LDD_E_PARAM:
+        return status                           # refused before anything moved: the link is as good as before
+    if status == LDD_OK:
+        status = ldd_wait_interruptible(link.node.provider, link.client, handle, deadline_ns, detail)
+        if status == LDD_OK:
+            return LDD_OK
+        if status == LDD_E_TIMEOUT:
+            ldd_fail(detail, status, b"%llu bytes in %zu pieces did not arrive within %lld ms (cluster %llu)",
+                     <unsigned long long>link.descs.bytes, link.descs.count,
+                     <long long>(link.node.sync_timeout_ns // 1000000), <unsigned long long>link.cluster_id)
+    if not link.node.provider.caps & LDD_CAP_CANCEL:
+        # Without a cancel only the end of the client is sure to stop late bytes.
+        link.node.provider.hixl.HixlCSClientDestroy(link.client)
+        link.client = NULL
+    ldd_link_break(link, <const char*>b"interrupted" if status == LDD_E_INTERRUPTED else <const char*>detail.text)
+    return status

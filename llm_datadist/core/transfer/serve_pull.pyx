@@ -1,0 +1,161 @@
+"""Answering pulls that are one exchange: what a peer asks for over the data path is looked up and pinned while it asks.
+
+Runs on the data server's threads, which never hold the GIL. A request is answered here only if all is well with it, or
+there is no such cache: where anything about it does not fit, the peer goes step by step, and finds out what is wrong
+in words of its own. Nothing a peer sends is believed: every run is checked against the cache it is taken from.
+
+The pin becomes a delivery of the table, which takes the key and drops the pin once the peer has confirmed that all
+bytes are in place; a peer that goes away before leaves the key where it is.
+"""
+from libc.stddef cimport size_t
+from libc.stdint cimport int32_t, uint8_t, uint64_t
+from libc.stdio cimport snprintf
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memcmp, memcpy
+
+from llm_datadist.core.base.checked_math cimport ldd_add_overflows
+from llm_datadist.core.base.provider cimport LddFetchSource, LddPiece
+from llm_datadist.core.base.status cimport LDD_E_NOT_LINKED, LDD_E_NO_MEMORY, LDD_OK, ldd_detail, ldd_fail, ldd_status
+from llm_datadist.core.base.sync cimport ldd_lock, ldd_unlock
+from llm_datadist.core.link.links cimport LINK_ACTIVE, ldd_link, ldd_node
+from llm_datadist.core.link.replies cimport ldd_answer_find
+from llm_datadist.core.link.wire cimport (
+    LDD_ACCESS_READ, LDD_FETCH_ASK, LDD_FETCH_BLOCKS, LDD_FETCH_MAX_PIECES, LDD_FETCH_RESHAPE, LDD_FETCH_TAKE,
+    LDD_FETCH_TO_HOST, ldd_fetch_request, ldd_fetch_run,
+)
+from llm_datadist.core.table.cache_table cimport (
+    ldd_cache_view, ldd_delivery, ldd_table_deliver, ldd_table_end_delivery, ldd_table_take_in, ldd_table_unpin,
+)
+from llm_datadist.core.table.key_index cimport LDD_NO_KEY
+
+# The ticket of one fetch.
+ctypedef struct ldd_served:
+    ldd_delivery delivery
+    LddPiece* pieces
+    size_t num_pieces
+
+
+cdef bint is_linked(ldd_node* node, const uint8_t* token) noexcept nogil:
+    cdef ldd_link* link
+    cdef bint found = False
+    ldd_lock(&node.lock)
+    link = node.links
+    while link != NULL and not found:
+        found = link.state == LINK_ACTIVE and memcmp(link.token, token, sizeof(link.token)) == 0
+        link = link.next
+    ldd_unlock(&node.lock)
+    return found
+
+
+cdef bint add_piece(ldd_served* served, uint64_t addr, uint64_t nbytes, uint64_t* total) noexcept nogil:
+    """False when the sum overflows. What follows in memory and on the way is one piece; there is room for each."""
+    cdef LddPiece* last = &served.pieces[served.num_pieces - 1] if served.num_pieces else NULL
+    if ldd_add_overflows(total[0], nbytes, total):
+        return False
+    if last != NULL and last.addr + last.bytes == addr:
+        last.bytes += nbytes
+        return True
+    served.pieces[served.num_pieces].addr = addr
+    served.pieces[served.num_pieces].bytes = nbytes
+    served.num_pieces += 1
+    return True
+
+
+cdef ldd_status cut(const ldd_fetch_request* request, const uint8_t* runs, const ldd_cache_view* view,
+                    uint64_t num_bytes, ldd_served* served, ldd_detail* detail) noexcept nogil:
+    """The pieces of memory that are asked for, in order; LDD_FETCH_ASK where the request does not fit the cache."""
+    cdef bint blocks = (request.flags & LDD_FETCH_BLOCKS) != 0
+    cdef bint all_tensors = request.first < 0
+    cdef uint64_t first = 0 if all_tensors else <uint64_t>request.first
+    cdef uint64_t stop = view.num_tensors if all_tensors else <uint64_t>request.stop
+    cdef uint64_t begin, reach, total = 0, t, i
+    cdef ldd_fetch_run run
+    if view.is_blocks != blocks or (blocks and view.stride != request.stride_bytes):
+        return LDD_FETCH_ASK
+    if request.flags & LDD_FETCH_RESHAPE and view.host and not request.flags & LDD_FETCH_TO_HOST:
+        return LDD_FETCH_ASK
+    if not all_tensors and (request.stop <= request.first or stop > view.num_tensors):
+        return LDD_FETCH_ASK
+    if stop - first != request.num_tensors or request.num_runs * request.num_tensors > LDD_FETCH_MAX_PIECES:
+        return LDD_FETCH_ASK
+    begin = 0 if blocks else view.batch_index * view.stride
+    reach = view.num_slots * view.stride if blocks else view.stride
+    for i in range(request.num_runs):
+        memcpy(&run, runs + i * sizeof(run), sizeof(run))
+        if run.bytes == 0 or run.offset > reach or run.bytes > reach - run.offset:
+            return LDD_FETCH_ASK
+    served.pieces = <LddPiece*>malloc(request.num_runs * request.num_tensors * sizeof(LddPiece))
+    if served.pieces == NULL:
+        return ldd_fail(detail, LDD_E_NO_MEMORY, b"no memory for a plan of %llu pieces",
+                        <unsigned long long>(request.num_runs * request.num_tensors))
+    for t in range(first, stop):
+        for i in range(request.num_runs):
+            memcpy(&run, runs + i * sizeof(run), sizeof(run))
+            if not add_piece(served, view.addrs[t] + begin + run.offset, run.bytes, &total):
+                return LDD_FETCH_ASK
+    return LDD_OK if total == num_bytes else <ldd_status>LDD_FETCH_ASK
+
+
+cdef int32_t on_begin(void* context, const uint8_t* token, const void* words, size_t num_words_bytes,
+                      uint64_t num_bytes, void* fetch, LddFetchSource* source, char* text,
+                      size_t text_size) noexcept nogil:
+    cdef ldd_node* node = <ldd_node*>context
+    cdef ldd_fetch_request request
+    cdef ldd_cache_view view
+    cdef ldd_served* served
+    cdef ldd_detail detail
+    cdef ldd_status status
+    detail.text[0] = 0
+    if num_words_bytes < sizeof(request):
+        return LDD_FETCH_ASK
+    memcpy(&request, words, sizeof(request))
+    if (request.num_runs == 0 or request.num_runs > LDD_FETCH_MAX_PIECES or request.key.access != LDD_ACCESS_READ
+            or num_words_bytes != sizeof(request) + request.num_runs * sizeof(ldd_fetch_run)):
+        return LDD_FETCH_ASK
+    served = <ldd_served*>calloc(1, sizeof(ldd_served))
+    if served == NULL:
+        status = ldd_fail(&detail, LDD_E_NO_MEMORY, b"no memory for a delivery")
+    elif not is_linked(node, token):
+        status = ldd_fail(&detail, LDD_E_NOT_LINKED, b"the link was closed here")
+    else:
+        status = ldd_answer_find(node, &request.key, &view, &detail)
+        if status == LDD_OK:
+            status = cut(&request, <const uint8_t*>words + sizeof(request), &view, num_bytes, served, &detail)
+            if status != LDD_OK:
+                ldd_table_unpin(node.table, view.slot, view.generation)
+    if status != LDD_OK:
+        if served != NULL:
+            free(served.pieces)
+        free(served)
+        snprintf(text, text_size, b"%s", detail.text)
+        return status
+    served.delivery.confirmed = node.provider.ext.LddFetchConfirmed
+    served.delivery.fetch = fetch
+    served.delivery.slot = view.slot
+    served.delivery.generation = view.generation
+    served.delivery.key_index = view.key_index if request.flags & LDD_FETCH_TAKE else LDD_NO_KEY
+    served.delivery.key_generation = view.key_generation
+    ldd_table_deliver(node.table, &served.delivery)
+    source.pieces = served.pieces
+    source.num_pieces = served.num_pieces
+    source.never_unmapped = view.owned
+    source.ticket = served
+    return LDD_OK
+
+
+cdef void on_look(void* context) noexcept nogil:
+    ldd_table_take_in((<ldd_node*>context).table)
+
+
+cdef void on_end(void* context, void* ticket) noexcept nogil:
+    cdef ldd_served* served = <ldd_served*>ticket
+    ldd_table_end_delivery((<ldd_node*>context).table, &served.delivery)
+    free(served.pieces)
+    free(served)
+
+
+cdef void ldd_serve_fetch(ldd_node* node) noexcept nogil:
+    node.regions.fetch_hooks.begin = on_begin
+    node.regions.fetch_hooks.look = on_look
+    node.regions.fetch_hooks.end = on_end
+    node.regions.fetch_context = node

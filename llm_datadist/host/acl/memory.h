@@ -1,0 +1,71 @@
+/*
+ * What the acl half of the host provider offers its other half: allocations and error texts.
+ *
+ * Memory of aclrtMalloc and aclrtMallocHost is one sealed memfd per allocation, mapped shared; a peer
+ * that receives a duplicate of the descriptor maps the very same pages. Everything here is safe from any
+ * thread and needs no current context.
+ */
+#ifndef LLM_DATADIST_HOST_MEMORY_H
+#define LLM_DATADIST_HOST_MEMORY_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "acl/acl_rt.h"
+#include "hcomm/hcomm_types.h"
+
+/* The library hides every symbol but those of the seam, which carry this mark at their definition. */
+#define LDD_EXPORT __attribute__((visibility("default")))
+
+typedef struct {
+    uint64_t id;      /* unique in this process, never reused: tells a new allocation at an old address apart */
+    uint64_t base;    /* first byte */
+    uint64_t size;    /* bytes asked for */
+    uint64_t mapped;  /* bytes of the memfd: size rounded up to pages */
+    CommMemType kind; /* COMM_MEM_TYPE_DEVICE or COMM_MEM_TYPE_HOST */
+    int32_t device;   /* emulated device it was allocated on */
+    int fd;           /* the registry's own: valid until freed; use ldd_host_dup_allocation_fd to keep one */
+} ldd_host_allocation;
+
+typedef struct ldd_host_pin ldd_host_pin;
+
+/* Find the allocation that holds [addr, addr + len) whole; len 0 asks for addr alone. 0, or -1 if none. */
+int ldd_host_find_allocation(uint64_t addr, uint64_t len, ldd_host_allocation *out);
+
+/* A new descriptor (close-on-exec) of a live allocation's memfd, for the caller to close; -1 with errno. */
+int ldd_host_dup_allocation_fd(uint64_t id);
+
+/*
+ * The same search, and what is found stays mapped until ldd_host_unpin even when it is freed meanwhile: for work
+ * that goes on after the call that started it. NULL if none. `out` may be NULL.
+ */
+ldd_host_pin *ldd_host_pin_range(uint64_t addr, uint64_t len, ldd_host_allocation *out);
+void ldd_host_unpin(ldd_host_pin *pin); /* NULL is ignored */
+
+/*
+ * Whether [addr, addr + len) starts in an allocation and leaves it: such a range is never right, while one
+ * that starts outside all of them is the caller's own memory.
+ */
+bool ldd_host_overruns(uint64_t addr, uint64_t len);
+
+/* Whether the range is the caller's own memory, registered with aclrtHostRegister. */
+bool ldd_host_is_registered(uint64_t addr, uint64_t len);
+
+/* Device of the calling thread's current context, or -1 without one. */
+int32_t ldd_host_current_device(void);
+
+/* Set the text aclGetRecentErrMsg answers in this thread, and return `error`. */
+__attribute__((format(printf, 2, 3))) aclError ldd_host_acl_fail(aclError error, const char *format, ...);
+
+/* ---- inside the acl half ---- */
+
+/* Bytes this process may still fill, from the kernel and the memory limits of its control groups; and the total. */
+void ldd_host_machine_memory(uint64_t *available_bytes, uint64_t *total_bytes);
+
+/* Around fork(): as in acl/object.h, but the allocations stay valid in the child. */
+void ldd_host_memory_before_fork(void);
+void ldd_host_memory_after_fork(bool child);
+void ldd_host_ranges_before_fork(void);
+void ldd_host_ranges_after_fork(bool child);
+
+#endif

@@ -1,0 +1,1 @@
+"""Linking engines: by cluster addresses, or by a rank table and a rendezvous."""

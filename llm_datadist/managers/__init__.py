@@ -1,0 +1,1 @@
+"""The two cache managers, what they share, and layer-wise transfer tasks."""

@@ -1,0 +1,1 @@
+"""The options of ``init``: parsed once, every value checked, and the endpoints they describe."""

@@ -1,0 +1,50 @@
+"""Tables of the documentation against what they speak of."""
+import re
+from pathlib import Path
+
+import pytest
+
+from llm_datadist import LLMException, LLMStatusCode
+from llm_datadist.status import exception_for
+
+ROOT = Path(__file__).resolve().parents[2]
+TESTS = ROOT / "tests"
+
+
+def table(page, heading):
+    """Rows of the table below a heading, as lists of cells."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8").partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[2:]]
+
+
+CODES = {row[0].strip("`| "): row for row in table("errors.md", "Codes")}
+
+
+def test_every_code_has_a_row():
+    assert list(CODES) == [code.name for code in LLMStatusCode]
+
+
+@pytest.mark.parametrize("code", LLMStatusCode)
+def test_row_of_a_code(code):
+    _, kind, _, later, action = CODES[code.name]
+    error = LLMException(status_code=code)
+    assert later == ("yes" if error.recoverable else "no")
+    assert kind.strip("`") == ("—" if code is LLMStatusCode.LLM_SUCCESS else exception_for(code).__name__)
+    if error.hint is not None:
+        assert action == error.hint
+
+
+REFERENCES = re.findall(r"`([\w/]+\.py)::(\w+)`", (ROOT / "docs/compatibility.md").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("path, name", sorted(set(REFERENCES)))
+def test_compatibility_names_tests_that_exist(path, name):
+    assert re.search(rf"^def {name}\(", (TESTS / path).read_text(encoding="utf-8"), re.M)
+
+
+def test_every_row_of_compatibility_names_a_test():
+    text = (ROOT / "docs/compatibility.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("|") and not re.match(r"\|(-|.*\| Tests \|$)", line)]
+    assert len(rows) > 60 and [row for row in rows if "::test_" not in row] == []
+    assert [int(row.split("|")[1]) for row in rows if re.match(r"\| \d+ \|", row)] == list(range(1, 23))

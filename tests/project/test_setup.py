@@ -1,0 +1,79 @@
+"""The build logic itself: knobs, names of what is built, and where packages are found."""
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("setuptools")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def build():
+    spec = importlib.util.spec_from_file_location("ldd_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["ldd_setup"] = module                         # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["ldd_setup"]
+
+
+def test_without_knobs_the_build_is_optimised_and_unchecked(build):
+    context = build.BuildContext.read({})
+    assert context == build.BuildContext()
+    assert "-O3" in context.compile_args and "-Werror" not in context.compile_args
+    assert not any("march" in arg for arg in context.compile_args)
+    assert context.directives["boundscheck"] is False and context.directives["language_level"] == 3
+
+
+def test_debug_turns_every_check_on(build):
+    context = build.BuildContext.read({"LDD_DEBUG": "1"})
+    for check in ("boundscheck", "wraparound", "initializedcheck"):
+        assert context.directives[check] is True
+    assert "-O3" not in context.compile_args and "-UNDEBUG" in context.compile_args
+    assert context.generated_dir != build.BuildContext().generated_dir
+
+
+def test_sanitizers_reach_compiler_and_linker(build):
+    context = build.BuildContext.read({"LDD_SANITIZE": "address,undefined"})
+    assert "-fsanitize=address,undefined" in context.compile_args
+    assert "-fsanitize=address,undefined" in context.link_args
+    assert "-Wl,-z,defs" not in build.host_library(context).extra_link_args
+
+
+def test_warnings_become_errors(build):
+    assert "-Werror" in build.BuildContext.read({"LDD_WERROR": "1"}).compile_args
+
+
+@pytest.mark.parametrize(("knob", "value"), [
+    ("LDD_DEBUG", "yes"), ("LDD_WERROR", "2"), ("LDD_SANITIZE", "memoryless"), ("LDD_SANITIZE", "thread,address")])
+def test_a_knob_with_a_meaningless_value_is_named(build, knob, value):
+    with pytest.raises(ValueError, match=knob):
+        build.BuildContext.read({knob: value})
+
+
+def test_the_host_library_is_all_of_its_c_files(build):
+    library = build.host_library(build.BuildContext())
+    assert {Path(source).name for source in library.sources} == {
+        path.name for path in (ROOT / "llm_datadist" / "host").rglob("*.c")}
+    assert "include/llm_datadist/ldd_provider.h" in library.depends
+
+
+def test_the_host_library_has_a_plain_name(build):
+    from setuptools import Distribution
+
+    command = build.BuildExt(Distribution({"ext_modules": [build.host_library(build.BuildContext())]}))
+    command.ensure_finalized()
+    assert command.get_ext_filename("llm_datadist.host.libldd_host") == "llm_datadist/host/libldd_host.so"
+    assert command.get_ext_filename("libldd_host") == "libldd_host.so"
+    assert command.get_ext_filename("llm_datadist.core.base.provider").endswith(".so")
+    assert command.get_ext_filename("llm_datadist.core.base.provider") != "llm_datadist/core/base/provider.so"
+
+
+def test_tools_and_headers_are_packages_of_their_own_place(build):
+    names, places = build.packages()
+    assert {"llm_datadist", "llm_datadist.core", "llm_datadist.tools", "llm_datadist.include",
+            "llm_datadist_v1"} <= set(names)
+    assert places == {"llm_datadist.tools": "tools", "llm_datadist.include": "include"}
+    assert len(names) == len(set(names))

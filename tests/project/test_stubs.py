@@ -1,0 +1,66 @@
+"""The stubs of the compiled modules say what is there; type checkers of clients read them instead of the modules."""
+import importlib
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import llm_datadist
+
+pytest.importorskip("mypy.stubtest")
+
+CORE = Path(llm_datadist.__file__).parent / "core"
+
+
+def module_name(path):
+    """The full name of the module of a file below the core."""
+    folder = ".".join(path.parent.relative_to(CORE).parts)
+    return f"llm_datadist.core.{folder}.{path.name.partition('.')[0]}"
+
+
+STUBBED = sorted(module_name(path) for path in CORE.rglob("*.pyi"))
+COMPILED = sorted({module_name(path) for path in CORE.rglob("*.so")})
+
+# What Cython adds to a module or class; that it shows any arguments for a constructor that takes none; and that no
+# class can inherit from this one and another with fields of its own, for which older type checkers lack a word.
+ALLOWED = r"""
+.*\.__pyx_capi__
+.*\.__reduce_cython__
+.*\.__setstate_cython__
+.*\.__test__
+llm_datadist\.core\.plan\.(block_plan\.PlanProbe|index_list\.IndexList)\.__init__
+llm_datadist\.core\.table\.cache_object\.CacheTable\.__init__
+llm_datadist\.core\.base\.provider\.Provider\.__init__
+llm_datadist\.core\.transfer\.local_copy\.CopyProbe\.__init__
+llm_datadist\.core\.engine\.lifecycle\.EngineCore
+"""
+
+
+def public_names(name_of_module):
+    module = importlib.import_module(name_of_module)
+    return [name for name, value in vars(module).items()
+            if not name.startswith("_") and not inspect.ismodule(value)
+            and getattr(value, "__module__", module.__name__) == module.__name__]
+
+
+def test_every_module_with_something_to_import_has_a_stub():
+    assert COMPILED
+    assert [name for name in COMPILED if public_names(name)] == STUBBED
+
+
+def test_stubs_fit_the_modules(tmp_path):
+    allowlist = tmp_path / "allowlist"
+    allowlist.write_text(ALLOWED, encoding="utf-8")
+    root = str(CORE.parent.parent)
+    # mypy finds an installed package by itself, and refuses to be shown it again.
+    shown = {} if "site-packages" in root else {"MYPYPATH": root}
+    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy.stubtest", "--concise", "--allowlist", str(allowlist), "--ignore-unused-allowlist",
+         *STUBBED],
+        capture_output=True, text=True, timeout=100, check=False, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path, **shown})
+    assert done.returncode == 0, done.stdout + done.stderr
