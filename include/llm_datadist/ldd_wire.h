@@ -38,7 +38,7 @@ typedef struct {
     uint32_t request_id;
 } ldd_frame_header;
 
-enum { LDD_HELLO_FORWARD = 0, LDD_HELLO_REVERSE = 1, LDD_HELLO_BOARD = 2 };
+enum { LDD_HELLO_FORWARD = 0, LDD_HELLO_REVERSE = 1, LDD_HELLO_SHARED_TABLE = 2 };
 /* Whole frames of a handshake, header included. */
 enum { LDD_HELLO_FRAME_BYTES = 336, LDD_WELCOME_FRAME_BYTES = 432 };
 enum { LDD_MODE_REMOTE_ACCESSIBLE = 1u << 0 };

@@ -102,7 +102,7 @@ class Rendezvous:
             try:
                 for cluster, peer in peers.items():
                     if peer.rank > own.rank:
-                        self._engine.wish(communicator.digest, cluster, communicator.comm_id)
+                        self._engine.expect(communicator.digest, cluster, communicator.comm_id)
             except BaseException:
                 self._engine.forget(communicator.comm_id)
                 raise
@@ -196,7 +196,7 @@ class Rendezvous:
         """Note which members of higher rank have come."""
         for cluster in list(communicator.missing):
             if communicator.peers[cluster].rank > communicator.own.rank \
-                    and self._engine.wish_met(communicator.comm_id, cluster):
+                    and self._engine.has_joined(communicator.comm_id, cluster):
                 communicator.missing.discard(cluster)
         if communicator.status is RegisterMemStatus.PREPARING and not communicator.missing:
             communicator.status = RegisterMemStatus.OK

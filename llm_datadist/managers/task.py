@@ -22,7 +22,7 @@ from llm_datadist.utils.utils import check_isinstance, check_uint32, check_uint6
 
 if TYPE_CHECKING:
     from llm_datadist.core.engine.engine import Engine
-    from llm_datadist.core.engine.layer_push import RemotePut
+    from llm_datadist.core.engine.layer_push import LayerPush
 
 __all__ = ["CacheTask", "TransferAsyncThread", "TransferCacheJob", "TransferCacheParameters", "transfer_cache_async"]
 
@@ -176,7 +176,7 @@ class TransferCacheJob:
         self._engine = engine
         self._parameters = parameters
         self._synchronizer: Optional[LayerSynchronizer] = layer_synchronizer
-        self._puts: Dict[int, "RemotePut"] = {}
+        self._puts: Dict[int, "LayerPush"] = {}
         self._done = threading.Event()
         self.results: List[Optional[LLMStatusCode]] = [None] * len(parameters.targets)
         self.error: Optional[BaseException] = None
@@ -253,12 +253,12 @@ class TransferCacheJob:
         else:
             put.put_blocks(local, remote, TENSORS_PER_LAYER, parameters.src_blocks, parameters.dst_blocks)
 
-    def _aim(self, target: _Target) -> "RemotePut":
-        from llm_datadist.core.engine.layer_push import RemotePut
+    def _aim(self, target: _Target) -> "LayerPush":
+        from llm_datadist.core.engine.layer_push import LayerPush
 
         parameters = self._parameters
         first_byte, num_bytes = parameters.dst_range()
-        put = RemotePut(self._engine, target.cluster_id, parameters.cache_id)
+        put = LayerPush(self._engine, target.cluster_id, parameters.cache_id)
         try:
             if put.stride_bytes != parameters.stride_bytes:
                 raise LLMParamInvalidError(f"the descriptor says {parameters.stride_bytes} bytes per slot or block, "

@@ -18,20 +18,20 @@ BUILT = ROOT / "build" / "cython" / "llm_datadist" / "core"
 
 # What every transfer, lookup and answer goes through. A function that is renamed is renamed here.
 HOT = {
-    "replies": ["ldd_answer"],
-    "requests": ["ldd_ask_resolve", "ldd_ask_release"],
+    "replies": ["ldd_reply"],
+    "requests": ["ldd_request_resolve", "ldd_request_release"],
     "block_plan": ["ldd_plan_blocks", "ldd_plan_contiguous", "ldd_plan_slot_to_blocks"],
     "cache_table": ["ldd_table_allocate", "ldd_table_deallocate", "ldd_table_pin_local", "ldd_table_remove_key",
                     "ldd_table_resolve", "ldd_table_take", "ldd_table_unpin"],
-    "one_pull": ["ldd_fetch", "plan", "write_request"],
-    "key_index": ["ldd_keys_find", "ldd_keys_peek"],
+    "one_pull": ["ldd_one_pull", "_plan", "_write_request"],
+    "key_index": ["ldd_keys_find", "ldd_keys_find_shared"],
     "local_copy": ["ldd_local_copy"],
-    "batch": ["ldd_move", "ldd_move_end"],
-    "shared_reader": ["ldd_peek_resolve", "ldd_peek_done"],
+    "batch": ["ldd_batch_run", "ldd_batch_finish"],
+    "shared_reader": ["ldd_reader_resolve", "ldd_reader_done"],
     "pool": ["ldd_pool_alloc_tensors", "ldd_pool_free"],
-    "serve_pull": ["on_begin", "on_look", "on_end", "cut"],
-    "service": ["service_main", "on_readable"],
-    "steps": ["ldd_transfer_run", "move_steps"],
+    "serve_pull": ["_on_begin", "_on_look", "_on_end", "_cut"],
+    "service": ["_service_main", "_on_readable"],
+    "steps": ["ldd_transfer_run", "_move_steps"],
     "wait": ["ldd_wait_complete"],
 }
 # Calls that need no interpreter, whatever their names say.

@@ -174,11 +174,11 @@ cdef extern from * nogil:
     int poll(pollfd* fds, unsigned long count, int timeout_ms)
 
 
-cdef int net_check_signals() noexcept with gil:
+cdef int ldd_socket_check_signals() noexcept with gil:
     return PyErr_CheckSignals()
 
 
-cdef ldd_status wait_ready(int fd, short events, int64_t deadline_ns, const char* what,
+cdef ldd_status _wait_ready(int fd, short events, int64_t deadline_ns, const char* what,
                            ldd_detail* detail) noexcept nogil:
     """Sleep until the socket is ready, the deadline passes, or a signal handler raised."""
     cdef pollfd entry
@@ -198,28 +198,29 @@ cdef ldd_status wait_ready(int fd, short events, int64_t deadline_ns, const char
             return LDD_OK
         if ready < 0 and errno != EINTR:
             return ldd_fail(detail, LDD_E_FAILED, b"poll failed while %s: %s", what, strerror(errno))
-        if net_check_signals() != 0:
+        if ldd_socket_check_signals() != 0:
             return LDD_E_INTERRUPTED
 
 
-cdef void net_tune(int fd) noexcept nogil:
+cdef void ldd_socket_tune(int fd) noexcept nogil:
     ldd_net_keepalive(fd)
 
 
-cdef void net_local_ip(int fd, char* text, size_t size) noexcept nogil:
+cdef void ldd_socket_local_ip(int fd, char* text, size_t size) noexcept nogil:
     ldd_net_name(fd, 0, text, size)
 
 
-cdef void net_peer_ip(int fd, char* text, size_t size) noexcept nogil:
+cdef void ldd_socket_peer_ip(int fd, char* text, size_t size) noexcept nogil:
     ldd_net_name(fd, 1, text, size)
 
 
-cdef void net_shutdown(int fd) noexcept nogil:
+cdef void ldd_socket_shutdown(int fd) noexcept nogil:
     if fd >= 0:
         shutdown(fd, SHUT_RDWR)
 
 
-cdef ldd_status net_connect(const char* ip, int port, int64_t deadline_ns, int* fd, ldd_detail* detail) noexcept nogil:
+cdef ldd_status ldd_socket_connect(const char* ip, int port, int64_t deadline_ns, int* fd,
+                                   ldd_detail* detail) noexcept nogil:
     cdef sockaddr_storage address
     cdef socklen_t length = ldd_net_address(ip, port, &address)
     cdef ldd_status status
@@ -234,7 +235,7 @@ cdef ldd_status net_connect(const char* ip, int port, int64_t deadline_ns, int* 
         if errno != EINPROGRESS:
             error = errno
         else:
-            status = wait_ready(sock, POLLOUT, deadline_ns, b"connecting", detail)
+            status = _wait_ready(sock, POLLOUT, deadline_ns, b"connecting", detail)
             if status < 0:
                 close(sock)
                 if status == LDD_E_TIMEOUT:
@@ -251,7 +252,7 @@ cdef ldd_status net_connect(const char* ip, int port, int64_t deadline_ns, int* 
     return LDD_OK
 
 
-cdef ldd_status net_listen(const char* ip, int port, int backlog, int* fd, int* bound_port,
+cdef ldd_status ldd_socket_listen(const char* ip, int port, int backlog, int* fd, int* bound_port,
                            ldd_detail* detail) noexcept nogil:
     cdef sockaddr_storage address
     cdef char text[64]
@@ -276,16 +277,16 @@ cdef ldd_status net_listen(const char* ip, int port, int backlog, int* fd, int* 
     return LDD_OK
 
 
-cdef int net_free_port(const char* ip) noexcept nogil:
+cdef int ldd_socket_free_port(const char* ip) noexcept nogil:
     """A port that is free at this moment, or 0. CANN's servers cannot choose one themselves."""
     cdef int sock = -1, port = 0
-    if net_listen(ip, 0, 1, &sock, &port, NULL) < 0:
+    if ldd_socket_listen(ip, 0, 1, &sock, &port, NULL) < 0:
         return 0
     close(sock)
     return port
 
 
-cdef ldd_status net_send(int fd, const void* data, size_t nbytes, int64_t deadline_ns,
+cdef ldd_status ldd_socket_send(int fd, const void* data, size_t nbytes, int64_t deadline_ns,
                          ldd_detail* detail) noexcept nogil:
     cdef const char* at = <const char*>data
     cdef ssize_t count
@@ -296,7 +297,7 @@ cdef ldd_status net_send(int fd, const void* data, size_t nbytes, int64_t deadli
             at += count
             nbytes -= count
         elif count < 0 and errno == EAGAIN:
-            status = wait_ready(fd, POLLOUT, deadline_ns, b"sending a request", detail)
+            status = _wait_ready(fd, POLLOUT, deadline_ns, b"sending a request", detail)
             if status < 0:
                 return status
         elif count < 0 and errno != EINTR:
@@ -304,7 +305,8 @@ cdef ldd_status net_send(int fd, const void* data, size_t nbytes, int64_t deadli
     return LDD_OK
 
 
-cdef ldd_status net_recv(int fd, void* data, size_t nbytes, int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
+cdef ldd_status ldd_socket_recv(int fd, void* data, size_t nbytes, int64_t deadline_ns,
+                                ldd_detail* detail) noexcept nogil:
     cdef char* at = <char*>data
     cdef ssize_t count
     cdef ldd_status status
@@ -316,7 +318,7 @@ cdef ldd_status net_recv(int fd, void* data, size_t nbytes, int64_t deadline_ns,
         elif count == 0:
             return ldd_fail(detail, LDD_E_FAILED, b"the peer closed the connection")
         elif errno == EAGAIN:
-            status = wait_ready(fd, POLLIN, deadline_ns, b"waiting for the peer's answer", detail)
+            status = _wait_ready(fd, POLLIN, deadline_ns, b"waiting for the peer's answer", detail)
             if status < 0:
                 return status
         elif errno != EINTR:
@@ -324,7 +326,7 @@ cdef ldd_status net_recv(int fd, void* data, size_t nbytes, int64_t deadline_ns,
     return LDD_OK
 
 
-cdef ldd_status net_recv_files(int fd, void* data, size_t nbytes, int* files, int num_files,
+cdef ldd_status ldd_socket_recv_files(int fd, void* data, size_t nbytes, int* files, int num_files,
                                int64_t deadline_ns) noexcept nogil:
     cdef char* at = <char*>data
     cdef ssize_t count
@@ -336,7 +338,7 @@ cdef ldd_status net_recv_files(int fd, void* data, size_t nbytes, int* files, in
             at += count
             nbytes -= count
         elif count < 0 and errno == EAGAIN:
-            status = wait_ready(fd, POLLIN, deadline_ns, b"waiting for the peer's files", NULL)
+            status = _wait_ready(fd, POLLIN, deadline_ns, b"waiting for the peer's files", NULL)
         elif count == 0 or errno != EINTR:
             status = LDD_E_FAILED
     for i in range(num_files):
@@ -346,9 +348,10 @@ cdef ldd_status net_recv_files(int fd, void* data, size_t nbytes, int* files, in
     return status
 
 
-cdef bint net_send_files(int fd, const void* data, size_t nbytes, const int* files, int num_files) noexcept nogil:
+cdef bint ldd_socket_send_files(int fd, const void* data, size_t nbytes, const int* files,
+                                int num_files) noexcept nogil:
     return ldd_net_send_files(fd, data, nbytes, files, num_files) != 0
 
 
-cdef bint net_is_own_user(int fd) noexcept nogil:
+cdef bint ldd_socket_is_own_user(int fd) noexcept nogil:
     return ldd_net_is_own_user(fd) != 0

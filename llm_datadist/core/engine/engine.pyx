@@ -41,7 +41,7 @@ ctypedef struct ldd_swap_end:
     ldd_slots slots
 
 
-cdef ldd_key_spec* key_specs(object keys, uint32_t* count) except? NULL:
+cdef ldd_key_spec* _key_specs(object keys, uint32_t* count) except? NULL:
     """C array of (slot, kind, id, model id) tuples; the caller frees it. NULL without keys."""
     cdef uint32_t i, n = <uint32_t>len(keys)
     count[0] = n
@@ -62,7 +62,7 @@ cdef ldd_key_spec* key_specs(object keys, uint32_t* count) except? NULL:
     return specs
 
 
-cdef uint64_t* address_array(object addrs) except? NULL:
+cdef uint64_t* _address_array(object addrs) except? NULL:
     cdef uint32_t i, n = <uint32_t>len(addrs)
     cdef uint64_t* out = <uint64_t*>malloc(max(n, 1) * sizeof(uint64_t))
     if out == NULL:
@@ -76,7 +76,7 @@ cdef uint64_t* address_array(object addrs) except? NULL:
     return out
 
 
-cdef object address_sequence(const uint64_t* addrs, uint32_t count):
+cdef object _address_sequence(const uint64_t* addrs, uint32_t count):
     """A range where the tensors lie at equal steps, so that a thousand addresses cost nothing until read."""
     cdef uint32_t i
     cdef uint64_t step
@@ -90,7 +90,7 @@ cdef object address_sequence(const uint64_t* addrs, uint32_t count):
     return [addrs[i] for i in range(count)]
 
 
-cdef int set_range(object tensors, int64_t* first, int64_t* stop) except -1:
+cdef int _set_range(object tensors, int64_t* first, int64_t* stop) except -1:
     if tensors is None:
         first[0] = stop[0] = -1
     else:
@@ -142,7 +142,7 @@ cdef class Engine(EngineLinks):
         if not <uint64_t>num_tensors * sizeof(uint64_t) <= <uint64_t>1 << 31:
             status = ldd_fail(&detail, LDD_E_PARAM, b"num_tensors %u is beyond any pool", num_tensors)
             return self.raise_for(status, &detail, b"allocate_cache")
-        cdef ldd_key_spec* specs = key_specs(keys, &num_keys)
+        cdef ldd_key_spec* specs = _key_specs(keys, &num_keys)
         cdef uint64_t* addrs = <uint64_t*>malloc(max(num_tensors, <uint32_t>1) * sizeof(uint64_t))
         try:
             if addrs == NULL:
@@ -152,7 +152,7 @@ cdef class Engine(EngineLinks):
                                             num_keys, &cache_id, addrs, ldd_now_ns() + self.node.sync_timeout_ns,
                                             &detail)
             self.raise_for(status, &detail, b"allocate_cache")
-            return cache_id, address_sequence(addrs, num_tensors)
+            return cache_id, _address_sequence(addrs, num_tensors)
         finally:
             free(addrs)
             free(specs)
@@ -180,10 +180,10 @@ cdef class Engine(EngineLinks):
                                | (LDD_CACHE_REMOTE if remote_accessible else 0))
         self.require_open()
         start_detail(&detail)
-        cdef uint64_t* array = address_array(addrs)
+        cdef uint64_t* array = _address_array(addrs)
         cdef ldd_key_spec* specs = NULL
         try:
-            specs = key_specs(keys, &num_keys)
+            specs = _key_specs(keys, &num_keys)
             with nogil:
                 for i in range(num_tensors):
                     status = ldd_regions_add(&self.node.regions, array[i], tensor_bytes, host, &detail)
@@ -255,11 +255,11 @@ cdef class Engine(EngineLinks):
         start_detail(&detail)
         what.kind, what.id, what.model_id, what.batch_index = key
         if what.put:
-            set_range(src_tensors, &what.local_first, &what.local_stop)
-            set_range(dst_tensors, &what.remote_first, &what.remote_stop)
+            _set_range(src_tensors, &what.local_first, &what.local_stop)
+            _set_range(dst_tensors, &what.remote_first, &what.remote_stop)
         else:
-            set_range(src_tensors, &what.remote_first, &what.remote_stop)
-            set_range(dst_tensors, &what.local_first, &what.local_stop)
+            _set_range(src_tensors, &what.remote_first, &what.remote_stop)
+            _set_range(dst_tensors, &what.local_first, &what.local_stop)
         with nogil:
             status = ldd_transfer_run(&self.node, what, &detail)
         return self.raise_for(status, &detail, name)
@@ -375,8 +375,8 @@ cdef class Engine(EngineLinks):
             if status == LDD_OK:
                 status = ldd_table_pin_local(self.table, dst_id, &dst, &detail)
                 if status == LDD_OK:
-                    fill_slots(&src_slots, &src)
-                    fill_slots(&dst_slots, &dst)
+                    _fill_slots(&src_slots, &src)
+                    _fill_slots(&dst_slots, &dst)
                     status = self._begin_copy(&deadline_ns, &detail)
                     if status == LDD_OK:
                         status = ldd_plan_copy_cache(&self._ops, &dst_slots, dst_batch_index, &src_slots,
@@ -429,13 +429,13 @@ cdef class Engine(EngineLinks):
                     ends[i].cache_id = end
                 else:
                     addrs, ends[i].slots.num_slots = end
-                    ends[i].slots.addrs = ends[i].own = address_array(addrs)
+                    ends[i].slots.addrs = ends[i].own = _address_array(addrs)
                     ends[i].slots.num_tensors = <size_t>len(addrs)
                     ends[i].slots.stride = block_bytes
             with nogil:
                 for i in range(2):
                     if status == LDD_OK:
-                        status = open_end(self.table, &ends[i], num_tensors, block_bytes, &detail)
+                        status = _open_end(self.table, &ends[i], num_tensors, block_bytes, &detail)
                 if status == LDD_OK:
                     status = self._begin_copy(&deadline_ns, &detail)
                 if status == LDD_OK:
@@ -456,14 +456,14 @@ cdef class Engine(EngineLinks):
         return ldd_now_ns() + self.node.sync_timeout_ns if self.v1 else INT64_MAX
 
 
-cdef void fill_slots(ldd_slots* out, const ldd_cache_view* view) noexcept nogil:
+cdef void _fill_slots(ldd_slots* out, const ldd_cache_view* view) noexcept nogil:
     out.addrs = view.addrs
     out.num_tensors = view.num_tensors
     out.num_slots = view.num_slots
     out.stride = view.stride
 
 
-cdef ldd_status open_end(ldd_table* table, ldd_swap_end* end, uint32_t num_tensors, uint64_t block_bytes,
+cdef ldd_status _open_end(ldd_table* table, ldd_swap_end* end, uint32_t num_tensors, uint64_t block_bytes,
                          ldd_detail* detail) noexcept nogil:
     """Pin what a cache id names, and hold either end against what the pairs will be planned with."""
     cdef ldd_status status
@@ -472,7 +472,7 @@ cdef ldd_status open_end(ldd_table* table, ldd_swap_end* end, uint32_t num_tenso
         if status < 0:
             return status
         end.pinned = True
-        fill_slots(&end.slots, &end.view)
+        _fill_slots(&end.slots, &end.view)
     if end.slots.num_tensors != num_tensors or end.slots.stride != block_bytes:
         return ldd_fail(detail, LDD_E_PARAM,
                         b"%u tensors with blocks of %llu bytes were described, but there are %zu with %llu",

@@ -4,7 +4,7 @@ from llm_datadist.core.engine.engine import Engine
 from llm_datadist.core.plan.index_list import IndexList
 
 @final
-class RemotePut:
+class LayerPush:
     def __init__(self, engine: Engine, cluster_id: int, cache_id: int) -> None: ...
     @property
     def stride_bytes(self) -> int: ...

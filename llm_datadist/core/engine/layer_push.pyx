@@ -1,6 +1,6 @@
 """Writing a local cache to one peer in many steps, for transfers that follow the layers of a running model.
 
-A `RemotePut` pins the local cache and leases the destination from the first step to `close`, so both ends keep
+A `LayerPush` pins the local cache and leases the destination from the first step to `close`, so both ends keep
 their memory however long the model takes between layers. The link is held only while a step runs: other
 transfers go on in between. One thread at a time.
 """
@@ -22,7 +22,7 @@ from llm_datadist.core.link.links cimport (
     ldd_link, ldd_link_begin, ldd_link_break, ldd_link_end, ldd_link_ref, ldd_link_resume, ldd_link_unref,
 )
 from llm_datadist.core.link.requests cimport (
-    ldd_ask_ranges, ldd_ask_release, ldd_ask_resolve, ldd_link_ready, ldd_remote_cache,
+    ldd_link_ready, ldd_remote_cache, ldd_request_ranges, ldd_request_release, ldd_request_resolve,
 )
 from llm_datadist.core.link.wire cimport LDD_DESC_BLOCKS, LDD_MODE_REMOTE_ACCESSIBLE, LDD_WIRE_MAX_RANGES, ldd_range
 from llm_datadist.core.plan.block_plan cimport (
@@ -30,12 +30,12 @@ from llm_datadist.core.plan.block_plan cimport (
 )
 from llm_datadist.core.plan.index_list cimport IndexList
 from llm_datadist.core.table.cache_table cimport ldd_cache_view, ldd_table_pin_local, ldd_table_unpin
-from llm_datadist.core.transfer.batch cimport ldd_context_enter, ldd_context_leave, ldd_link_lock, ldd_move
+from llm_datadist.core.transfer.batch cimport ldd_batch_run, ldd_context_enter, ldd_context_leave, ldd_link_lock
 
 
 @cython.final
 @cython.no_gc_clear                             # __dealloc__ needs _engine
-cdef class RemotePut:
+cdef class LayerPush:
     """A local cache on its way to one peer.
 
     Parameters
@@ -126,7 +126,7 @@ cdef class RemotePut:
     cdef ldd_status _resolve(self, uint32_t kind, uint64_t id_, uint64_t model_id, uint64_t batch_index,
                              ldd_detail* detail) noexcept nogil:
         cdef ldd_remote_cache remote
-        cdef ldd_status status = ldd_ask_resolve(
+        cdef ldd_status status = ldd_request_resolve(
             self._link, kind, id_, model_id, batch_index, True,
             ldd_now_ns() + self._engine.node.sync_timeout_ns, &remote, detail)
         if status < 0:
@@ -173,7 +173,7 @@ cdef class RemotePut:
             with nogil:
                 status = self._begin(&detail)
                 if status == LDD_OK:
-                    status = ldd_ask_ranges(self._link, ranges, n,
+                    status = ldd_request_ranges(self._link, ranges, n,
                                             ldd_now_ns() + self._engine.node.sync_timeout_ns, &self._lease,
                                             &self._region_epoch, &detail)
                     self._end()
@@ -224,7 +224,7 @@ cdef class RemotePut:
             before = ldd_context_enter(&self._engine.node)
             status = ldd_link_ready(self._link, self._region_epoch, deadline_ns, detail)
             if status == LDD_OK:
-                status = ldd_move(self._link, True, deadline_ns, detail)
+                status = ldd_batch_run(self._link, True, deadline_ns, detail)
             ldd_context_leave(&self._engine.node, before)
         return status
 
@@ -327,7 +327,7 @@ cdef class RemotePut:
                 if status == LDD_E_TIMEOUT:
                     continue                        # others keep the link busy; while it lives the lease must be ended
                 if status == LDD_OK:
-                    status = ldd_ask_release(self._link, self._lease, False, 0, 0,
+                    status = ldd_request_release(self._link, self._lease, False, 0, 0,
                                              ldd_now_ns() + self._engine.node.sync_timeout_ns, &detail)
                     self._end()
                 elif status == LDD_E_INTERRUPTED:
@@ -341,7 +341,7 @@ cdef class RemotePut:
 
 
 def parse_indices(values, str name):
-    """Block indices for `RemotePut`, checked and copied once.
+    """Block indices for `LayerPush`, checked and copied once.
 
     Raises
     ------

@@ -11,7 +11,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
 from llm_datadist.core.base.provider cimport ACL_MEM_MALLOC_HUGE_FIRST, aclrtContext
-from llm_datadist.core.base.sockets cimport net_listen
+from llm_datadist.core.base.sockets cimport ldd_socket_listen
 from llm_datadist.core.base.status cimport (
     LDD_E_FAILED, LDD_E_NO_MEMORY, LDD_OK, check, ldd_fail, raise_status, start_detail,
 )
@@ -26,7 +26,7 @@ from llm_datadist.core.link.region cimport (
 from llm_datadist.core.link.service cimport (
     ldd_service_listen, ldd_service_start, ldd_service_stop, ldd_service_unlisten,
 )
-from llm_datadist.core.link.shared_reader cimport ldd_board_name
+from llm_datadist.core.link.shared_reader cimport ldd_shared_table_name
 from llm_datadist.core.link.wire cimport LDD_MODE_REMOTE_ACCESSIBLE
 from llm_datadist.core.table.cache_table cimport (
     ldd_cache_row, ldd_table_clear, ldd_table_counts, ldd_table_create, ldd_table_destroy, ldd_table_set_epoch,
@@ -35,7 +35,7 @@ from llm_datadist.core.table.cache_table cimport (
 from llm_datadist.core.table.pool cimport ldd_pool_create, ldd_pool_destroy, ldd_pool_free_bytes, ldd_pool_largest_bytes
 from llm_datadist.core.transfer.batch cimport ldd_context_enter, ldd_context_leave
 from llm_datadist.core.transfer.local_copy cimport ldd_op_list_free
-from llm_datadist.core.transfer.serve_pull cimport ldd_serve_fetch
+from llm_datadist.core.transfer.serve_pull cimport ldd_serve_pull
 
 cdef extern from "<unistd.h>" nogil:
     int close(int fd)
@@ -64,7 +64,7 @@ cdef class EngineCore:
         self._provider = Provider.open(options.provider)
         ldd_node_init(&self.node, self._provider.table, cluster_id)
         ldd_regions_init(&self.node.regions, self._provider.table)
-        ldd_serve_fetch(&self.node)
+        ldd_serve_pull(&self.node)
         self._open = True
         try:
             self._open_all(options)
@@ -106,7 +106,7 @@ cdef class EngineCore:
             status = ldd_service_start(&self.service, &self.node, &detail)
         self.raise_for(status, &detail, b"init")
         if self.node.shares_table:
-            ldd_board_name(self.node.instance, name, sizeof(name))
+            ldd_shared_table_name(self.node.instance, name, sizeof(name))
             self.listen_at(name.decode(), 0)
         if options.listen is not None:
             self.set_listener(options.listen)
@@ -276,8 +276,8 @@ cdef class EngineCore:
         ip, port = address[0].encode(), address[1]
         c_ip = ip
         with nogil:
-            status = net_listen(c_ip, port, LISTEN_BACKLOG, &fd, &bound, &detail)
-            if status == LDD_OK and ip_is_specific(c_ip):
+            status = ldd_socket_listen(c_ip, port, LISTEN_BACKLOG, &fd, &bound, &detail)
+            if status == LDD_OK and _ip_is_specific(c_ip):
                 status = ldd_regions_serve(&self.node.regions, c_ip, &data_port, &detail)
             if status == LDD_OK:
                 ldd_service_listen(&self.service, fd)
@@ -294,7 +294,7 @@ cdef class EngineCore:
         cdef bytes address = ip.encode()
         self.require_open()
         start_detail(&detail)
-        if net_listen(address, port, LISTEN_BACKLOG, &fd, &bound, &detail) < 0:
+        if ldd_socket_listen(address, port, LISTEN_BACKLOG, &fd, &bound, &detail) < 0:
             return None
         with nogil:
             ldd_service_listen(&self.service, fd)
@@ -374,7 +374,7 @@ def shares_table(environ):
     return environ.get("LLM_DATADIST_SHARED_TABLE", "1") != "0"
 
 
-cdef bint ip_is_specific(const char* ip) noexcept nogil:
+cdef bint _ip_is_specific(const char* ip) noexcept nogil:
     """False for the wildcard addresses, whose data servers start at the address a peer came in by."""
     cdef const char* at = ip
     while at[0] == c'0' or at[0] == c'.' or at[0] == c':':

@@ -7,13 +7,13 @@ from llm_datadist.core.base.status cimport (
     LDD_E_INTERRUPTED, LDD_E_LINK_BUSY, LDD_OK, ldd_detail, ldd_fail, ldd_status, start_detail,
 )
 from llm_datadist.core.base.sync cimport ldd_lock, ldd_lock_until, ldd_now_ns, ldd_unlock
-from llm_datadist.core.link.accept cimport ldd_service_forget, ldd_service_met, ldd_service_wish
+from llm_datadist.core.link.accept cimport ldd_service_accepted, ldd_service_expect, ldd_service_forget
 from llm_datadist.core.link.links cimport (
     ORIGIN_COMM, ORIGIN_LOCAL, ORIGIN_PEER, ldd_link, ldd_link_begin, ldd_link_end, ldd_link_existed, ldd_link_origin,
     ldd_link_state, ldd_links_drop, ldd_node,
 )
 from llm_datadist.core.link.open cimport ldd_link_close, ldd_link_open
-from llm_datadist.core.link.requests cimport ldd_ask_ping
+from llm_datadist.core.link.requests cimport ldd_request_ping
 
 
 # What `links` tells of a link.
@@ -72,7 +72,7 @@ cdef class EngineLinks(EngineCore):
             port = address[1]
         start_detail(&detail)
         with nogil:
-            before = count_links(&self.node, cluster_id)
+            before = _count_links(&self.node, cluster_id)
             if force:
                 ldd_links_drop(&self.node, ORIGIN_LOCAL, -1, False, cluster_id)
                 ldd_links_drop(&self.node, ORIGIN_PEER, -1, False, cluster_id)
@@ -94,7 +94,7 @@ cdef class EngineLinks(EngineCore):
         self.require_open()
         start_detail(&detail)
         with nogil:
-            status = ping_link(&self.node, cluster_id, ldd_now_ns() + <int64_t>timeout_ms * 1000000, &detail)
+            status = _ping_link(&self.node, cluster_id, ldd_now_ns() + <int64_t>timeout_ms * 1000000, &detail)
         self.raise_for(status, &detail, b"check_link_status")
 
     def links(self):
@@ -109,7 +109,7 @@ cdef class EngineLinks(EngineCore):
         try:
             # Objects are made without the lock: making one may run any finaliser, or let another thread go on.
             with nogil:
-                count = copy_links(&self.node, rows, capacity)
+                count = _copy_links(&self.node, rows, capacity)
             return [{
                 "cluster_id": rows[i].cluster_id,
                 "state": ("opening", "active", "broken", "closed")[<int>rows[i].state],
@@ -128,7 +128,7 @@ cdef class EngineLinks(EngineCore):
 
     # ----------------------------------------------------------------------------------- links by rank table
 
-    def wish(self, bytes comm, uint64_t cluster_id, int64_t comm_id):
+    def expect(self, bytes comm, uint64_t cluster_id, int64_t comm_id):
         """Let this peer open a link for this communicator."""
         cdef ldd_detail detail
         cdef ldd_status status
@@ -136,22 +136,22 @@ cdef class EngineLinks(EngineCore):
         start_detail(&detail)
         if len(comm) != 32:
             raise ValueError(f"comm: 32 bytes expected, {len(comm)} given")
-        status = ldd_service_wish(&self.service, comm, cluster_id, comm_id)
+        status = ldd_service_expect(&self.service, comm, cluster_id, comm_id)
         self.raise_for(status, &detail, b"link")
 
-    def wish_met(self, int64_t comm_id, uint64_t cluster_id):
+    def has_joined(self, int64_t comm_id, uint64_t cluster_id):
         """Whether that peer has come."""
-        return self._open and ldd_service_met(&self.service, comm_id, cluster_id)
+        return self._open and ldd_service_accepted(&self.service, comm_id, cluster_id)
 
     def forget(self, int64_t comm_id):
-        """Drop the wishes and links of a communicator on this side."""
+        """Drop the pending and links of a communicator on this side."""
         if self._open and self.is_own_process():
             with nogil:
                 ldd_service_forget(&self.service, comm_id)
                 ldd_links_drop(&self.node, ORIGIN_COMM, comm_id, True, 0)
 
 
-cdef ldd_status ping_link(ldd_node* node, uint64_t cluster_id, int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
+cdef ldd_status _ping_link(ldd_node* node, uint64_t cluster_id, int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
     cdef ldd_link* link = NULL
     cdef ldd_status status = ldd_link_begin(node, cluster_id, &link, detail)
     if status < 0:
@@ -160,13 +160,13 @@ cdef ldd_status ping_link(ldd_node* node, uint64_t cluster_id, int64_t deadline_
         status = ldd_fail(detail, LDD_E_LINK_BUSY, b"a transfer is running on the link to cluster %llu",
                           <unsigned long long>cluster_id)
     else:
-        status = ldd_ask_ping(link, deadline_ns, detail)
+        status = ldd_request_ping(link, deadline_ns, detail)
         ldd_unlock(&link.lock)
     ldd_link_end(link)
     return status
 
 
-cdef uint32_t copy_links(ldd_node* node, ldd_link_row* rows, uint32_t capacity) noexcept nogil:
+cdef uint32_t _copy_links(ldd_node* node, ldd_link_row* rows, uint32_t capacity) noexcept nogil:
     cdef ldd_link* link
     cdef ldd_link_row* row
     cdef uint32_t count = 0
@@ -190,7 +190,7 @@ cdef uint32_t copy_links(ldd_node* node, ldd_link_row* rows, uint32_t capacity) 
     return count
 
 
-cdef uint32_t count_links(ldd_node* node, uint64_t cluster_id) noexcept nogil:
+cdef uint32_t _count_links(ldd_node* node, uint64_t cluster_id) noexcept nogil:
     cdef ldd_link* link
     cdef uint32_t count = 0
     ldd_lock(&node.lock)

@@ -6,12 +6,12 @@ from llm_datadist.core.link.service_conn cimport ldd_conn, ldd_service
 from llm_datadist.core.link.wire cimport ldd_frame_header
 
 # Answer a HELLO; False when the connection is to be closed. May hand the socket over and forget `conn`.
-cdef bint ldd_welcome_hello(ldd_service* service, ldd_conn* conn, const ldd_frame_header* header,
-                            const uint8_t* payload) noexcept nogil
+cdef bint ldd_accept_hello(ldd_service* service, ldd_conn* conn, const ldd_frame_header* header,
+                           const uint8_t* payload) noexcept nogil
 
 # What this side wants of communicators: any thread.
-cdef ldd_status ldd_service_wish(ldd_service* service, const uint8_t* comm, uint64_t cluster_id,
+cdef ldd_status ldd_service_expect(ldd_service* service, const uint8_t* comm, uint64_t cluster_id,
                                  int64_t comm_id) noexcept nogil
-# True when the peer of this wish has come.
-cdef bint ldd_service_met(ldd_service* service, int64_t comm_id, uint64_t cluster_id) noexcept nogil
+# True when the peer of this awaited has come.
+cdef bint ldd_service_accepted(ldd_service* service, int64_t comm_id, uint64_t cluster_id) noexcept nogil
 cdef void ldd_service_forget(ldd_service* service, int64_t comm_id) noexcept nogil

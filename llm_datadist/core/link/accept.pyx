@@ -1,14 +1,16 @@
 """The answering side of a handshake: who may link, and what becomes of the two connections.
 
 A link needs two connections from the same peer: the first is served, on the second we ask. It becomes
-active when the second has come. Runs on the service thread, but for the wishes at the end.
+active when the second has come. Runs on the service thread, but for the pending at the end.
 """
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport realloc
 from libc.string cimport memcmp, memcpy, memset
 
-from llm_datadist.core.base.sockets cimport net_is_own_user, net_local_ip, net_peer_ip, net_send_files
+from llm_datadist.core.base.sockets cimport (
+    ldd_socket_is_own_user, ldd_socket_local_ip, ldd_socket_peer_ip, ldd_socket_send_files,
+)
 from llm_datadist.core.base.status cimport (
     LDD_E_LINK_FAILED, LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_E_PROCESSING_LINK, LDD_OK, ldd_detail, ldd_fail,
 )
@@ -18,9 +20,9 @@ from llm_datadist.core.link.links cimport (
     ldd_links_drop_stale, ldd_node,
 )
 from llm_datadist.core.link.region cimport ldd_regions_own_endpoint, ldd_regions_serve
-from llm_datadist.core.link.service_conn cimport CONN_SERVING, ldd_conn_forget, ldd_conn_reply, ldd_wish
+from llm_datadist.core.link.service_conn cimport CONN_SERVING, ldd_conn_forget, ldd_conn_reply, ldd_pending
 from llm_datadist.core.link.wire cimport (
-    LDD_FRAME_WELCOME, LDD_HELLO_BOARD, LDD_HELLO_FORWARD, LDD_HELLO_REVERSE, LDD_MODE_REMOTE_ACCESSIBLE,
+    LDD_FRAME_WELCOME, LDD_HELLO_FORWARD, LDD_HELLO_REVERSE, LDD_HELLO_SHARED_TABLE, LDD_MODE_REMOTE_ACCESSIBLE,
     LDD_WELCOME_FRAME_BYTES, LDD_WIRE_VERSION, ldd_frame_header, ldd_hello, ldd_welcome,
 )
 from llm_datadist.core.table.cache_table cimport ldd_table_add_lane
@@ -35,17 +37,17 @@ cdef extern from "<unistd.h>" nogil:
     int close(int fd)
 
 
-cdef ldd_wish* find_wish(ldd_service* service, const uint8_t* comm, uint64_t cluster_id) noexcept nogil:
-    """A wish for this communicator and peer that is not met yet. Needs service.lock."""
+cdef ldd_pending* _find_awaited(ldd_service* service, const uint8_t* comm, uint64_t cluster_id) noexcept nogil:
+    """The awaited peer of this communicator and peer that is not accepted yet. Needs service.lock."""
     cdef uint32_t i
-    for i in range(service.num_wishes):
-        if (not service.wishes[i].met and service.wishes[i].cluster_id == cluster_id
-                and memcmp(service.wishes[i].comm, comm, 32) == 0):
-            return &service.wishes[i]
+    for i in range(service.num_pending):
+        if (not service.pending[i].accepted and service.pending[i].cluster_id == cluster_id
+                and memcmp(service.pending[i].comm, comm, 32) == 0):
+            return &service.pending[i]
     return NULL
 
 
-cdef bint is_zero(const uint8_t* data, size_t nbytes) noexcept nogil:
+cdef bint _is_zero(const uint8_t* data, size_t nbytes) noexcept nogil:
     cdef size_t i
     for i in range(nbytes):
         if data[i]:
@@ -53,21 +55,21 @@ cdef bint is_zero(const uint8_t* data, size_t nbytes) noexcept nogil:
     return True
 
 
-cdef ldd_status welcome_forward(ldd_service* service, ldd_conn* conn, const ldd_hello* hello,
+cdef ldd_status _accept_forward(ldd_service* service, ldd_conn* conn, const ldd_hello* hello,
                                 ldd_welcome* answer, ldd_detail* detail) noexcept nogil:
     """Check who comes, and open a link that becomes active when its second connection arrives."""
     cdef ldd_node* node = service.node
     cdef ldd_link* link
-    cdef ldd_wish* wish
+    cdef ldd_pending* awaited
     cdef char local_ip[64]
     cdef uint32_t port = 0
     cdef int64_t comm_id = 0
-    cdef bint for_comm = not is_zero(hello.comm, 32)
+    cdef bint for_comm = not _is_zero(hello.comm, 32)
     cdef ldd_status status
     if hello.check_expected and hello.expected_cluster_id != node.cluster_id:
         return ldd_fail(detail, LDD_E_LINK_FAILED, b"this is cluster %llu, not %llu",
                         <unsigned long long>node.cluster_id, <unsigned long long>hello.expected_cluster_id)
-    if is_zero(hello.token, sizeof(hello.token)):
+    if _is_zero(hello.token, sizeof(hello.token)):
         return ldd_fail(detail, LDD_E_PARAM, b"the token of the link is all zero")
     if hello.mode != node.mode:
         return ldd_fail(detail, LDD_E_PARAM, b"the two sides disagree on remote-accessible mode (here %d, there %d)",
@@ -75,13 +77,13 @@ cdef ldd_status welcome_forward(ldd_service* service, ldd_conn* conn, const ldd_
                         <int>(hello.mode & LDD_MODE_REMOTE_ACCESSIBLE))
     if for_comm:
         ldd_lock(&service.lock)
-        wish = find_wish(service, hello.comm, hello.cluster_id)
-        comm_id = wish.comm_id if wish != NULL else 0
+        awaited = _find_awaited(service, hello.comm, hello.cluster_id)
+        comm_id = awaited.comm_id if awaited != NULL else 0
         ldd_unlock(&service.lock)
         if comm_id == 0:
             return ldd_fail(detail, LDD_E_PROCESSING_LINK, b"cluster %llu has not asked for this communicator yet",
                             <unsigned long long>node.cluster_id)
-    net_local_ip(conn.fd, local_ip, sizeof(local_ip))
+    ldd_socket_local_ip(conn.fd, local_ip, sizeof(local_ip))
     status = ldd_regions_serve(&node.regions, local_ip, &port, detail)
     if status < 0:
         return status
@@ -91,7 +93,7 @@ cdef ldd_status welcome_forward(ldd_service* service, ldd_conn* conn, const ldd_
     memcpy(link.instance, hello.instance, 16)
     memcpy(link.token, hello.token, 16)
     link.comm_id = comm_id
-    net_peer_ip(conn.fd, link.peer_ip, sizeof(link.peer_ip))
+    ldd_socket_peer_ip(conn.fd, link.peer_ip, sizeof(link.peer_ip))
     memcpy(link.data_ip, <const char*>hello.data_ip if hello.data_ip[0] else <const char*>link.peer_ip,
            sizeof(link.data_ip))
     link.data_port = hello.data_port
@@ -102,7 +104,7 @@ cdef ldd_status welcome_forward(ldd_service* service, ldd_conn* conn, const ldd_
     return LDD_OK
 
 
-cdef ldd_conn* find_token(ldd_service* service, const uint8_t* token) noexcept nogil:
+cdef ldd_conn* _find_token(ldd_service* service, const uint8_t* token) noexcept nogil:
     """The serving connection of the link that this token names."""
     cdef ldd_conn* conn = service.conns
     while conn != NULL and (conn.link == NULL or memcmp(conn.link.token, token, 16) != 0):
@@ -110,29 +112,29 @@ cdef ldd_conn* find_token(ldd_service* service, const uint8_t* token) noexcept n
     return conn
 
 
-cdef ldd_status meet_wish(ldd_service* service, const ldd_hello* hello, ldd_link* link,
+cdef ldd_status _accept_awaited(ldd_service* service, const ldd_hello* hello, ldd_link* link,
                           ldd_detail* detail) noexcept nogil:
     """Publish the link of a communicator that is still wished for."""
-    cdef ldd_wish* wish
+    cdef ldd_pending* awaited
     cdef ldd_status status
     ldd_lock(&service.lock)
-    wish = find_wish(service, hello.comm, link.cluster_id)
-    if wish == NULL or wish.comm_id != link.comm_id:
+    awaited = _find_awaited(service, hello.comm, link.cluster_id)
+    if awaited == NULL or awaited.comm_id != link.comm_id:
         status = ldd_fail(detail, LDD_E_PROCESSING_LINK, b"the communicator was given up meanwhile")
     else:
         status = ldd_link_publish(link, detail)
-        wish.met = status == LDD_OK
+        awaited.accepted = status == LDD_OK
     ldd_unlock(&service.lock)
     return status
 
 
-cdef ldd_status activate(ldd_service* service, ldd_conn* reverse, const ldd_hello* hello, ldd_link** out,
+cdef ldd_status _activate(ldd_service* service, ldd_conn* reverse, const ldd_hello* hello, ldd_link** out,
                          ldd_detail* detail) noexcept nogil:
     """The second connection of a link arrived: it is the one we ask on.
 
     The link is returned locked: who finds it now must not ask before our answer to this connection is on its way.
     """
-    cdef ldd_conn* forward = find_token(service, hello.token)
+    cdef ldd_conn* forward = _find_token(service, hello.token)
     cdef ldd_link* link
     cdef ldd_status status
     if forward == NULL or forward.link.state != LINK_OPENING:
@@ -144,7 +146,7 @@ cdef ldd_status activate(ldd_service* service, ldd_conn* reverse, const ldd_hell
     link.ask_fd = reverse.fd
     ldd_lock(&link.lock)
     if link.origin == ORIGIN_COMM:
-        status = meet_wish(service, hello, link, detail)
+        status = _accept_awaited(service, hello, link, detail)
     else:
         status = ldd_link_publish(link, detail)
     if status < 0:
@@ -157,16 +159,16 @@ cdef ldd_status activate(ldd_service* service, ldd_conn* reverse, const ldd_hell
     return LDD_OK
 
 
-cdef bint hand_out_table(ldd_service* service, ldd_conn* conn, const ldd_frame_header* header, const ldd_hello* hello,
+cdef bint _hand_out_table(ldd_service* service, ldd_conn* conn, const ldd_frame_header* header, const ldd_hello* hello,
                          ldd_welcome* answer) noexcept nogil:
     """Give a linked process of the same user on this host our table to read, and a lane to write."""
     cdef uint8_t frame[LDD_WELCOME_FRAME_BYTES]
     cdef ldd_frame_header reply_header
-    cdef ldd_conn* serving = find_token(service, hello.token)
+    cdef ldd_conn* serving = _find_token(service, hello.token)
     cdef ldd_lane* lane
     cdef int files[3]
     if (serving == NULL or serving.link.lane != NULL or not service.node.shares_table
-            or service.node.table.board.table_fd < 0 or not net_is_own_user(conn.fd)):
+            or service.node.table.shared.table_fd < 0 or not ldd_socket_is_own_user(conn.fd)):
         service.num_rejected_frames += 1
         return False
     lane = ldd_lane_create(&files[2])
@@ -177,19 +179,19 @@ cdef bint hand_out_table(ldd_service* service, ldd_conn* conn, const ldd_frame_h
         ldd_lane_unmap(lane)
         return False
     serving.link.lane = lane                    # goes with the link, see replies.pyx
-    files[0] = service.node.table.board.table_fd
-    files[1] = service.node.table.board.desk_fd
+    files[0] = service.node.table.shared.table_fd
+    files[1] = service.node.table.shared.marks_fd
     reply_header = header[0]
     reply_header.type = LDD_FRAME_WELCOME
     reply_header.length = sizeof(ldd_welcome)
     memcpy(frame, &reply_header, sizeof(reply_header))
     memcpy(frame + sizeof(reply_header), answer, sizeof(ldd_welcome))
-    net_send_files(conn.fd, frame, sizeof(frame), files, 3)
+    ldd_socket_send_files(conn.fd, frame, sizeof(frame), files, 3)
     close(files[2])
     return False                                # one answer, and the connection is over
 
 
-cdef bint ldd_welcome_hello(ldd_service* service, ldd_conn* conn, const ldd_frame_header* header,
+cdef bint ldd_accept_hello(ldd_service* service, ldd_conn* conn, const ldd_frame_header* header,
                    const uint8_t* payload) noexcept nogil:
     cdef ldd_hello hello
     cdef ldd_welcome answer
@@ -209,11 +211,11 @@ cdef bint ldd_welcome_hello(ldd_service* service, ldd_conn* conn, const ldd_fram
         memcpy(&hello, payload, sizeof(hello))
         hello.data_ip[sizeof(hello.data_ip) - 1] = 0
         if hello.direction == LDD_HELLO_FORWARD and conn.link == NULL:
-            status = welcome_forward(service, conn, &hello, &answer, &detail)
+            status = _accept_forward(service, conn, &hello, &answer, &detail)
         elif hello.direction == LDD_HELLO_REVERSE and conn.link == NULL:
-            status = activate(service, conn, &hello, &activated, &detail)
-        elif hello.direction == LDD_HELLO_BOARD and conn.link == NULL:
-            return hand_out_table(service, conn, header, &hello, &answer)
+            status = _activate(service, conn, &hello, &activated, &detail)
+        elif hello.direction == LDD_HELLO_SHARED_TABLE and conn.link == NULL:
+            return _hand_out_table(service, conn, header, &hello, &answer)
         else:
             service.num_rejected_frames += 1
             return False
@@ -236,46 +238,46 @@ cdef bint ldd_welcome_hello(ldd_service* service, ldd_conn* conn, const ldd_fram
     return True
 
 
-cdef ldd_status ldd_service_wish(ldd_service* service, const uint8_t* comm, uint64_t cluster_id,
+cdef ldd_status ldd_service_expect(ldd_service* service, const uint8_t* comm, uint64_t cluster_id,
                                  int64_t comm_id) noexcept nogil:
-    cdef ldd_wish* grown
+    cdef ldd_pending* grown
     cdef ldd_status status = LDD_OK
     ldd_lock(&service.lock)
-    if service.num_wishes == service.wish_capacity:
-        grown = <ldd_wish*>realloc(service.wishes, (service.wish_capacity * 2 + 8) * sizeof(ldd_wish))
+    if service.num_pending == service.pending_capacity:
+        grown = <ldd_pending*>realloc(service.pending, (service.pending_capacity * 2 + 8) * sizeof(ldd_pending))
         if grown == NULL:
             status = LDD_E_NO_MEMORY
         else:
-            service.wishes = grown
-            service.wish_capacity = service.wish_capacity * 2 + 8
+            service.pending = grown
+            service.pending_capacity = service.pending_capacity * 2 + 8
     if status == LDD_OK:
-        memcpy(service.wishes[service.num_wishes].comm, comm, 32)
-        service.wishes[service.num_wishes].cluster_id = cluster_id
-        service.wishes[service.num_wishes].comm_id = comm_id
-        service.wishes[service.num_wishes].met = False
-        service.num_wishes += 1
+        memcpy(service.pending[service.num_pending].comm, comm, 32)
+        service.pending[service.num_pending].cluster_id = cluster_id
+        service.pending[service.num_pending].comm_id = comm_id
+        service.pending[service.num_pending].accepted = False
+        service.num_pending += 1
     ldd_unlock(&service.lock)
     return status
 
 
-cdef bint ldd_service_met(ldd_service* service, int64_t comm_id, uint64_t cluster_id) noexcept nogil:
-    cdef bint met = False
+cdef bint ldd_service_accepted(ldd_service* service, int64_t comm_id, uint64_t cluster_id) noexcept nogil:
+    cdef bint accepted = False
     cdef uint32_t i
     ldd_lock(&service.lock)
-    for i in range(service.num_wishes):
-        if service.wishes[i].comm_id == comm_id and service.wishes[i].cluster_id == cluster_id:
-            met = service.wishes[i].met
+    for i in range(service.num_pending):
+        if service.pending[i].comm_id == comm_id and service.pending[i].cluster_id == cluster_id:
+            accepted = service.pending[i].accepted
     ldd_unlock(&service.lock)
-    return met
+    return accepted
 
 
 cdef void ldd_service_forget(ldd_service* service, int64_t comm_id) noexcept nogil:
     cdef uint32_t i = 0
     ldd_lock(&service.lock)
-    while i < service.num_wishes:
-        if service.wishes[i].comm_id == comm_id:
-            service.num_wishes -= 1
-            service.wishes[i] = service.wishes[service.num_wishes]
+    while i < service.num_pending:
+        if service.pending[i].comm_id == comm_id:
+            service.num_pending -= 1
+            service.pending[i] = service.pending[service.num_pending]
         else:
             i += 1
     ldd_unlock(&service.lock)

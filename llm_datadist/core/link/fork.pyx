@@ -19,7 +19,7 @@ cdef ldd_mutex _lock                                # guards the list
 cdef ldd_service* _watched = NULL
 
 
-cdef void before_fork() noexcept nogil:
+cdef void _before_fork() noexcept nogil:
     cdef ldd_service* service
     ldd_lock(&_lock)
     service = _watched
@@ -29,7 +29,7 @@ cdef void before_fork() noexcept nogil:
         service = service.next_watched
 
 
-cdef void unlock_all() noexcept nogil:
+cdef void _unlock_all() noexcept nogil:
     cdef ldd_service* service = _watched
     while service != NULL:
         ldd_unlock(&service.node.lock)
@@ -38,7 +38,7 @@ cdef void unlock_all() noexcept nogil:
     ldd_unlock(&_lock)
 
 
-cdef void in_child() noexcept nogil:
+cdef void _in_child() noexcept nogil:
     cdef ldd_service* service = _watched
     cdef ldd_conn* conn
     cdef ldd_link* link
@@ -55,7 +55,7 @@ cdef void in_child() noexcept nogil:
         close(service.epoll_fd)
         close(service.wake_fd)
         service = service.next_watched
-    unlock_all()
+    _unlock_all()
 
 
 cdef void ldd_fork_watch(ldd_service* service) noexcept nogil:
@@ -77,4 +77,4 @@ cdef void ldd_fork_forget(ldd_service* service) noexcept nogil:
 
 
 ldd_mutex_init(&_lock)
-pthread_atfork(before_fork, unlock_all, in_child)
+pthread_atfork(_before_fork, _unlock_all, _in_child)

@@ -7,7 +7,7 @@ from llm_datadist.core.base.sync cimport ldd_cond, ldd_mutex
 from llm_datadist.core.link.region cimport ldd_regions
 from llm_datadist.core.plan.block_plan cimport ldd_desc_list
 from llm_datadist.core.table.cache_table cimport ldd_table
-from llm_datadist.core.table.shared_table cimport ldd_lane, ldd_peek
+from llm_datadist.core.table.shared_table cimport ldd_lane, ldd_shared_reader
 
 cdef enum:
     MAX_LINKS = 4096
@@ -63,8 +63,8 @@ ctypedef struct ldd_link:
     uint64_t seen_epoch                         # of the peer's regions
     bint fetches                                # all of them are reached by the network, and in one exchange
     ldd_desc_list descs
-    ldd_peek* peek                              # the peer's shared table, see shared_reader.pyx
-    bint peek_tried
+    ldd_shared_reader* reader                              # the peer's shared table, see shared_reader.pyx
+    bint reader_tried
     uint8_t* reply
     size_t reply_capacity
     # answering: the service thread alone

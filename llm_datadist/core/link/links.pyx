@@ -11,14 +11,14 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcmp, memset, strncpy
 
-from llm_datadist.core.base.sockets cimport net_shutdown
+from llm_datadist.core.base.sockets cimport ldd_socket_shutdown
 from llm_datadist.core.base.status cimport LDD_E_FAILED, LDD_E_NOT_LINKED, LDD_OK, ldd_fail
 from llm_datadist.core.base.sync cimport (
     ldd_cond_broadcast, ldd_cond_destroy, ldd_cond_init, ldd_cond_wait_until, ldd_lock, ldd_mutex_destroy,
     ldd_mutex_init, ldd_unlock,
 )
 from llm_datadist.core.plan.block_plan cimport ldd_desc_list_free, ldd_desc_list_init
-from llm_datadist.core.table.shared_table cimport ldd_peek_free
+from llm_datadist.core.table.shared_table cimport ldd_reader_free
 
 cdef extern from "unistd.h" nogil:
     int close(int fd)
@@ -56,12 +56,12 @@ cdef ldd_link* ldd_link_new(ldd_node* node, uint64_t cluster_id, ldd_link_origin
     return link
 
 
-cdef void destroy(ldd_link* link) noexcept nogil:
+cdef void _destroy(ldd_link* link) noexcept nogil:
     if link.client != NULL:
         link.node.provider.hixl.HixlCSClientDestroy(link.client)
     if link.ask_fd >= 0:
         close(link.ask_fd)
-    ldd_peek_free(link.peek)
+    ldd_reader_free(link.reader)
     ldd_desc_list_free(&link.descs)
     free(link.reply)
     free(link.leases)
@@ -82,10 +82,10 @@ cdef void ldd_link_unref(ldd_link* link) noexcept nogil:
     cdef bint last = link.refs == 0
     ldd_unlock(&node.lock)
     if last:
-        destroy(link)
+        _destroy(link)
 
 
-cdef bint existed_locked(const ldd_node* node, uint64_t cluster_id) noexcept nogil:
+cdef bint _existed_locked(const ldd_node* node, uint64_t cluster_id) noexcept nogil:
     cdef uint32_t i
     for i in range(node.num_past):
         if node.past[i] == cluster_id:
@@ -95,15 +95,15 @@ cdef bint existed_locked(const ldd_node* node, uint64_t cluster_id) noexcept nog
 
 cdef bint ldd_link_existed(ldd_node* node, uint64_t cluster_id) noexcept nogil:
     ldd_lock(&node.lock)
-    cdef bint existed = existed_locked(node, cluster_id)
+    cdef bint existed = _existed_locked(node, cluster_id)
     ldd_unlock(&node.lock)
     return existed
 
 
-cdef void remember_locked(ldd_node* node, uint64_t cluster_id) noexcept nogil:
+cdef void _remember_locked(ldd_node* node, uint64_t cluster_id) noexcept nogil:
     """Without memory the cluster is forgotten with its link, which changes the code of a later unlink and no more."""
     cdef uint64_t* grown
-    if existed_locked(node, cluster_id):
+    if _existed_locked(node, cluster_id):
         return
     if node.num_past == MAX_PAST:
         node.past[node.next_past] = cluster_id
@@ -134,12 +134,12 @@ cdef ldd_status ldd_link_publish(ldd_link* link, ldd_detail* detail) noexcept no
     node.links = link
     node.num_links += 1
     if link.origin != ORIGIN_COMM:
-        remember_locked(node, link.cluster_id)
+        _remember_locked(node, link.cluster_id)
     ldd_unlock(&node.lock)
     return LDD_OK
 
 
-cdef void start_locked(ldd_link* link) noexcept nogil:
+cdef void _start_locked(ldd_link* link) noexcept nogil:
     link.refs += 1
     link.ops += 1
     link.node.num_ops += 1
@@ -149,7 +149,7 @@ cdef bint ldd_link_resume(ldd_link* link) noexcept nogil:
     ldd_lock(&link.node.lock)
     cdef bint active = link.state == LINK_ACTIVE
     if active:
-        start_locked(link)
+        _start_locked(link)
     ldd_unlock(&link.node.lock)
     return active
 
@@ -164,7 +164,7 @@ cdef ldd_status ldd_link_begin(ldd_node* node, uint64_t cluster_id, ldd_link** o
     while link != NULL:
         if link.cluster_id == cluster_id:
             if link.state == LINK_ACTIVE:
-                start_locked(link)
+                _start_locked(link)
                 out[0] = link
                 ldd_unlock(&node.lock)
                 return LDD_OK
@@ -185,28 +185,28 @@ cdef void ldd_link_end(ldd_link* link) noexcept nogil:
     link.ops -= 1
     node.num_ops -= 1
     if link.ops == 0 and link.state != LINK_ACTIVE:
-        net_shutdown(link.ask_fd)
+        ldd_socket_shutdown(link.ask_fd)
     if node.num_ops == 0:
         ldd_cond_broadcast(&node.idle)
     ldd_unlock(&node.lock)
     ldd_link_unref(link)
 
 
-cdef void leave_locked(ldd_link* link, ldd_link_state state) noexcept nogil:
+cdef void _leave_locked(ldd_link* link, ldd_link_state state) noexcept nogil:
     link.state = state
     if link.ops == 0:
-        net_shutdown(link.ask_fd)
+        ldd_socket_shutdown(link.ask_fd)
 
 
 cdef void ldd_link_break(ldd_link* link, const char* reason) noexcept nogil:
     ldd_lock(&link.node.lock)
     if link.state == LINK_ACTIVE:
         strncpy(link.reason, reason, sizeof(link.reason) - 1)
-        leave_locked(link, LINK_BROKEN)
+        _leave_locked(link, LINK_BROKEN)
     ldd_unlock(&link.node.lock)
 
 
-cdef bint take_out_locked(ldd_link* link) noexcept nogil:
+cdef bint _take_out_locked(ldd_link* link) noexcept nogil:
     """Unchain the link and close it; the caller owes the set's reference afterwards."""
     cdef ldd_link** at = &link.node.links
     while at[0] != NULL and at[0] != link:
@@ -215,25 +215,25 @@ cdef bint take_out_locked(ldd_link* link) noexcept nogil:
         return False
     at[0] = link.next
     link.node.num_links -= 1
-    leave_locked(link, LINK_CLOSED)
+    _leave_locked(link, LINK_CLOSED)
     return True
 
 
 cdef void ldd_link_drop(ldd_link* link) noexcept nogil:
     ldd_lock(&link.node.lock)
-    cdef bint was_in = take_out_locked(link)
+    cdef bint was_in = _take_out_locked(link)
     ldd_unlock(&link.node.lock)
     if was_in:
         ldd_link_unref(link)
 
 
-cdef void move_out_locked(ldd_link* link, ldd_link** dropped) noexcept nogil:
-    take_out_locked(link)
+cdef void _move_out_locked(ldd_link* link, ldd_link** dropped) noexcept nogil:
+    _take_out_locked(link)
     link.next = dropped[0]
     dropped[0] = link
 
 
-cdef void unref_all(ldd_link* dropped) noexcept nogil:
+cdef void _unref_all(ldd_link* dropped) noexcept nogil:
     cdef ldd_link* following
     while dropped != NULL:
         following = dropped.next
@@ -253,11 +253,11 @@ cdef uint32_t ldd_links_drop(ldd_node* node, int origin, int64_t comm_id, bint a
         following = link.next
         if ((origin < 0 or link.origin == origin) and (comm_id < 0 or link.comm_id == comm_id)
                 and (any_cluster or link.cluster_id == cluster_id)):
-            move_out_locked(link, &dropped)
+            _move_out_locked(link, &dropped)
             count += 1
         link = following
     ldd_unlock(&node.lock)
-    unref_all(dropped)
+    _unref_all(dropped)
     return count
 
 
@@ -272,10 +272,10 @@ cdef void ldd_links_drop_stale(ldd_node* node, uint64_t cluster_id, const uint8_
         if link.cluster_id == cluster_id and (
                 link.origin == ORIGIN_PEER or (link.origin == ORIGIN_LOCAL and (
                     link.state != LINK_ACTIVE or memcmp(link.instance, instance, 16) != 0))):
-            move_out_locked(link, &dropped)
+            _move_out_locked(link, &dropped)
         link = following
     ldd_unlock(&node.lock)
-    unref_all(dropped)
+    _unref_all(dropped)
 
 
 cdef ldd_status ldd_node_close(ldd_node* node, int64_t deadline_ns) noexcept nogil:

@@ -6,7 +6,7 @@ from llm_datadist.core.link.links cimport ldd_node
 from llm_datadist.core.link.service_conn cimport ldd_service
 
 # Both connections, the data path, and the entry in the set. `comm` is NULL for link_clusters, otherwise the
-# 32-byte digest of a communicator; LDD_E_PROCESSING_LINK then says that the peer does not wish it yet.
+# 32-byte digest of a communicator; LDD_E_PROCESSING_LINK then says that the peer does not expect it yet.
 cdef ldd_status ldd_link_open(ldd_node* node, ldd_service* service, const char* ip, int port, uint64_t cluster_id,
                               const uint8_t* comm, int64_t comm_id, int64_t deadline_ns,
                               ldd_detail* detail) noexcept nogil

@@ -6,7 +6,9 @@ the peer asks, and the data path to the peer's memory. Whatever fails, both ends
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from llm_datadist.core.base.sockets cimport SIGNAL_SLICE_MS, net_check_signals, net_connect, net_local_ip, net_peer_ip
+from llm_datadist.core.base.sockets cimport (
+    SIGNAL_SLICE_MS, ldd_socket_check_signals, ldd_socket_connect, ldd_socket_local_ip, ldd_socket_peer_ip,
+)
 from llm_datadist.core.base.status cimport (
     LDD_E_ALREADY_LINKED, LDD_E_FAILED, LDD_E_INTERRUPTED, LDD_E_LINK_FAILED, LDD_E_NO_MEMORY, LDD_E_TIMEOUT,
     LDD_E_UNLINK_FAILED, LDD_OK, ldd_fail,
@@ -18,7 +20,7 @@ from llm_datadist.core.link.links cimport (
     ldd_link_new, ldd_link_publish, ldd_link_unref,
 )
 from llm_datadist.core.link.region cimport ldd_regions_own_endpoint, ldd_regions_serve
-from llm_datadist.core.link.requests cimport ldd_ask_unlink, ldd_exchange, ldd_link_ready
+from llm_datadist.core.link.requests cimport ldd_exchange, ldd_link_ready, ldd_request_unlink
 from llm_datadist.core.link.service cimport ldd_service_serve
 from llm_datadist.core.link.wire cimport (
     LDD_FRAME_HELLO, LDD_FRAME_WELCOME, LDD_HELLO_FORWARD, LDD_HELLO_REVERSE, ldd_hello, ldd_welcome,
@@ -43,7 +45,7 @@ cdef void ldd_random(void* data, size_t nbytes) noexcept nogil:
             done += count
 
 
-cdef ldd_status already_linked_locked(ldd_node* node, uint64_t cluster_id, ldd_detail* detail) noexcept nogil:
+cdef ldd_status _already_linked_locked(ldd_node* node, uint64_t cluster_id, ldd_detail* detail) noexcept nogil:
     """A link made from this side stays until this side unlinks, also when it is broken."""
     cdef ldd_link* link = node.links
     while link != NULL and not (link.cluster_id == cluster_id and link.origin == ORIGIN_LOCAL):
@@ -58,14 +60,14 @@ cdef ldd_status already_linked_locked(ldd_node* node, uint64_t cluster_id, ldd_d
                     <unsigned long long>cluster_id, link.reason)
 
 
-cdef bint is_attempted_locked(ldd_node* node, uint64_t cluster_id) noexcept nogil:
+cdef bint _is_attempted_locked(ldd_node* node, uint64_t cluster_id) noexcept nogil:
     cdef ldd_attempt* attempt = node.attempts
     while attempt != NULL and attempt.cluster_id != cluster_id:
         attempt = attempt.next
     return attempt != NULL
 
 
-cdef ldd_status start_attempt(ldd_node* node, ldd_attempt* attempt, int64_t deadline_ns,
+cdef ldd_status _start_attempt(ldd_node* node, ldd_attempt* attempt, int64_t deadline_ns,
                               ldd_detail* detail) noexcept nogil:
     """Become the one thread that links to this cluster, once no other does and there is no link.
 
@@ -75,15 +77,15 @@ cdef ldd_status start_attempt(ldd_node* node, ldd_attempt* attempt, int64_t dead
     cdef ldd_status status
     ldd_lock(&node.lock)
     while True:
-        status = already_linked_locked(node, attempt.cluster_id, detail)
+        status = _already_linked_locked(node, attempt.cluster_id, detail)
         if status == LDD_OK and node.closing:
             status = ldd_fail(detail, LDD_E_FAILED, b"the engine is being finalized")
-        if status < 0 or not is_attempted_locked(node, attempt.cluster_id):
+        if status < 0 or not _is_attempted_locked(node, attempt.cluster_id):
             break
         slice_ns = ldd_now_ns() + <int64_t>SIGNAL_SLICE_MS * 1000000
         ldd_cond_wait_until(&node.attempted, &node.lock, min(deadline_ns, slice_ns))
         ldd_unlock(&node.lock)
-        if net_check_signals() != 0:
+        if ldd_socket_check_signals() != 0:
             return LDD_E_INTERRUPTED
         if ldd_now_ns() >= deadline_ns:
             return ldd_fail(detail, LDD_E_TIMEOUT, b"another thread was linking to cluster %llu all the time",
@@ -97,7 +99,7 @@ cdef ldd_status start_attempt(ldd_node* node, ldd_attempt* attempt, int64_t dead
     return status
 
 
-cdef void end_attempt(ldd_node* node, ldd_attempt* attempt) noexcept nogil:
+cdef void _end_attempt(ldd_node* node, ldd_attempt* attempt) noexcept nogil:
     cdef ldd_attempt** at = &node.attempts
     ldd_lock(&node.lock)
     while at[0] != attempt:
@@ -110,7 +112,7 @@ cdef void end_attempt(ldd_node* node, ldd_attempt* attempt) noexcept nogil:
     ldd_unlock(&node.lock)
 
 
-cdef ldd_status greet(ldd_link* link, int fd, uint16_t direction, const uint8_t* comm, uint32_t data_port,
+cdef ldd_status _greet(ldd_link* link, int fd, uint16_t direction, const uint8_t* comm, uint32_t data_port,
                       ldd_welcome* answer, int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
     cdef ldd_hello hello
     cdef ldd_status status
@@ -141,20 +143,20 @@ cdef ldd_status greet(ldd_link* link, int fd, uint16_t direction, const uint8_t*
     return LDD_OK
 
 
-cdef ldd_status open_parts(ldd_link* link, const char* ip, int port, const uint8_t* comm, int* serve_fd,
+cdef ldd_status _open_parts(ldd_link* link, const char* ip, int port, const uint8_t* comm, int* serve_fd,
                            int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
     cdef ldd_welcome answer
     cdef char local_ip[64]
     cdef uint32_t data_port = 0
     cdef ldd_status status
-    status = net_connect(ip, port, deadline_ns, &link.ask_fd, detail)
+    status = ldd_socket_connect(ip, port, deadline_ns, &link.ask_fd, detail)
     if status < 0:
         return LDD_E_LINK_FAILED if status == LDD_E_FAILED else status
-    net_local_ip(link.ask_fd, local_ip, sizeof(local_ip))
-    net_peer_ip(link.ask_fd, link.peer_ip, sizeof(link.peer_ip))
+    ldd_socket_local_ip(link.ask_fd, local_ip, sizeof(local_ip))
+    ldd_socket_peer_ip(link.ask_fd, link.peer_ip, sizeof(link.peer_ip))
     status = ldd_regions_serve(&link.node.regions, local_ip, &data_port, detail)
     if status == LDD_OK:
-        status = greet(link, link.ask_fd, LDD_HELLO_FORWARD, comm, data_port, &answer, deadline_ns, detail)
+        status = _greet(link, link.ask_fd, LDD_HELLO_FORWARD, comm, data_port, &answer, deadline_ns, detail)
     if status < 0:
         return status
     memcpy(link.instance, answer.instance, 16)
@@ -164,16 +166,16 @@ cdef ldd_status open_parts(ldd_link* link, const char* ip, int port, const uint8
     status = ldd_link_ready(link, 0, deadline_ns, detail)
     if status < 0:
         return status if status == LDD_E_TIMEOUT or status == LDD_E_INTERRUPTED else LDD_E_LINK_FAILED
-    status = net_connect(ip, port, deadline_ns, serve_fd, detail)
+    status = ldd_socket_connect(ip, port, deadline_ns, serve_fd, detail)
     if status < 0:
         return LDD_E_LINK_FAILED if status == LDD_E_FAILED else status
     if comm != NULL:
         # With its answer the peer counts the communicator as made: one that is just late must not be given up.
         deadline_ns = max(deadline_ns, ldd_now_ns() + ANSWER_GRACE_NS)
-    return greet(link, serve_fd[0], LDD_HELLO_REVERSE, comm, data_port, &answer, deadline_ns, detail)
+    return _greet(link, serve_fd[0], LDD_HELLO_REVERSE, comm, data_port, &answer, deadline_ns, detail)
 
 
-cdef ldd_status open_link(ldd_node* node, ldd_service* service, const char* ip, int port, uint64_t cluster_id,
+cdef ldd_status _open_link(ldd_node* node, ldd_service* service, const char* ip, int port, uint64_t cluster_id,
                           const uint8_t* comm, int64_t comm_id, int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
     cdef int serve_fd = -1
     cdef ldd_link* link
@@ -183,7 +185,7 @@ cdef ldd_status open_link(ldd_node* node, ldd_service* service, const char* ip, 
         return ldd_fail(detail, LDD_E_NO_MEMORY, b"no memory for a link")
     link.comm_id = comm_id
     ldd_random(link.token, sizeof(link.token))
-    status = open_parts(link, ip, port, comm, &serve_fd, deadline_ns, detail)
+    status = _open_parts(link, ip, port, comm, &serve_fd, deadline_ns, detail)
     if status == LDD_OK:
         status = ldd_link_publish(link, detail)
     if status < 0:
@@ -201,16 +203,16 @@ cdef ldd_status ldd_link_open(ldd_node* node, ldd_service* service, const char* 
     cdef ldd_attempt attempt
     cdef ldd_status status
     if comm != NULL:
-        return open_link(node, service, ip, port, cluster_id, comm, comm_id, deadline_ns, detail)
+        return _open_link(node, service, ip, port, cluster_id, comm, comm_id, deadline_ns, detail)
     attempt.cluster_id = cluster_id
-    status = start_attempt(node, &attempt, deadline_ns, detail)
+    status = _start_attempt(node, &attempt, deadline_ns, detail)
     if status == LDD_OK:
-        status = open_link(node, service, ip, port, cluster_id, NULL, 0, deadline_ns, detail)
-        end_attempt(node, &attempt)
+        status = _open_link(node, service, ip, port, cluster_id, NULL, 0, deadline_ns, detail)
+        _end_attempt(node, &attempt)
     return status
 
 
-cdef ldd_link* next_to_close(ldd_node* node, uint64_t cluster_id) noexcept nogil:
+cdef ldd_link* _next_to_close(ldd_node* node, uint64_t cluster_id) noexcept nogil:
     cdef ldd_link* link
     ldd_lock(&node.lock)
     link = node.links
@@ -224,13 +226,13 @@ cdef ldd_link* next_to_close(ldd_node* node, uint64_t cluster_id) noexcept nogil
     return link
 
 
-cdef ldd_status tell_listener(const char* ip, int port, int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
+cdef ldd_status _tell_listener(const char* ip, int port, int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
     """A broken link cannot be asked on. The peer drops its side when it sees ours end, if it is alive."""
     cdef int fd = -1
     cdef ldd_status status
     if ip == NULL:
         return LDD_OK
-    status = net_connect(ip, port, deadline_ns, &fd, detail)
+    status = ldd_socket_connect(ip, port, deadline_ns, &fd, detail)
     if status == LDD_OK:
         close(fd)
     return status
@@ -241,7 +243,7 @@ cdef ldd_status ldd_link_close(ldd_node* node, const char* ip, int port, uint64_
     cdef ldd_link* link
     cdef ldd_status status
     while True:
-        link = next_to_close(node, cluster_id)
+        link = _next_to_close(node, cluster_id)
         if link == NULL:
             return LDD_OK
         status = ldd_lock_interruptible(&link.lock, deadline_ns)
@@ -255,11 +257,11 @@ cdef ldd_status ldd_link_close(ldd_node* node, const char* ip, int port, uint64_
             if link.client != NULL:             # before the peer hears of the end: what it confirms last arrives first
                 node.provider.hixl.HixlCSClientDestroy(link.client)
                 link.client = NULL
-            status = ldd_ask_unlink(link, deadline_ns, detail)
-        elif not link_closed(link):
-            status = tell_listener(ip, port, deadline_ns, detail)
+            status = ldd_request_unlink(link, deadline_ns, detail)
+        elif not _link_closed(link):
+            status = _tell_listener(ip, port, deadline_ns, detail)
         ldd_unlock(&link.lock)
-        if status < 0 and status != LDD_E_INTERRUPTED and link_closed(link):
+        if status < 0 and status != LDD_E_INTERRUPTED and _link_closed(link):
             status = LDD_OK                     # the peer unlinked at the same time
         if status == LDD_OK:
             ldd_link_drop(link)
@@ -268,7 +270,7 @@ cdef ldd_status ldd_link_close(ldd_node* node, const char* ip, int port, uint64_
             return status if status == LDD_E_TIMEOUT or status == LDD_E_INTERRUPTED else LDD_E_UNLINK_FAILED
 
 
-cdef bint link_closed(ldd_link* link) noexcept nogil:
+cdef bint _link_closed(ldd_link* link) noexcept nogil:
     """Whether the peer's own unlink, or another thread's, has closed it."""
     cdef bint closed
     ldd_lock(&link.node.lock)

@@ -12,7 +12,7 @@ from llm_datadist.core.base.provider cimport (
     COMM_MEM_TYPE_DEVICE, COMM_MEM_TYPE_HOST, LDD_CAP_ANY_LOCAL, LDD_CAP_DROP_PEER, LDD_CAP_FETCH,
     LDD_CAP_LATE_REGISTRATION, CommMem, HixlServerConfig, HixlServerDesc,
 )
-from llm_datadist.core.base.sockets cimport net_free_port
+from llm_datadist.core.base.sockets cimport ldd_socket_free_port
 from llm_datadist.core.base.status cimport LDD_E_FAILED, LDD_E_NOT_ENABLED, LDD_E_NO_MEMORY, LDD_OK, ldd_fail
 from llm_datadist.core.base.sync cimport ldd_lock, ldd_mutex_destroy, ldd_mutex_init, ldd_unlock
 from llm_datadist.core.base.wait cimport ldd_hixl_result
@@ -53,24 +53,24 @@ cdef void ldd_regions_close(ldd_regions* regions) noexcept nogil:
     ldd_mutex_destroy(&regions.lock)
 
 
-cdef void describe(const ldd_region* region, CommMem* mem) noexcept nogil:
+cdef void _describe(const ldd_region* region, CommMem* mem) noexcept nogil:
     memset(mem, 0, sizeof(CommMem))
     mem.type = COMM_MEM_TYPE_HOST if region.host else COMM_MEM_TYPE_DEVICE
     mem.addr = <void*>region.addr
     mem.size = region.nbytes
 
 
-cdef ldd_status announce(ldd_regions* regions, ldd_region* region, uint32_t server,
+cdef ldd_status _announce(ldd_regions* regions, ldd_region* region, uint32_t server,
                          ldd_detail* detail) noexcept nogil:
     cdef CommMem mem
-    describe(region, &mem)
+    _describe(region, &mem)
     return ldd_hixl_result(
         regions.provider,
         regions.provider.hixl.HixlCSServerRegMem(regions.servers[server].handle, NULL, &mem, &region.handles[server]),
         b"register memory with the data server", detail)
 
 
-cdef void withdraw(ldd_regions* regions, ldd_region* region) noexcept nogil:
+cdef void _withdraw(ldd_regions* regions, ldd_region* region) noexcept nogil:
     cdef uint32_t s
     for s in range(regions.num_servers):
         if region.handles[s] != NULL:
@@ -108,11 +108,11 @@ cdef ldd_status ldd_regions_add(ldd_regions* regions, uint64_t addr, uint64_t nb
     # A provider that shows peers only what was there when they connected keeps such memory local.
     if regions.num_servers == 0 or regions.provider.caps & LDD_CAP_LATE_REGISTRATION:
         for s in range(regions.num_servers):
-            status = announce(regions, region, s, detail)
+            status = _announce(regions, region, s, detail)
             if status < 0:
                 break
     if status < 0:
-        withdraw(regions, region)
+        _withdraw(regions, region)
     else:
         region.refs = 1
         if slot == regions.count:
@@ -129,13 +129,13 @@ cdef void ldd_regions_remove(ldd_regions* regions, uint64_t addr, uint64_t nbyte
         if regions.items[i].refs and regions.items[i].addr == addr and regions.items[i].nbytes == nbytes:
             regions.items[i].refs -= 1
             if regions.items[i].refs == 0:
-                withdraw(regions, &regions.items[i])
+                _withdraw(regions, &regions.items[i])
                 __atomic_add_fetch(&regions.epoch, 1, __ATOMIC_RELEASE)
             break
     ldd_unlock(&regions.lock)
 
 
-cdef ldd_status start_server(ldd_regions* regions, uint32_t s, const char* ip, ldd_detail* detail) noexcept nogil:
+cdef ldd_status _start_server(ldd_regions* regions, uint32_t s, const char* ip, ldd_detail* detail) noexcept nogil:
     """Create, announce everything, then listen: a peer must find all memory when it connects."""
     cdef HixlServerDesc desc
     cdef HixlServerConfig config
@@ -146,7 +146,7 @@ cdef ldd_status start_server(ldd_regions* regions, uint32_t s, const char* ip, l
     for _attempt in range(PORT_TRIES):
         memset(&desc, 0, sizeof(desc))
         memset(&config, 0, sizeof(config))
-        server.port = <uint32_t>net_free_port(ip)
+        server.port = <uint32_t>ldd_socket_free_port(ip)
         if server.port == 0:
             return ldd_fail(detail, LDD_E_FAILED, b"no free port for a data server at %s", ip)
         desc.server_ip = ip
@@ -164,7 +164,7 @@ cdef ldd_status start_server(ldd_regions* regions, uint32_t s, const char* ip, l
         for i in range(regions.count):
             regions.items[i].handles[s] = NULL
             if status == LDD_OK and regions.items[i].refs:
-                status = announce(regions, &regions.items[i], s, detail)
+                status = _announce(regions, &regions.items[i], s, detail)
         if status == LDD_OK:
             status = ldd_hixl_result(regions.provider,
                                      regions.provider.hixl.HixlCSServerListen(server.handle, LISTEN_BACKLOG),
@@ -192,7 +192,7 @@ cdef ldd_status ldd_regions_serve(ldd_regions* regions, const char* ip, uint32_t
                         <int>MAX_DATA_SERVERS)
     memset(&regions.servers[s], 0, sizeof(ldd_data_server))
     memcpy(regions.servers[s].ip, ip, strlen(ip))
-    status = start_server(regions, s, ip, detail)
+    status = _start_server(regions, s, ip, detail)
     if status == LDD_OK:
         regions.num_servers += 1
         port[0] = regions.servers[s].port
@@ -211,7 +211,7 @@ cdef ldd_status ldd_regions_register_client(ldd_regions* regions, HixlClientHand
     ldd_lock(&regions.lock)
     for i in range(regions.count):
         if regions.items[i].refs and status == LDD_OK:
-            describe(&regions.items[i], &mem)
+            _describe(&regions.items[i], &mem)
             status = ldd_hixl_result(regions.provider,
                                      regions.provider.hixl.HixlCSClientRegMem(client, NULL, &mem, &handle),
                                      b"register memory with the data client", detail)

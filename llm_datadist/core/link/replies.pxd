@@ -8,11 +8,11 @@ from llm_datadist.core.link.wire cimport ldd_frame_header, ldd_resolve
 from llm_datadist.core.table.cache_table cimport ldd_cache_view
 
 # Pin what a peer asks for, if it may have that.
-cdef ldd_status ldd_answer_find(ldd_node* node, const ldd_resolve* request, ldd_cache_view* view,
-                                ldd_detail* detail) noexcept nogil
+cdef ldd_status ldd_reply_find(ldd_node* node, const ldd_resolve* request, ldd_cache_view* view,
+                               ldd_detail* detail) noexcept nogil
 
 # Answer one request; False when the connection is to be closed.
-cdef bint ldd_answer(ldd_service* service, ldd_conn* conn, const ldd_frame_header* header,
-                     const uint8_t* payload) noexcept nogil
+cdef bint ldd_reply(ldd_service* service, ldd_conn* conn, const ldd_frame_header* header,
+                    const uint8_t* payload) noexcept nogil
 # The peer asks no more and touches nothing here any more: its leases are over. Forgets the connection.
-cdef void ldd_answer_ended(ldd_service* service, ldd_conn* conn) noexcept nogil
+cdef void ldd_reply_ended(ldd_service* service, ldd_conn* conn) noexcept nogil

@@ -34,7 +34,7 @@ cdef enum:
     MAX_LEASES = 16384          # of one link; its peer needs one for the call that runs, and one for each async task
 
 
-cdef void end_lease(ldd_service* service, ldd_lease* lease) noexcept nogil:
+cdef void _end_lease(ldd_service* service, ldd_lease* lease) noexcept nogil:
     cdef uint32_t i
     if lease.num_pins:
         ldd_table_unpin(service.node.table, lease.first.slot, lease.first.generation)
@@ -44,7 +44,7 @@ cdef void end_lease(ldd_service* service, ldd_lease* lease) noexcept nogil:
     memset(lease, 0, sizeof(ldd_lease))
 
 
-cdef void ldd_answer_ended(ldd_service* service, ldd_conn* conn) noexcept nogil:
+cdef void ldd_reply_ended(ldd_service* service, ldd_conn* conn) noexcept nogil:
     """A serving connection ended: the peer touches nothing here any more, so its leases are over."""
     cdef ldd_link* link = conn.link
     cdef char reason[96]
@@ -58,7 +58,7 @@ cdef void ldd_answer_ended(ldd_service* service, ldd_conn* conn) noexcept nogil:
     ldd_regions_drop_peer(&service.node.regions, link.token)
     for i in range(link.num_leases):
         if link.leases[i].id:
-            end_lease(service, &link.leases[i])
+            _end_lease(service, &link.leases[i])
     link.num_leases = 0
     if link.lane != NULL:
         ldd_table_remove_lane(service.node.table, link.lane)
@@ -69,7 +69,7 @@ cdef void ldd_answer_ended(ldd_service* service, ldd_conn* conn) noexcept nogil:
     ldd_link_unref(link)
 
 
-cdef ldd_lease* new_lease(ldd_link* link) noexcept nogil:
+cdef ldd_lease* _new_lease(ldd_link* link) noexcept nogil:
     cdef uint32_t i, slot = link.num_leases
     cdef ldd_lease* grown
     for i in range(link.num_leases):
@@ -93,8 +93,8 @@ cdef ldd_lease* new_lease(ldd_link* link) noexcept nogil:
     return &link.leases[slot]
 
 
-cdef ldd_status ldd_answer_find(ldd_node* node, const ldd_resolve* request, ldd_cache_view* view,
-                                ldd_detail* detail) noexcept nogil:
+cdef ldd_status ldd_reply_find(ldd_node* node, const ldd_resolve* request, ldd_cache_view* view,
+                               ldd_detail* detail) noexcept nogil:
     cdef bint write = request.access == LDD_ACCESS_WRITE
     cdef ldd_status status
     if request.kind > KEY_BY_ID or request.access > LDD_ACCESS_WRITE:
@@ -117,7 +117,7 @@ cdef ldd_status ldd_answer_find(ldd_node* node, const ldd_resolve* request, ldd_
     return status
 
 
-cdef ldd_status on_resolve(ldd_service* service, ldd_conn* conn, uint32_t request_id,
+cdef ldd_status _on_resolve(ldd_service* service, ldd_conn* conn, uint32_t request_id,
                            const ldd_resolve* request) noexcept nogil:
     cdef ldd_node* node = service.node
     cdef ldd_descriptor answer
@@ -131,9 +131,9 @@ cdef ldd_status on_resolve(ldd_service* service, ldd_conn* conn, uint32_t reques
     if conn.link.state != LINK_ACTIVE:
         status = ldd_fail(&detail, LDD_E_NOT_LINKED, b"the link was closed here")
     else:
-        status = ldd_answer_find(node, request, &view, &detail)
+        status = ldd_reply_find(node, request, &view, &detail)
         if status == LDD_OK:
-            lease = new_lease(conn.link)
+            lease = _new_lease(conn.link)
             if lease == NULL:
                 status = ldd_fail(&detail, LDD_E_NO_MEMORY, b"no room for another lease, %u are out",
                                   conn.link.num_leases)
@@ -168,7 +168,7 @@ cdef ldd_status on_resolve(ldd_service* service, ldd_conn* conn, uint32_t reques
                  8 * <size_t>view.num_tensors)
 
 
-cdef ldd_status on_release(ldd_service* service, ldd_conn* conn, uint32_t request_id,
+cdef ldd_status _on_release(ldd_service* service, ldd_conn* conn, uint32_t request_id,
                            const ldd_release* request) noexcept nogil:
     cdef ldd_ack answer
     cdef ldd_lease* lease
@@ -182,12 +182,12 @@ cdef ldd_status on_release(ldd_service* service, ldd_conn* conn, uint32_t reques
             if request.flags & LDD_RELEASE_TAKE:
                 answer.status = ldd_table_take(service.node.table, lease.key_index, lease.key_generation,
                                                request.first_tensor, request.num_tensors)
-            end_lease(service, lease)
+            _end_lease(service, lease)
             break
     return ldd_conn_reply(conn, request_id, LDD_FRAME_ACK, &answer, sizeof(answer), NULL, 0)
 
 
-cdef ldd_status on_ranges(ldd_service* service, ldd_conn* conn, uint32_t request_id, const uint8_t* payload,
+cdef ldd_status _on_ranges(ldd_service* service, ldd_conn* conn, uint32_t request_id, const uint8_t* payload,
                           uint32_t num_ranges) noexcept nogil:
     cdef ldd_node* node = service.node
     cdef ldd_lease_reply answer
@@ -204,7 +204,7 @@ cdef ldd_status on_ranges(ldd_service* service, ldd_conn* conn, uint32_t request
     if conn.link.state != LINK_ACTIVE:
         status = ldd_fail(&detail, LDD_E_NOT_LINKED, b"the link was closed here")
     else:
-        lease = new_lease(conn.link)
+        lease = _new_lease(conn.link)
         more = <ldd_pin*>malloc(sizeof(ldd_pin) * num_ranges)
         if lease == NULL or more == NULL:
             status = ldd_fail(&detail, LDD_E_NO_MEMORY, b"no room for a lease on %u ranges, %u leases are out",
@@ -230,7 +230,7 @@ cdef ldd_status on_ranges(ldd_service* service, ldd_conn* conn, uint32_t request
                     break
     if status < 0:
         if lease != NULL:
-            end_lease(service, lease)
+            _end_lease(service, lease)
     else:
         answer.lease = lease.id
     answer.status = status
@@ -239,7 +239,7 @@ cdef ldd_status on_ranges(ldd_service* service, ldd_conn* conn, uint32_t request
     return ldd_conn_reply(conn, request_id, LDD_FRAME_LEASE, &answer, sizeof(answer), NULL, 0)
 
 
-cdef bint ldd_answer(ldd_service* service, ldd_conn* conn, const ldd_frame_header* header,
+cdef bint ldd_reply(ldd_service* service, ldd_conn* conn, const ldd_frame_header* header,
                    const uint8_t* payload) noexcept nogil:
     """Answer one request; False when the connection is to be closed."""
     cdef ldd_resolve resolve
@@ -248,12 +248,12 @@ cdef bint ldd_answer(ldd_service* service, ldd_conn* conn, const ldd_frame_heade
     service.num_requests += 1
     if header.type == LDD_FRAME_RESOLVE and header.length == sizeof(resolve):
         memcpy(&resolve, payload, sizeof(resolve))
-        return on_resolve(service, conn, header.request_id, &resolve) == LDD_OK
+        return _on_resolve(service, conn, header.request_id, &resolve) == LDD_OK
     if header.type == LDD_FRAME_RELEASE and header.length == sizeof(release):
         memcpy(&release, payload, sizeof(release))
-        return on_release(service, conn, header.request_id, &release) == LDD_OK
+        return _on_release(service, conn, header.request_id, &release) == LDD_OK
     if header.type == LDD_FRAME_RANGES and header.length and header.length % sizeof(ldd_range) == 0:
-        return on_ranges(service, conn, header.request_id, payload,
+        return _on_ranges(service, conn, header.request_id, payload,
                          header.length // <uint32_t>sizeof(ldd_range)) == LDD_OK
     if (header.type == LDD_FRAME_UNLINK or header.type == LDD_FRAME_PING) and header.length == 0:
         memset(&ack, 0, sizeof(ack))

@@ -11,17 +11,17 @@ ctypedef struct ldd_remote_cache:
     uint64_t* addrs                             # num_tensors bases in the owner's address space
 
 # All of these need link.lock. A failure other than the peer's own refusal breaks the link.
-cdef ldd_status ldd_ask_resolve(ldd_link* link, uint32_t kind, uint64_t id, uint64_t model_id, uint64_t batch_index,
+cdef ldd_status ldd_request_resolve(ldd_link* link, uint32_t kind, uint64_t id, uint64_t model_id, uint64_t batch_index,
                                 bint write, int64_t deadline_ns, ldd_remote_cache* out,
                                 ldd_detail* detail) noexcept nogil
 # Pin the owner's caches that contain these ranges.
-cdef ldd_status ldd_ask_ranges(ldd_link* link, const ldd_range* ranges, uint32_t num_ranges, int64_t deadline_ns,
+cdef ldd_status ldd_request_ranges(ldd_link* link, const ldd_range* ranges, uint32_t num_ranges, int64_t deadline_ns,
                                uint32_t* lease, uint64_t* region_epoch, ldd_detail* detail) noexcept nogil
 # `take` marks tensors of the leased key as taken.
-cdef ldd_status ldd_ask_release(ldd_link* link, uint32_t lease, bint take, uint32_t first_tensor,
+cdef ldd_status ldd_request_release(ldd_link* link, uint32_t lease, bint take, uint32_t first_tensor,
                                 uint32_t num_tensors, int64_t deadline_ns, ldd_detail* detail) noexcept nogil
-cdef ldd_status ldd_ask_unlink(ldd_link* link, int64_t deadline_ns, ldd_detail* detail) noexcept nogil
-cdef ldd_status ldd_ask_ping(ldd_link* link, int64_t deadline_ns, ldd_detail* detail) noexcept nogil
+cdef ldd_status ldd_request_unlink(ldd_link* link, int64_t deadline_ns, ldd_detail* detail) noexcept nogil
+cdef ldd_status ldd_request_ping(ldd_link* link, int64_t deadline_ns, ldd_detail* detail) noexcept nogil
 
 # Room in the link's reply buffer.
 cdef ldd_status ldd_reply_room(ldd_link* link, size_t nbytes) noexcept nogil

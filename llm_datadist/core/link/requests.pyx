@@ -12,7 +12,7 @@ from libc.string cimport memcpy, memset, strcmp
 from llm_datadist.core.base.provider cimport (
     HIXL_SUCCESS, LDD_CAP_FETCH, CommMem, EndpointDesc, HixlClientConfig, HixlClientDesc,
 )
-from llm_datadist.core.base.sockets cimport net_recv, net_send
+from llm_datadist.core.base.sockets cimport ldd_socket_recv, ldd_socket_send
 from llm_datadist.core.base.status cimport LDD_E_FAILED, LDD_E_NO_MEMORY, LDD_E_TIMEOUT, LDD_OK, ldd_fail
 from llm_datadist.core.base.sync cimport ldd_now_ns
 from llm_datadist.core.base.wait cimport ldd_hixl_result
@@ -55,13 +55,13 @@ cdef ldd_status ldd_exchange(int fd, uint32_t request_id, uint32_t type, const v
     if sizeof(header) + nbytes <= sizeof(small):
         memcpy(small, &header, sizeof(header))      # one segment on the wire, one wake-up of the peer
         memcpy(small + sizeof(header), payload, nbytes)
-        status = net_send(fd, small, sizeof(header) + nbytes, deadline_ns, detail)
+        status = ldd_socket_send(fd, small, sizeof(header) + nbytes, deadline_ns, detail)
     else:
-        status = net_send(fd, &header, sizeof(header), deadline_ns, detail)
+        status = ldd_socket_send(fd, &header, sizeof(header), deadline_ns, detail)
         if status == LDD_OK:
-            status = net_send(fd, payload, nbytes, deadline_ns, detail)
+            status = ldd_socket_send(fd, payload, nbytes, deadline_ns, detail)
     if status == LDD_OK:
-        status = net_recv(fd, &header, sizeof(header), deadline_ns, detail)
+        status = ldd_socket_recv(fd, &header, sizeof(header), deadline_ns, detail)
     if status < 0:
         return status
     if header.magic != LDD_WIRE_MAGIC or header.version != LDD_WIRE_VERSION:
@@ -71,7 +71,7 @@ cdef ldd_status ldd_exchange(int fd, uint32_t request_id, uint32_t type, const v
             or header.length > LDD_WIRE_MAX_PAYLOAD or (rest_into == NULL and header.length != fixed):
         return ldd_fail(detail, LDD_E_FAILED, b"the peer's answer does not fit the request (type %u, %u bytes)",
                         <uint32_t>header.type, header.length)
-    status = net_recv(fd, reply, fixed, deadline_ns, detail)
+    status = ldd_socket_recv(fd, reply, fixed, deadline_ns, detail)
     if status < 0 or rest_into == NULL:
         return status
     rest = header.length - fixed
@@ -79,12 +79,12 @@ cdef ldd_status ldd_exchange(int fd, uint32_t request_id, uint32_t type, const v
     status = ldd_reply_room(rest_into, rest + 1)
     if status < 0:
         return ldd_fail(detail, status, b"no memory for an answer of %u bytes", header.length)
-    status = net_recv(fd, rest_into.reply, rest, deadline_ns, detail)
+    status = ldd_socket_recv(fd, rest_into.reply, rest, deadline_ns, detail)
     rest_into.reply[rest] = 0
     return status
 
 
-cdef ldd_status ask(ldd_link* link, uint32_t type, const void* payload, size_t nbytes, uint32_t reply_type,
+cdef ldd_status _ask(ldd_link* link, uint32_t type, const void* payload, size_t nbytes, uint32_t reply_type,
                     void* reply, size_t fixed, bint has_rest, size_t* rest_bytes, int64_t deadline_ns,
                     ldd_detail* detail) noexcept nogil:
     cdef ldd_status status
@@ -96,14 +96,14 @@ cdef ldd_status ask(ldd_link* link, uint32_t type, const void* payload, size_t n
     return status
 
 
-cdef ldd_status bad_descriptor(ldd_link* link, ldd_detail* detail) noexcept nogil:
+cdef ldd_status _bad_descriptor(ldd_link* link, ldd_detail* detail) noexcept nogil:
     ldd_fail(detail, LDD_E_FAILED, b"cluster %llu described a cache inconsistently",
              <unsigned long long>link.cluster_id)
     ldd_link_break(link, detail.text)
     return LDD_E_FAILED
 
 
-cdef ldd_status ldd_ask_resolve(ldd_link* link, uint32_t kind, uint64_t id, uint64_t model_id, uint64_t batch_index,
+cdef ldd_status ldd_request_resolve(ldd_link* link, uint32_t kind, uint64_t id, uint64_t model_id, uint64_t batch_index,
                                 bint write, int64_t deadline_ns, ldd_remote_cache* out,
                                 ldd_detail* detail) noexcept nogil:
     cdef ldd_resolve request
@@ -117,7 +117,7 @@ cdef ldd_status ldd_ask_resolve(ldd_link* link, uint32_t kind, uint64_t id, uint
     request.batch_index = <uint32_t>batch_index
     request.id = id
     request.model_id = model_id
-    status = ask(link, LDD_FRAME_RESOLVE, &request, sizeof(request), LDD_FRAME_DESCRIPTOR, &out.desc,
+    status = _ask(link, LDD_FRAME_RESOLVE, &request, sizeof(request), LDD_FRAME_DESCRIPTOR, &out.desc,
                  sizeof(out.desc), True, &rest, deadline_ns, detail)
     if status < 0:
         return status
@@ -125,26 +125,26 @@ cdef ldd_status ldd_ask_resolve(ldd_link* link, uint32_t kind, uint64_t id, uint
         return ldd_fail(detail, out.desc.status, b"cluster %llu: %s", <unsigned long long>link.cluster_id,
                         <char*>link.reply)
     if out.desc.num_tensors == 0 or out.desc.num_slots == 0 or out.desc.num_tensors > LDD_WIRE_MAX_PAYLOAD // 8:
-        return bad_descriptor(link, detail)
+        return _bad_descriptor(link, detail)
     if out.desc.flags & LDD_DESC_EVEN:
         if rest != 16 or ldd_reply_room(link, 8 * <size_t>out.desc.num_tensors) < 0:
-            return bad_descriptor(link, detail)
+            return _bad_descriptor(link, detail)
         out.addrs = <uint64_t*>link.reply
         base = out.addrs[0]
         step = out.addrs[1]
         for i in range(out.desc.num_tensors):
             out.addrs[i] = base + i * step
     elif rest != 8 * <size_t>out.desc.num_tensors:
-        return bad_descriptor(link, detail)
+        return _bad_descriptor(link, detail)
     out.addrs = <uint64_t*>link.reply
     return LDD_OK
 
 
-cdef ldd_status ldd_ask_ranges(ldd_link* link, const ldd_range* ranges, uint32_t num_ranges, int64_t deadline_ns,
+cdef ldd_status ldd_request_ranges(ldd_link* link, const ldd_range* ranges, uint32_t num_ranges, int64_t deadline_ns,
                                uint32_t* lease, uint64_t* region_epoch, ldd_detail* detail) noexcept nogil:
     cdef ldd_lease_reply reply
     cdef ldd_status status
-    status = ask(link, LDD_FRAME_RANGES, ranges, num_ranges * sizeof(ldd_range), LDD_FRAME_LEASE, &reply,
+    status = _ask(link, LDD_FRAME_RANGES, ranges, num_ranges * sizeof(ldd_range), LDD_FRAME_LEASE, &reply,
                  sizeof(reply), False, NULL, deadline_ns, detail)
     if status < 0:
         return status
@@ -156,7 +156,7 @@ cdef ldd_status ldd_ask_ranges(ldd_link* link, const ldd_range* ranges, uint32_t
     return LDD_OK
 
 
-cdef ldd_status ldd_ask_release(ldd_link* link, uint32_t lease, bint take, uint32_t first_tensor,
+cdef ldd_status ldd_request_release(ldd_link* link, uint32_t lease, bint take, uint32_t first_tensor,
                                 uint32_t num_tensors, int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
     cdef ldd_release request
     cdef ldd_ack ack
@@ -165,7 +165,7 @@ cdef ldd_status ldd_ask_release(ldd_link* link, uint32_t lease, bint take, uint3
     request.flags = LDD_RELEASE_TAKE if take else 0
     request.first_tensor = first_tensor
     request.num_tensors = num_tensors
-    status = ask(link, LDD_FRAME_RELEASE, &request, sizeof(request), LDD_FRAME_ACK, &ack, sizeof(ack), False, NULL,
+    status = _ask(link, LDD_FRAME_RELEASE, &request, sizeof(request), LDD_FRAME_ACK, &ack, sizeof(ack), False, NULL,
                  deadline_ns, detail)
     if status == LDD_OK and ack.status < 0:
         return ldd_fail(detail, ack.status, b"cluster %llu refused to end lease %u",
@@ -173,29 +173,29 @@ cdef ldd_status ldd_ask_release(ldd_link* link, uint32_t lease, bint take, uint3
     return status
 
 
-cdef ldd_status ldd_ask_unlink(ldd_link* link, int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
+cdef ldd_status ldd_request_unlink(ldd_link* link, int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
     cdef ldd_ack ack
-    return ask(link, LDD_FRAME_UNLINK, NULL, 0, LDD_FRAME_ACK, &ack, sizeof(ack), False, NULL, deadline_ns, detail)
+    return _ask(link, LDD_FRAME_UNLINK, NULL, 0, LDD_FRAME_ACK, &ack, sizeof(ack), False, NULL, deadline_ns, detail)
 
 
-cdef ldd_status ldd_ask_ping(ldd_link* link, int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
+cdef ldd_status ldd_request_ping(ldd_link* link, int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
     cdef ldd_ack ack
-    return ask(link, LDD_FRAME_PING, NULL, 0, LDD_FRAME_ACK, &ack, sizeof(ack), False, NULL, deadline_ns, detail)
+    return _ask(link, LDD_FRAME_PING, NULL, 0, LDD_FRAME_ACK, &ack, sizeof(ack), False, NULL, deadline_ns, detail)
 
 
-cdef uint32_t left_ms(int64_t deadline_ns) noexcept nogil:
+cdef uint32_t _left_ms(int64_t deadline_ns) noexcept nogil:
     """Milliseconds to the deadline, rounded up; 0 when it has passed."""
     cdef int64_t left = deadline_ns - ldd_now_ns()
     return <uint32_t>min((left + 999999) // 1000000, <int64_t>0x7fffffff) if left > 0 else 0
 
 
-cdef ldd_status connect_client(ldd_link* link, int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
+cdef ldd_status _connect_client(ldd_link* link, int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
     cdef HixlClientDesc desc
     cdef HixlClientConfig config
     cdef char json[64]
     cdef int i, at
     cdef ldd_status status
-    cdef uint32_t timeout_ms = left_ms(deadline_ns)
+    cdef uint32_t timeout_ms = _left_ms(deadline_ns)
     if timeout_ms == 0:
         return ldd_fail(detail, LDD_E_TIMEOUT, b"the deadline passed before the data path was connected")
     memset(&desc, 0, sizeof(desc))
@@ -227,7 +227,7 @@ cdef ldd_status connect_client(ldd_link* link, int64_t deadline_ns, ldd_detail* 
     return status
 
 
-cdef void note_paths(ldd_link* link) noexcept nogil:
+cdef void _note_paths(ldd_link* link) noexcept nogil:
     cdef char text[64]
     link.fetches = (link.node.provider.caps & LDD_CAP_FETCH and link.node.provider.ext.LddClientPaths != NULL
                     and link.node.provider.ext.LddClientPaths(link.client, text, sizeof(text)) == HIXL_SUCCESS
@@ -241,16 +241,16 @@ cdef ldd_status ldd_link_ready(ldd_link* link, uint64_t region_epoch, int64_t de
     cdef char** tags
     cdef uint32_t count
     if link.client == NULL:
-        status = connect_client(link, deadline_ns, detail)
+        status = _connect_client(link, deadline_ns, detail)
     elif link.seen_epoch != region_epoch:
         status = ldd_hixl_result(link.node.provider, link.node.provider.hixl.HixlCSClientGetRemoteMem(
-            link.client, &regions, &tags, &count, left_ms(deadline_ns)), b"read the peer's regions", detail)
+            link.client, &regions, &tags, &count, _left_ms(deadline_ns)), b"read the peer's regions", detail)
     else:
         return LDD_OK
     if status < 0:
         ldd_link_break(link, detail.text)
         return status
-    note_paths(link)
+    _note_paths(link)
     if region_epoch:
         link.seen_epoch = region_epoch
     return LDD_OK

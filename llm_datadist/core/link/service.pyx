@@ -12,16 +12,16 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memcpy, memset, strerror
 
-from llm_datadist.core.base.sockets cimport net_tune
+from llm_datadist.core.base.sockets cimport ldd_socket_tune
 from llm_datadist.core.base.status cimport LDD_E_FAILED, LDD_OK, ldd_fail
 from llm_datadist.core.base.sync cimport (
     LDD_NEVER, ldd_cond_broadcast, ldd_cond_destroy, ldd_cond_init, ldd_cond_wait_until, ldd_lock, ldd_mutex_destroy,
     ldd_mutex_init, ldd_now_ns, ldd_unlock,
 )
-from llm_datadist.core.link.accept cimport ldd_welcome_hello
+from llm_datadist.core.link.accept cimport ldd_accept_hello
 from llm_datadist.core.link.fork cimport ldd_fork_forget, ldd_fork_watch
 from llm_datadist.core.link.links cimport ldd_link_break, ldd_link_unref
-from llm_datadist.core.link.replies cimport ldd_answer, ldd_answer_ended
+from llm_datadist.core.link.replies cimport ldd_reply, ldd_reply_ended
 from llm_datadist.core.link.service_conn cimport (
     COMMAND_LISTEN, COMMAND_SERVE, COMMAND_STOP, COMMAND_UNLISTEN, CONN_HANDSHAKE, CONN_LISTENER, CONN_SERVING,
     ldd_bytes_append, ldd_bytes_consume, ldd_command, ldd_command_kind, ldd_conn, ldd_conn_add, ldd_conn_flush,
@@ -95,7 +95,7 @@ cdef enum:
     READS_PER_TURN = 16
 
 
-cdef bint frame_fits(const ldd_conn* conn, const ldd_frame_header* header) noexcept nogil:
+cdef bint _frame_fits(const ldd_conn* conn, const ldd_frame_header* header) noexcept nogil:
     """Whether such a frame may come now; checked before memory is taken for its payload."""
     if header.magic != LDD_WIRE_MAGIC:
         return False
@@ -108,7 +108,7 @@ cdef bint frame_fits(const ldd_conn* conn, const ldd_frame_header* header) noexc
     return header.length <= MAX_SMALL_REQUEST
 
 
-cdef bint on_readable(ldd_service* service, ldd_conn* conn) noexcept nogil:
+cdef bint _on_readable(ldd_service* service, ldd_conn* conn) noexcept nogil:
     """Read and answer what has come; False when the connection is over (and then not yet forgotten)."""
     cdef uint8_t chunk[READ_BYTES]
     cdef ldd_frame_header header
@@ -129,21 +129,21 @@ cdef bint on_readable(ldd_service* service, ldd_conn* conn) noexcept nogil:
         at = 0
         while conn.inbox.length - at >= sizeof(header):
             memcpy(&header, conn.inbox.data + at, sizeof(header))
-            if not frame_fits(conn, &header):
+            if not _frame_fits(conn, &header):
                 service.num_rejected_frames += 1
                 return False
             if conn.inbox.length - at < sizeof(header) + header.length:
                 break
             was_handshake = conn.kind == CONN_HANDSHAKE
             if was_handshake:
-                if not ldd_welcome_hello(service, conn, &header, conn.inbox.data + at + sizeof(header)):
+                if not ldd_accept_hello(service, conn, &header, conn.inbox.data + at + sizeof(header)):
                     return False
                 if header.version != LDD_WIRE_VERSION:
                     service.num_rejected_frames += 1
                 elif not ldd_conn_is_listed(service, conn):
                     return True                 # the connection is the link's now, and `conn` is gone
             elif (conn.outbox.length > MAX_UNREAD_BYTES         # it asks on and on, and reads nothing
-                    or not ldd_answer(service, conn, &header, conn.inbox.data + at + sizeof(header))):
+                    or not ldd_reply(service, conn, &header, conn.inbox.data + at + sizeof(header))):
                 service.num_rejected_frames += 1
                 return False
             at += sizeof(header) + header.length
@@ -153,14 +153,14 @@ cdef bint on_readable(ldd_service* service, ldd_conn* conn) noexcept nogil:
     return True                                     # epoll reports it again, after the others had their turn
 
 
-cdef void end_conn(ldd_service* service, ldd_conn* conn) noexcept nogil:
+cdef void _end_conn(ldd_service* service, ldd_conn* conn) noexcept nogil:
     if conn.link != NULL:
-        ldd_answer_ended(service, conn)
+        ldd_reply_ended(service, conn)
     else:
         ldd_conn_forget(service, conn, True)
 
 
-cdef bint make_room(ldd_service* service) noexcept nogil:
+cdef bint _make_room(ldd_service* service) noexcept nogil:
     """End the handshake that has waited longest: for its first frame, or else for the second connection of its link.
 
     A peer that means it goes on at once, so those that do not cannot keep others out.
@@ -176,11 +176,11 @@ cdef bint make_room(ldd_service* service) noexcept nogil:
         conn = conn.next
     if silent == NULL and half == NULL:
         return False
-    end_conn(service, silent if silent != NULL else half)
+    _end_conn(service, silent if silent != NULL else half)
     return True
 
 
-cdef void on_connection(ldd_service* service, ldd_conn* listener) noexcept nogil:
+cdef void _on_connection(ldd_service* service, ldd_conn* listener) noexcept nogil:
     cdef int fd
     while True:
         fd = accept4(listener.fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC)
@@ -188,14 +188,14 @@ cdef void on_connection(ldd_service* service, ldd_conn* listener) noexcept nogil
             if errno == EMFILE or errno == ENFILE:
                 ldd_nap_ms(10)                  # the listener stays readable: do not spin while files run out
             return
-        net_tune(fd)
-        if service.num_handshakes >= MAX_HANDSHAKES and not make_room(service):
+        ldd_socket_tune(fd)
+        if service.num_handshakes >= MAX_HANDSHAKES and not _make_room(service):
             close(fd)
         elif ldd_conn_add(service, fd, CONN_HANDSHAKE) == NULL:
             close(fd)
 
 
-cdef void drop_command(ldd_command* command) noexcept nogil:
+cdef void _drop_command(ldd_command* command) noexcept nogil:
     """What it brought cannot be served."""
     close(command.fd)
     if command.link != NULL:
@@ -203,7 +203,7 @@ cdef void drop_command(ldd_command* command) noexcept nogil:
         ldd_link_unref(command.link)
 
 
-cdef bint run_commands(ldd_service* service) noexcept nogil:
+cdef bint _run_commands(ldd_service* service) noexcept nogil:
     """Carry out what other threads asked for; False when the thread is to stop."""
     cdef ldd_command* command
     cdef ldd_conn* conn
@@ -225,25 +225,25 @@ cdef bint run_commands(ldd_service* service) noexcept nogil:
             if conn != NULL:
                 conn.link = command.link
             else:
-                drop_command(command)
+                _drop_command(command)
         command.done = True
     ldd_cond_broadcast(&service.done)
     ldd_unlock(&service.lock)
     return go_on
 
 
-cdef void end_late_handshakes(ldd_service* service) noexcept nogil:
+cdef void _end_late_handshakes(ldd_service* service) noexcept nogil:
     cdef ldd_conn* conn = service.conns
     cdef ldd_conn* following
     cdef int64_t now = ldd_now_ns()
     while conn != NULL:
         following = conn.next
         if conn.deadline_ns and now > conn.deadline_ns:
-            end_conn(service, conn)
+            _end_conn(service, conn)
         conn = following
 
 
-cdef void* service_main(void* argument) noexcept nogil:
+cdef void* _service_main(void* argument) noexcept nogil:
     cdef ldd_service* service = <ldd_service*>argument
     cdef epoll_event events[EVENTS_PER_WAIT]
     cdef ldd_conn* conn
@@ -263,22 +263,22 @@ cdef void* service_main(void* argument) noexcept nogil:
             elif count > 1 and not ldd_conn_is_listed(service, conn):
                 continue
             elif conn.kind == CONN_LISTENER:
-                on_connection(service, conn)
+                _on_connection(service, conn)
             elif events[i].events & EPOLLOUT and not ldd_conn_flush(service, conn):
-                end_conn(service, conn)
-            elif events[i].events & ~<uint32_t>EPOLLOUT and not on_readable(service, conn):
-                end_conn(service, conn)
-        if woken and not run_commands(service):
+                _end_conn(service, conn)
+            elif events[i].events & ~<uint32_t>EPOLLOUT and not _on_readable(service, conn):
+                _end_conn(service, conn)
+        if woken and not _run_commands(service):
             break
         if service.num_handshakes and ldd_now_ns() > next_sweep_ns:
-            end_late_handshakes(service)
+            _end_late_handshakes(service)
             next_sweep_ns = ldd_now_ns() + 500000000
     while service.conns != NULL:
-        end_conn(service, service.conns)
+        _end_conn(service, service.conns)
     return NULL
 
 
-cdef bint run(ldd_service* service, ldd_command* command) noexcept nogil:
+cdef bint _run(ldd_service* service, ldd_command* command) noexcept nogil:
     """Have a command carried out and wait for that; False when the thread has been told to stop."""
     cdef uint64_t one = 1
     cdef bint accepted
@@ -309,7 +309,7 @@ cdef ldd_status ldd_service_start(ldd_service* service, ldd_node* node, ldd_deta
         ldd_cond_init(&service.done)
         ldd_mutex_init(&service.conns_lock)
         ldd_epoll_wake(service.epoll_fd, service.wake_fd)
-        error = ldd_service_spawn(&service.thread, service_main, service)
+        error = ldd_service_spawn(&service.thread, _service_main, service)
         if error == 0:
             service.running = True
             ldd_fork_watch(service)
@@ -330,36 +330,36 @@ cdef void ldd_service_stop(ldd_service* service) noexcept nogil:
         return
     memset(&command, 0, sizeof(command))
     command.kind = COMMAND_STOP
-    run(service, &command)
+    _run(service, &command)
     pthread_join(service.thread, NULL)
     ldd_fork_forget(service)
     ldd_mutex_destroy(&service.conns_lock)
     service.running = False
     close(service.epoll_fd)
     close(service.wake_fd)
-    free(service.wishes)
-    service.wishes = NULL
-    service.num_wishes = service.wish_capacity = 0
+    free(service.pending)
+    service.pending = NULL
+    service.num_pending = service.pending_capacity = 0
     # The lock and the condition stay: a late caller finds out by them that it is too late.
 
 
-cdef void command_with_fd(ldd_service* service, ldd_command_kind kind, int fd, ldd_link* link) noexcept nogil:
+cdef void _command_with_fd(ldd_service* service, ldd_command_kind kind, int fd, ldd_link* link) noexcept nogil:
     cdef ldd_command command
     memset(&command, 0, sizeof(command))
     command.kind = kind
     command.fd = fd
     command.link = link
-    if not run(service, &command) and kind != COMMAND_UNLISTEN:
-        drop_command(&command)
+    if not _run(service, &command) and kind != COMMAND_UNLISTEN:
+        _drop_command(&command)
 
 
 cdef void ldd_service_serve(ldd_service* service, int fd, ldd_link* link) noexcept nogil:
-    command_with_fd(service, COMMAND_SERVE, fd, link)
+    _command_with_fd(service, COMMAND_SERVE, fd, link)
 
 
 cdef void ldd_service_listen(ldd_service* service, int fd) noexcept nogil:
-    command_with_fd(service, COMMAND_LISTEN, fd, NULL)
+    _command_with_fd(service, COMMAND_LISTEN, fd, NULL)
 
 
 cdef void ldd_service_unlisten(ldd_service* service, int fd) noexcept nogil:
-    command_with_fd(service, COMMAND_UNLISTEN, fd, NULL)
+    _command_with_fd(service, COMMAND_UNLISTEN, fd, NULL)

@@ -33,11 +33,11 @@ ctypedef struct ldd_conn:
     bint wants_write
 
 # Both ends called link() for this communicator; filled in when the peer of higher rank has come.
-ctypedef struct ldd_wish:
+ctypedef struct ldd_pending:
     uint8_t comm[32]
     uint64_t cluster_id
     int64_t comm_id
-    bint met
+    bint accepted
 
 cdef enum ldd_command_kind:
     COMMAND_SERVE
@@ -66,9 +66,9 @@ ctypedef struct ldd_service:
     bint stopping
     ldd_cond done
     ldd_command* commands
-    ldd_wish* wishes
-    uint32_t num_wishes
-    uint32_t wish_capacity
+    ldd_pending* pending
+    uint32_t num_pending
+    uint32_t pending_capacity
     # counters, relaxed
     uint64_t num_requests
     uint64_t num_rejected_frames

@@ -3,9 +3,9 @@
 The reader copies what it needs under the table's sequence lock, publishes a hazard (the cache it is about to touch) in
 its lane, and looks once more: if nothing changed in between, the owner will see the hazard before it frees the cache.
 A released key is queued in the lane, from where the owner takes it in before its next own look at the table, and
-marked on the owner's desk, which makes it invisible to every reader at once. So counts are exact to every observer
-though nobody waits. Where the table cannot tell (a change in progress, addresses without a pattern, layered releases),
-the peer's service thread is asked instead.
+marked among the owner's release marks, which makes it invisible to every reader at once. So counts are exact to every
+observer though nobody waits. Where the table cannot tell (a change in progress, addresses without a pattern, layered
+releases), the peer's service thread is asked instead.
 """
 from libc.stddef cimport size_t
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
@@ -13,23 +13,25 @@ from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
-from llm_datadist.core.base.sockets cimport net_connect, net_is_own_user, net_recv_files, net_send
+from llm_datadist.core.base.sockets cimport (
+    ldd_socket_connect, ldd_socket_is_own_user, ldd_socket_recv_files, ldd_socket_send,
+)
 from llm_datadist.core.base.status cimport (
     LDD_E_FAILED, LDD_E_INTERRUPTED, LDD_E_NOT_EXIST, LDD_E_PARAM, LDD_OK, ldd_fail,
 )
 from llm_datadist.core.link.links cimport ldd_link_break
-from llm_datadist.core.link.requests cimport ldd_ask_ping, ldd_reply_room
+from llm_datadist.core.link.requests cimport ldd_reply_room, ldd_request_ping
 from llm_datadist.core.link.wire cimport (
     LDD_DESC_BLOCKS, LDD_DESC_EVEN, LDD_DESC_HOST, LDD_DESC_OWNED, LDD_DESC_REMOTE_ACCESSIBLE, LDD_FRAME_HELLO,
-    LDD_HELLO_BOARD, LDD_HELLO_FRAME_BYTES, LDD_MODE_REMOTE_ACCESSIBLE, LDD_WELCOME_FRAME_BYTES, LDD_WIRE_MAGIC,
+    LDD_HELLO_FRAME_BYTES, LDD_HELLO_SHARED_TABLE, LDD_MODE_REMOTE_ACCESSIBLE, LDD_WELCOME_FRAME_BYTES, LDD_WIRE_MAGIC,
     LDD_WIRE_MAX_PAYLOAD, LDD_WIRE_VERSION, ldd_frame_header, ldd_hello, ldd_welcome,
 )
 from llm_datadist.core.table.cache_life cimport ldd_cache, ldd_kind_name
-from llm_datadist.core.table.key_index cimport KEY_BY_ID, KEY_REQ, LDD_NO_KEY, ldd_cell, ldd_key, ldd_keys_peek
+from llm_datadist.core.table.key_index cimport KEY_BY_ID, KEY_REQ, LDD_NO_KEY, ldd_cell, ldd_key, ldd_keys_find_shared
 from llm_datadist.core.table.shared_table cimport (
-    LDD_LANE_RING, LDD_MAX_CACHES, LDD_MAX_CELLS, LDD_MAX_KEYS, ldd_board_destroy, ldd_board_map, ldd_claim32,
-    ldd_lane_map, ldd_load32, ldd_load32_last, ldd_peek, ldd_ring, ldd_seq_read, ldd_seq_unchanged, ldd_store32,
-    ldd_store64,
+    LDD_LANE_RING, LDD_MAX_CACHES, LDD_MAX_CELLS, LDD_MAX_KEYS, ldd_claim32, ldd_lane_map, ldd_load32, ldd_load32_last,
+    ldd_ring, ldd_seq_read, ldd_seq_unchanged, ldd_shared_reader, ldd_shared_table_destroy, ldd_shared_table_map,
+    ldd_store32, ldd_store64,
 )
 
 cdef extern from "<unistd.h>" nogil:
@@ -39,7 +41,7 @@ cdef enum:
     ATTEMPTS = 64                               # a table that changes this often is left to its own thread
     NUM_FILES = 3
 
-cdef ldd_status fetch_files(ldd_link* link, int* files, int64_t deadline_ns) noexcept nogil:
+cdef ldd_status _fetch_files(ldd_link* link, int* files, int64_t deadline_ns) noexcept nogil:
     """Ask for the files over a Unix socket named after the peer's instance, which only this host reaches."""
     cdef char name[80]
     cdef int fd = -1, i
@@ -49,11 +51,11 @@ cdef ldd_status fetch_files(ldd_link* link, int* files, int64_t deadline_ns) noe
     cdef ldd_status status
     cdef uint8_t frame[LDD_HELLO_FRAME_BYTES]
     cdef uint8_t reply[LDD_WELCOME_FRAME_BYTES]
-    ldd_board_name(link.instance, name, sizeof(name))
-    status = net_connect(name, 0, deadline_ns, &fd, NULL)
+    ldd_shared_table_name(link.instance, name, sizeof(name))
+    status = ldd_socket_connect(name, 0, deadline_ns, &fd, NULL)
     if status < 0:
         return status
-    if not net_is_own_user(fd):                     # a name is anybody's to take
+    if not ldd_socket_is_own_user(fd):                     # a name is anybody's to take
         close(fd)
         return LDD_E_FAILED
     memset(&header, 0, sizeof(header))
@@ -62,14 +64,14 @@ cdef ldd_status fetch_files(ldd_link* link, int* files, int64_t deadline_ns) noe
     header.version = LDD_WIRE_VERSION
     header.type = LDD_FRAME_HELLO
     header.length = sizeof(hello)
-    hello.direction = LDD_HELLO_BOARD
+    hello.direction = LDD_HELLO_SHARED_TABLE
     hello.cluster_id = link.node.cluster_id
     memcpy(hello.token, link.token, 16)
     memcpy(frame, &header, sizeof(header))
     memcpy(frame + sizeof(header), &hello, sizeof(hello))
-    status = net_send(fd, frame, sizeof(frame), deadline_ns, NULL)
+    status = ldd_socket_send(fd, frame, sizeof(frame), deadline_ns, NULL)
     if status == LDD_OK:
-        status = net_recv_files(fd, reply, sizeof(reply), files, NUM_FILES, deadline_ns)
+        status = ldd_socket_recv_files(fd, reply, sizeof(reply), files, NUM_FILES, deadline_ns)
     close(fd)
     if status == LDD_OK:
         memcpy(&answer, reply + sizeof(header), sizeof(answer))
@@ -81,79 +83,81 @@ cdef ldd_status fetch_files(ldd_link* link, int* files, int64_t deadline_ns) noe
     return status
 
 
-cdef void ldd_board_name(const uint8_t* instance, char* name, size_t size) noexcept nogil:
+cdef void ldd_shared_table_name(const uint8_t* instance, char* name, size_t size) noexcept nogil:
     cdef int i, at = snprintf(name, size, b"@llm_datadist.table.")
     for i in range(16):
         at += snprintf(name + at, size - at, b"%02x", <unsigned int>instance[i])
 
 
-cdef ldd_status ldd_peek_attach(ldd_link* link, int64_t deadline_ns) noexcept nogil:
+cdef ldd_status ldd_reader_attach(ldd_link* link, int64_t deadline_ns) noexcept nogil:
     cdef int files[NUM_FILES]
     cdef int i
     cdef ldd_status status
-    cdef ldd_peek* peek
+    cdef ldd_shared_reader* reader
     cdef ldd_detail ignored
-    if link.peek_tried or not link.node.shares_table:
+    if link.reader_tried or not link.node.shares_table:
         return LDD_OK
-    link.peek_tried = True
+    link.reader_tried = True
     for i in range(NUM_FILES):
         files[i] = -1
-    status = fetch_files(link, files, deadline_ns)
+    status = _fetch_files(link, files, deadline_ns)
     if status == LDD_E_INTERRUPTED:
-        link.peek_tried = False
+        link.reader_tried = False
         return status
     if status < 0:
         return LDD_OK
-    peek = <ldd_peek*>calloc(1, sizeof(ldd_peek))
-    if peek != NULL and ldd_board_map(&peek.board, files[0], files[1], sizeof(ldd_cell), sizeof(ldd_key),
+    reader = <ldd_shared_reader*>calloc(1, sizeof(ldd_shared_reader))
+    if reader != NULL and ldd_shared_table_map(&reader.shared, files[0], files[1], sizeof(ldd_cell), sizeof(ldd_key),
                                       sizeof(ldd_cache), &ignored) == LDD_OK:
-        peek.lane = ldd_lane_map(files[2])
-        if peek.lane == NULL:
-            ldd_board_destroy(&peek.board)
+        reader.lane = ldd_lane_map(files[2])
+        if reader.lane == NULL:
+            ldd_shared_table_destroy(&reader.shared)
     for i in range(NUM_FILES):
         if files[i] >= 0:
             close(files[i])
-    if peek != NULL and peek.lane == NULL:
-        free(peek)
-        peek = NULL
-    link.peek = peek
+    if reader != NULL and reader.lane == NULL:
+        free(reader)
+        reader = NULL
+    link.reader = reader
     return LDD_OK
 
 
-cdef int read_entry(ldd_peek* peek, uint32_t kind, uint64_t id, uint64_t model_id, uint32_t* key_index, ldd_key* key,
+cdef int _read_entry(ldd_shared_reader* reader, uint32_t kind, uint64_t id, uint64_t model_id, uint32_t* key_index,
+                     ldd_key* key,
                     ldd_cache* cache) noexcept nogil:
     """Copy the key and its cache and publish the hazard: 1 found, 0 there is none, -1 undecided."""
-    cdef const ldd_key* entries = <const ldd_key*>peek.board.entries
-    cdef const ldd_cache* caches = <const ldd_cache*>peek.board.caches
+    cdef const ldd_key* entries = <const ldd_key*>reader.shared.entries
+    cdef const ldd_cell* cells
+    cdef const ldd_cache* caches = <const ldd_cache*>reader.shared.caches
     cdef uint64_t seq
     cdef uint32_t mask, at
     cdef int _attempt
     for _attempt in range(ATTEMPTS):
-        seq = ldd_seq_read(&peek.board.head.seq)
+        seq = ldd_seq_read(&reader.shared.head.seq)
         if seq & 1:
             continue
-        mask = peek.board.head.mask
+        mask = reader.shared.head.mask
         if mask >= LDD_MAX_CELLS:
             return -1
-        at = ldd_keys_peek(<const ldd_cell*>peek.board.cells[peek.board.head.which_cells & 1], mask, entries,
-                           LDD_MAX_KEYS, kind, id, model_id)
+        cells = <const ldd_cell*>reader.shared.cells[reader.shared.head.which_cells & 1]
+        at = ldd_keys_find_shared(cells, mask, entries, LDD_MAX_KEYS, kind, id, model_id)
         if at == LDD_NO_KEY:
-            if ldd_seq_unchanged(&peek.board.head.seq, seq):
+            if ldd_seq_unchanged(&reader.shared.head.seq, seq):
                 return 0
             continue
         key[0] = entries[at]
         if key.cache_slot >= LDD_MAX_CACHES:
             continue
         cache[0] = caches[key.cache_slot]
-        ldd_store64(&peek.lane.hazards[0], <uint64_t>cache.generation << 32 | (key.cache_slot + 1))
-        if ldd_seq_unchanged(&peek.board.head.seq, seq):
+        ldd_store64(&reader.lane.hazards[0], <uint64_t>cache.generation << 32 | (key.cache_slot + 1))
+        if ldd_seq_unchanged(&reader.shared.head.seq, seq):
             key_index[0] = at
             return 1
-        ldd_store64(&peek.lane.hazards[0], 0)
+        ldd_store64(&reader.lane.hazards[0], 0)
     return -1
 
 
-cdef ldd_status missing(ldd_link* link, uint32_t kind, uint64_t id, uint64_t model_id,
+cdef ldd_status _missing(ldd_link* link, uint32_t kind, uint64_t id, uint64_t model_id,
                         ldd_detail* detail) noexcept nogil:
     if kind == KEY_BY_ID:
         return ldd_fail(detail, LDD_E_NOT_EXIST, b"cluster %llu: there is no cache %lld",
@@ -163,7 +167,7 @@ cdef ldd_status missing(ldd_link* link, uint32_t kind, uint64_t id, uint64_t mod
                     <unsigned long long>model_id)
 
 
-cdef ldd_status check_access(ldd_link* link, const ldd_cache* cache, uint32_t kind, uint64_t batch_index, bint write,
+cdef ldd_status _check_access(ldd_link* link, const ldd_cache* cache, uint32_t kind, uint64_t batch_index, bint write,
                              ldd_detail* detail) noexcept nogil:
     """The owner's own rules, in its own order and words; see ``replies.pyx``."""
     cdef uint64_t batch = 1 if cache.is_blocks else cache.num_slots
@@ -185,7 +189,8 @@ cdef ldd_status check_access(ldd_link* link, const ldd_cache* cache, uint32_t ki
     return LDD_OK
 
 
-cdef bint fill_addrs(ldd_peek* peek, ldd_link* link, const ldd_cache* cache, ldd_remote_cache* out) noexcept nogil:
+cdef bint _fill_addrs(ldd_shared_reader* reader, ldd_link* link, const ldd_cache* cache,
+                      ldd_remote_cache* out) noexcept nogil:
     cdef uint32_t i
     if cache.num_tensors == 0 or cache.num_tensors > LDD_WIRE_MAX_PAYLOAD // 8 or cache.num_slots == 0:
         return False
@@ -196,40 +201,40 @@ cdef bint fill_addrs(ldd_peek* peek, ldd_link* link, const ldd_cache* cache, ldd
         for i in range(cache.num_tensors):
             out.addrs[i] = cache.base + i * cache.step
         return True
-    if peek.known_id == cache.cache_id and peek.known_count == cache.num_tensors:
-        memcpy(out.addrs, peek.known_addrs, 8 * <size_t>cache.num_tensors)
+    if reader.known_id == cache.cache_id and reader.known_count == cache.num_tensors:
+        memcpy(out.addrs, reader.known_addrs, 8 * <size_t>cache.num_tensors)
         return True
     return False
 
 
-cdef ldd_status ldd_peek_resolve(ldd_link* link, uint32_t kind, uint64_t id, uint64_t model_id, uint64_t batch_index,
+cdef ldd_status ldd_reader_resolve(ldd_link* link, uint32_t kind, uint64_t id, uint64_t model_id, uint64_t batch_index,
                                  bint write, bint release, ldd_remote_cache* out, ldd_detail* detail) noexcept nogil:
-    cdef ldd_peek* peek = link.peek
+    cdef ldd_shared_reader* reader = link.reader
     cdef ldd_key key
     cdef ldd_cache cache
     cdef uint32_t key_index = LDD_NO_KEY
     cdef ldd_status status
     cdef int found
-    if peek == NULL or ldd_load32(&peek.lane.closed):
-        return LDD_PEEK_ASK
+    if reader == NULL or ldd_load32(&reader.lane.closed):
+        return LDD_READER_ASK
     memset(&cache, 0, sizeof(cache))
     memset(&key, 0, sizeof(key))
-    found = read_entry(peek, kind, id, 0 if kind == KEY_BY_ID else model_id, &key_index, &key, &cache)
+    found = _read_entry(reader, kind, id, 0 if kind == KEY_BY_ID else model_id, &key_index, &key, &cache)
     if found < 0:
-        return LDD_PEEK_ASK
+        return LDD_READER_ASK
     if found == 0:
-        return missing(link, kind, id, model_id, detail)
+        return _missing(link, kind, id, model_id, detail)
     status = LDD_OK
-    if not cache.published or (kind == KEY_REQ and ldd_load32(&peek.board.desk.marks[key_index]) == key.generation):
-        status = missing(link, kind, id, model_id, detail)
+    if not cache.published or (kind == KEY_REQ and ldd_load32(&reader.shared.marks.marks[key_index]) == key.generation):
+        status = _missing(link, kind, id, model_id, detail)
     elif kind == KEY_BY_ID and cache.num_keys and release:
-        status = LDD_PEEK_ASK                   # the slot may have a key to release, which the owner looks up
+        status = LDD_READER_ASK                   # the slot may have a key to release, which the owner looks up
     else:
-        status = check_access(link, &cache, kind, batch_index, write, detail)
-        if status == LDD_OK and not fill_addrs(peek, link, &cache, out):
-            status = LDD_PEEK_ASK
+        status = _check_access(link, &cache, kind, batch_index, write, detail)
+        if status == LDD_OK and not _fill_addrs(reader, link, &cache, out):
+            status = LDD_READER_ASK
     if status != LDD_OK:
-        ldd_store64(&peek.lane.hazards[0], 0)
+        ldd_store64(&reader.lane.hazards[0], 0)
         return status
     memset(&out.desc, 0, sizeof(out.desc))
     out.desc.cache_id = cache.cache_id
@@ -241,58 +246,58 @@ cdef ldd_status ldd_peek_resolve(ldd_link* link, uint32_t kind, uint64_t id, uin
     out.desc.tensor_bytes = cache.tensor_bytes
     out.desc.stride_bytes = cache.tensor_bytes // cache.num_slots
     out.desc.batch_index = <uint32_t>(batch_index if kind == KEY_BY_ID else key.batch_slot)
-    out.desc.region_epoch = peek.board.head.region_epoch
-    peek.key_index = key_index if kind == KEY_REQ and cache.owned else LDD_NO_KEY
-    peek.key_generation = key.generation
+    out.desc.region_epoch = reader.shared.head.region_epoch
+    reader.key_index = key_index if kind == KEY_REQ and cache.owned else LDD_NO_KEY
+    reader.key_generation = key.generation
     return LDD_OK
 
 
-cdef ldd_status release_key(ldd_link* link, int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
+cdef ldd_status _release_key(ldd_link* link, int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
     """Queue the key, then hide it from other readers: dying in between leaves a key that the owner takes in."""
-    cdef ldd_peek* peek = link.peek
-    cdef uint32_t* at = &peek.board.desk.marks[peek.key_index]
-    cdef uint32_t mark = ldd_load32(at), head = peek.lane.ring_head
+    cdef ldd_shared_reader* reader = link.reader
+    cdef uint32_t* at = &reader.shared.marks.marks[reader.key_index]
+    cdef uint32_t mark = ldd_load32(at), head = reader.lane.ring_head
     cdef ldd_status status
-    if mark == peek.key_generation:
+    if mark == reader.key_generation:
         return LDD_OK                               # another reader's release came first
-    if head - ldd_load32(&peek.lane.ring_tail) >= LDD_LANE_RING:
-        ldd_ring(&peek.board.desk.doorbell)
-        status = ldd_ask_ping(link, deadline_ns, detail)        # its answer says that the ring was taken in
+    if head - ldd_load32(&reader.lane.ring_tail) >= LDD_LANE_RING:
+        ldd_ring(&reader.shared.marks.doorbell)
+        status = ldd_request_ping(link, deadline_ns, detail)        # its answer says that the ring was taken in
         if status < 0:
             return status
-    peek.lane.ring[head % LDD_LANE_RING].key_index = peek.key_index
-    peek.lane.ring[head % LDD_LANE_RING].key_generation = peek.key_generation
-    ldd_store32(&peek.lane.ring_head, head + 1)
-    ldd_ring(&peek.board.desk.doorbell)
+    reader.lane.ring[head % LDD_LANE_RING].key_index = reader.key_index
+    reader.lane.ring[head % LDD_LANE_RING].key_generation = reader.key_generation
+    ldd_store32(&reader.lane.ring_head, head + 1)
+    ldd_ring(&reader.shared.marks.doorbell)
     # The entry may have been reused and marked anew meanwhile: marks only ever rise.
-    while <int32_t>(peek.key_generation - mark) > 0 and not ldd_claim32(at, mark, peek.key_generation):
+    while <int32_t>(reader.key_generation - mark) > 0 and not ldd_claim32(at, mark, reader.key_generation):
         mark = ldd_load32(at)
     return LDD_OK
 
 
-cdef ldd_status ldd_peek_done(ldd_link* link, bint take, int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
-    cdef ldd_peek* peek = link.peek
+cdef ldd_status ldd_reader_done(ldd_link* link, bint take, int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
+    cdef ldd_shared_reader* reader = link.reader
     cdef ldd_status status = LDD_OK
-    if ldd_load32_last(&peek.lane.closed):
+    if ldd_load32_last(&reader.lane.closed):
         status = ldd_fail(detail, LDD_E_FAILED, b"cluster %llu went away during the transfer",
                           <unsigned long long>link.cluster_id)
         ldd_link_break(link, detail.text)
-    elif take and peek.key_index != LDD_NO_KEY:
-        status = release_key(link, deadline_ns, detail)
-    ldd_store64(&peek.lane.hazards[0], 0)
+    elif take and reader.key_index != LDD_NO_KEY:
+        status = _release_key(link, deadline_ns, detail)
+    ldd_store64(&reader.lane.hazards[0], 0)
     return status
 
 
-cdef void ldd_peek_remember(ldd_link* link, const ldd_remote_cache* remote) noexcept nogil:
-    cdef ldd_peek* peek = link.peek
+cdef void ldd_reader_remember(ldd_link* link, const ldd_remote_cache* remote) noexcept nogil:
+    cdef ldd_shared_reader* reader = link.reader
     cdef uint64_t* addrs
-    if peek == NULL or remote.desc.flags & LDD_DESC_EVEN or peek.known_id == remote.desc.cache_id:
+    if reader == NULL or remote.desc.flags & LDD_DESC_EVEN or reader.known_id == remote.desc.cache_id:
         return
     addrs = <uint64_t*>malloc(8 * <size_t>remote.desc.num_tensors)
     if addrs == NULL:
         return
     memcpy(addrs, remote.addrs, 8 * <size_t>remote.desc.num_tensors)
-    free(peek.known_addrs)
-    peek.known_addrs = addrs
-    peek.known_count = remote.desc.num_tensors
-    peek.known_id = remote.desc.cache_id
+    free(reader.known_addrs)
+    reader.known_addrs = addrs
+    reader.known_count = remote.desc.num_tensors
+    reader.known_id = remote.desc.cache_id

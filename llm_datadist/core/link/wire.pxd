@@ -19,7 +19,7 @@ cdef extern from "llm_datadist/ldd_wire.h" nogil:
         LDD_FRAME_PING
         LDD_HELLO_FORWARD
         LDD_HELLO_REVERSE
-        LDD_HELLO_BOARD
+        LDD_HELLO_SHARED_TABLE
         LDD_HELLO_FRAME_BYTES
         LDD_WELCOME_FRAME_BYTES
         LDD_MODE_REMOTE_ACCESSIBLE

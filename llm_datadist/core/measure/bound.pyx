@@ -272,9 +272,9 @@ cdef class CopyBound:
         with nogil:
             took_ns = ldd_now_ns()
             if self._job.num_pieces == 1:
-                move_pieces(&self._job, 0)
+                _move_pieces(&self._job, 0)
             else:
-                bound_team_run(&self._team, move_pieces, &self._job)
+                bound_team_run(&self._team, _move_pieces, &self._job)
             took_ns = ldd_now_ns() - took_ns
         if self._job.error:
             raise OSError(self._job.error, f"{kernel}: {os.strerror(self._job.error)}")
@@ -325,7 +325,7 @@ cdef bound_desc* bound_descs(object rows, size_t* count, uint64_t* total) except
 
 # ------------------------------------------------------------------------------------------------------ kernels
 
-cdef void move_pieces(void* context, int index) noexcept nogil:
+cdef void _move_pieces(void* context, int index) noexcept nogil:
     cdef bound_job* job = <bound_job*>context
     cdef size_t at
     while True:
@@ -333,12 +333,12 @@ cdef void move_pieces(void* context, int index) noexcept nogil:
         if at >= job.num_pieces:
             return
         if job.kernel == KERNEL_MEMCPY or job.kernel == KERNEL_STREAM:
-            copy_piece(job, &job.pieces[at])
+            _copy_piece(job, &job.pieces[at])
         else:
-            vm_piece(job, &job.pieces[at])
+            _vm_piece(job, &job.pieces[at])
 
 
-cdef void copy_piece(const bound_job* job, const bound_piece* piece) noexcept nogil:
+cdef void _copy_piece(const bound_job* job, const bound_piece* piece) noexcept nogil:
     cdef const bound_desc* desc = job.descs + piece.first
     cdef uint64_t offset = piece.offset, left = piece.length, part
     while left > 0:
@@ -352,7 +352,7 @@ cdef void copy_piece(const bound_job* job, const bound_piece* piece) noexcept no
         desc += 1
 
 
-cdef void vm_piece(bound_job* job, const bound_piece* piece) noexcept nogil:
+cdef void _vm_piece(bound_job* job, const bound_piece* piece) noexcept nogil:
     cdef iovec src[IOVECS]
     cdef iovec dst[IOVECS]
     cdef const bound_desc* desc = job.descs + piece.first
@@ -397,14 +397,14 @@ cdef ldd_status bound_team_start(bound_team* team, int num_threads) noexcept nog
         return LDD_E_NO_MEMORY
     team.num_threads = 1
     for i in range(1, num_threads):
-        if bound_spawn(&team.threads[i], team_main, team) != 0:
+        if bound_spawn(&team.threads[i], _team_main, team) != 0:
             bound_team_stop(team)
             return LDD_E_FAILED
         team.num_threads += 1
     return LDD_OK
 
 
-cdef void* team_main(void* argument) noexcept nogil:
+cdef void* _team_main(void* argument) noexcept nogil:
     cdef bound_team* team = <bound_team*>argument
     cdef uint64_t job = 0
     cdef int index

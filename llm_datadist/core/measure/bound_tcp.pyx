@@ -129,7 +129,7 @@ ctypedef struct tcp_client:
 
 # ------------------------------------------------------------------------------------------------- moving a range
 
-cdef void cursor_start(tcp_cursor* cursor, const bound_desc* descs, uint64_t offset, uint64_t length) noexcept nogil:
+cdef void _cursor_start(tcp_cursor* cursor, const bound_desc* descs, uint64_t offset, uint64_t length) noexcept nogil:
     cursor.desc = descs
     while length > 0 and offset >= cursor.desc.length:
         offset -= cursor.desc.length
@@ -138,7 +138,7 @@ cdef void cursor_start(tcp_cursor* cursor, const bound_desc* descs, uint64_t off
     cursor.left = length
 
 
-cdef size_t cursor_slice(const tcp_cursor* cursor, bint is_src, iovec* out) noexcept nogil:
+cdef size_t _cursor_slice(const tcp_cursor* cursor, bint is_src, iovec* out) noexcept nogil:
     """The next bytes of a range as pieces of memory; returns how many pieces."""
     cdef const bound_desc* desc = cursor.desc
     cdef uint64_t skip = cursor.skip, left = min(cursor.left, <uint64_t>SLICE_BYTES), part
@@ -154,7 +154,7 @@ cdef size_t cursor_slice(const tcp_cursor* cursor, bint is_src, iovec* out) noex
     return n
 
 
-cdef void cursor_advance(tcp_cursor* cursor, uint64_t moved) noexcept nogil:
+cdef void _cursor_advance(tcp_cursor* cursor, uint64_t moved) noexcept nogil:
     cursor.left -= moved
     moved += cursor.skip
     while cursor.left > 0 and moved >= cursor.desc.length:
@@ -163,7 +163,7 @@ cdef void cursor_advance(tcp_cursor* cursor, uint64_t moved) noexcept nogil:
     cursor.skip = moved
 
 
-cdef int move_some(int fd, tcp_cursor* cursor, bint is_send, int flags) noexcept nogil:
+cdef int _move_some(int fd, tcp_cursor* cursor, bint is_send, int flags) noexcept nogil:
     """Move until the range ends, or until the kernel would block and `flags` forbid that. 0, or an errno."""
     cdef iovec iov[IOVECS]
     cdef msghdr message
@@ -171,10 +171,10 @@ cdef int move_some(int fd, tcp_cursor* cursor, bint is_send, int flags) noexcept
     memset(&message, 0, sizeof(message))
     message.msg_iov = iov
     while cursor.left > 0:
-        message.msg_iovlen = cursor_slice(cursor, is_send, iov)
+        message.msg_iovlen = _cursor_slice(cursor, is_send, iov)
         moved = sendmsg(fd, &message, flags | MSG_NOSIGNAL) if is_send else recvmsg(fd, &message, flags)
         if moved > 0:
-            cursor_advance(cursor, <uint64_t>moved)
+            _cursor_advance(cursor, <uint64_t>moved)
         elif moved == 0:
             return ECONNRESET
         elif errno == EAGAIN:
@@ -186,21 +186,21 @@ cdef int move_some(int fd, tcp_cursor* cursor, bint is_send, int flags) noexcept
 
 # ------------------------------------------------------------------------------------------------- the served side
 
-cdef void* serve(void* argument) noexcept nogil:
+cdef void* _serve(void* argument) noexcept nogil:
     cdef tcp_served* served = <tcp_served*>argument
     cdef tcp_request request
     cdef tcp_cursor cursor
     cdef char done = 1
     while recv(served.fd, &request, sizeof(request), MSG_WAITALL) == sizeof(request):
-        cursor_start(&cursor, served.server.descs, request.offset, request.length)
-        if move_some(served.fd, &cursor, request.op == GO_GET, 0) != 0:
+        _cursor_start(&cursor, served.server.descs, request.offset, request.length)
+        if _move_some(served.fd, &cursor, request.op == GO_GET, 0) != 0:
             break
         if request.op == GO_PUT and send(served.fd, &done, 1, MSG_NOSIGNAL) != 1:
             break
     return NULL
 
 
-cdef void* accept_all(void* argument) noexcept nogil:
+cdef void* _accept_all(void* argument) noexcept nogil:
     cdef tcp_server* server = <tcp_server*>argument
     cdef tcp_served* served
     cdef int fd
@@ -212,7 +212,7 @@ cdef void* accept_all(void* argument) noexcept nogil:
         served = &server.served[server.num_served]
         served.server = server
         served.fd = fd
-        if bound_thread(&served.thread, serve, served) != 0:
+        if bound_thread(&served.thread, _serve, served) != 0:
             close(fd)
             return NULL
         server.num_served += 1
@@ -247,7 +247,7 @@ cdef class TcpServer:
             self.port = listener.getsockname()[1]
             self._server.descs = self._descs
             self._server.fd = listener.detach()
-        if bound_thread(&self._server.acceptor, accept_all, self._server) != 0:
+        if bound_thread(&self._server.acceptor, _accept_all, self._server) != 0:
             close(self._server.fd)
             free(self._server)
             self._server = NULL
@@ -276,12 +276,12 @@ cdef class TcpServer:
 
 # ----------------------------------------------------------------------------------------------- the fetching side
 
-cdef bint advance(tcp_client* client, tcp_connection* connection, int flags) noexcept nogil:
+cdef bint _advance(tcp_client* client, tcp_connection* connection, int flags) noexcept nogil:
     """Go on with one connection; False when it failed."""
     cdef bint is_put = connection.request.op == GO_PUT
     cdef char done
     cdef ssize_t got
-    cdef int error = move_some(connection.fd, &connection.cursor, is_put, flags)
+    cdef int error = _move_some(connection.fd, &connection.cursor, is_put, flags)
     if error == 0 and connection.cursor.left == 0 and connection.missing:
         got = recv(connection.fd, &done, 1, flags)
         if got == 1:
@@ -296,7 +296,7 @@ cdef bint advance(tcp_client* client, tcp_connection* connection, int flags) noe
     return error == 0
 
 
-cdef void fetch(void* context, int index) noexcept nogil:
+cdef void _fetch(void* context, int index) noexcept nogil:
     """One thread's connections: every num_threads-th. Alone it blocks in the calls, several are polled."""
     cdef tcp_client* client = <tcp_client*>context
     cdef pollfd waiting[MAX_CONNECTIONS]
@@ -314,7 +314,7 @@ cdef void fetch(void* context, int index) noexcept nogil:
         i = index
         while i < client.num_connections:
             connection = &client.connections[i]
-            if not connection.finished and not advance(client, connection, flags):
+            if not connection.finished and not _advance(client, connection, flags):
                 return
             if not connection.finished:
                 waiting[count].fd = connection.fd
@@ -407,14 +407,14 @@ cdef class TcpClient:
             connection.request.op = GO_PUT if put else GO_GET
             connection.request.offset = offset
             connection.request.length = min(share, self.num_bytes - offset)
-            cursor_start(&connection.cursor, self._descs, offset, connection.request.length)
+            _cursor_start(&connection.cursor, self._descs, offset, connection.request.length)
             offset += connection.request.length
             connection.missing = 1 if put else 0
             connection.finished = False
         self._client.error = 0
         with nogil:
             took_ns = ldd_now_ns()
-            bound_team_run(&self._team, fetch, &self._client)
+            bound_team_run(&self._team, _fetch, &self._client)
             took_ns = ldd_now_ns() - took_ns
         if self._client.error:
             raise OSError(self._client.error, f"reference connection: {os.strerror(self._client.error)}")

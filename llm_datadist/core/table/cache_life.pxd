@@ -5,7 +5,7 @@ from llm_datadist.core.base.status cimport ldd_detail, ldd_status
 from llm_datadist.core.base.sync cimport ldd_cond, ldd_mutex
 from llm_datadist.core.table.key_index cimport ldd_keys
 from llm_datadist.core.table.pool cimport ldd_pool, ldd_span
-from llm_datadist.core.table.shared_table cimport ldd_board, ldd_lane
+from llm_datadist.core.table.shared_table cimport ldd_lane, ldd_shared_table
 
 cdef enum:
     LDD_CACHE_BLOCKS = 1            # slots are blocks; batch size counts as 1
@@ -54,7 +54,7 @@ ctypedef struct ldd_cache:
     uint8_t remote_accessible
     uint8_t handle_ref              # until deallocate or unregister
     uint8_t published               # may be found and pinned; once False it is freed with its last pin
-    uint8_t zombie                  # only a peer's hazard keeps it
+    uint8_t awaits_readers                  # only a peer's hazard keeps it
     uint32_t num_tensors
     uint32_t num_key_slots
     uint64_t num_slots
@@ -105,13 +105,13 @@ ctypedef struct ldd_table:
     uint64_t owned_bytes
     uint64_t registered_bytes
     int64_t next_id
-    ldd_board board                 # holds caches and keys; peers on this host read it
+    ldd_shared_table shared                 # holds caches and keys; peers on this host read it
     ldd_lane_reader* lanes
     uint32_t num_lanes
     uint32_t lane_capacity
-    uint32_t* zombies               # slots
-    uint32_t num_zombies
-    uint32_t zombie_capacity
+    uint32_t* retired               # slots
+    uint32_t num_retired
+    uint32_t retired_capacity
     uint64_t seen_doorbell
     ldd_delivery* deliveries
 
@@ -144,10 +144,10 @@ cdef void ldd_cache_release_key(ldd_table* table, uint32_t key) noexcept nogil
 # Pin a published cache and describe it, with the key of the batch slot if a pull of that releases it.
 cdef void ldd_cache_pin(ldd_table* table, uint32_t slot, uint64_t batch_index, ldd_cache_view* view) noexcept nogil
 cdef void ldd_cache_unpin(ldd_table* table, uint32_t slot) noexcept nogil
-# Free a retired cache, unless somebody still touches it: the last pin, or ldd_cache_bury, comes back to it then.
+# Free a retired cache, unless somebody still touches it: the last pin, or ldd_cache_free_retired, comes back then.
 cdef void ldd_cache_free_unused(ldd_table* table, uint32_t slot) noexcept nogil
-# Free the zombies that no hazard keeps any more.
-cdef void ldd_cache_bury(ldd_table* table) noexcept nogil
+# Free the retired that no hazard keeps any more.
+cdef void ldd_cache_free_retired(ldd_table* table) noexcept nogil
 # How many hazards peers have out at this moment.
 cdef uint64_t ldd_cache_count_hazards(ldd_table* table) noexcept nogil
 # The tensor that contains [addr, last], or num_tensors.

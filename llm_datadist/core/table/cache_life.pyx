@@ -224,32 +224,32 @@ cdef void ldd_cache_free_unused(ldd_table* table, uint32_t slot) noexcept nogil:
     if cache.pins != 0:
         return
     if not _has_hazard(table, slot, cache.generation):
-        cache.zombie = False
+        cache.awaits_readers = False
         _free_cache(table, slot)
         return
-    if cache.zombie:
+    if cache.awaits_readers:
         return
-    if table.num_zombies == table.zombie_capacity:
-        grown = <uint32_t*>realloc(table.zombies, (table.zombie_capacity * 2 + 16) * sizeof(uint32_t))
+    if table.num_retired == table.retired_capacity:
+        grown = <uint32_t*>realloc(table.retired, (table.retired_capacity * 2 + 16) * sizeof(uint32_t))
         if grown == NULL:
             return                                  # the memory stays taken; nothing is freed under a reader
-        table.zombies = grown
-        table.zombie_capacity = table.zombie_capacity * 2 + 16
-    cache.zombie = True
-    table.zombies[table.num_zombies] = slot
-    table.num_zombies += 1
+        table.retired = grown
+        table.retired_capacity = table.retired_capacity * 2 + 16
+    cache.awaits_readers = True
+    table.retired[table.num_retired] = slot
+    table.num_retired += 1
 
 
-cdef void ldd_cache_bury(ldd_table* table) noexcept nogil:
+cdef void ldd_cache_free_retired(ldd_table* table) noexcept nogil:
     cdef uint32_t i = 0, slot
-    while i < table.num_zombies:
-        slot = table.zombies[i]
+    while i < table.num_retired:
+        slot = table.retired[i]
         if table.caches[slot].pins != 0 or _has_hazard(table, slot, table.caches[slot].generation):
             i += 1
             continue
-        table.num_zombies -= 1
-        table.zombies[i] = table.zombies[table.num_zombies]
-        table.caches[slot].zombie = False
+        table.num_retired -= 1
+        table.retired[i] = table.retired[table.num_retired]
+        table.caches[slot].awaits_readers = False
         _free_cache(table, slot)
 
 

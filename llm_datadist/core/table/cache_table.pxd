@@ -96,7 +96,7 @@ cdef void ldd_table_stats(ldd_table* table, ldd_table_counts* counts) noexcept n
 # Up to capacity rows; returns the number of live caches.
 cdef size_t ldd_table_snapshot(ldd_table* table, ldd_cache_row* rows, size_t capacity) noexcept nogil
 
-# A link's peer may read the board and write this lane from now on; afterwards its hazards and releases count.
+# A link's peer may read the shared table and write this lane from now on; afterwards its hazards and releases count.
 cdef ldd_status ldd_table_add_lane(ldd_table* table, ldd_lane* lane) noexcept nogil
 # The peer is gone: take in what it released, and forget its hazards.
 cdef void ldd_table_remove_lane(ldd_table* table, ldd_lane* lane) noexcept nogil

@@ -21,8 +21,8 @@ from llm_datadist.core.base.sync cimport (
     ldd_now_ns, ldd_unlock,
 )
 from llm_datadist.core.table.cache_life cimport (
-    LDD_NO_SLOT, ldd_cache, ldd_cache_bury, ldd_cache_close, ldd_cache_count_hazards, ldd_cache_describe,
-    ldd_cache_enter, ldd_cache_find, ldd_cache_leave, ldd_cache_pin, ldd_cache_publish, ldd_cache_release_key,
+    LDD_NO_SLOT, ldd_cache, ldd_cache_close, ldd_cache_count_hazards, ldd_cache_describe, ldd_cache_enter,
+    ldd_cache_find, ldd_cache_free_retired, ldd_cache_leave, ldd_cache_pin, ldd_cache_publish, ldd_cache_release_key,
     ldd_cache_tensor_of, ldd_cache_unpin, ldd_delivery, ldd_kind_name, ldd_lane_reader, ldd_range,
 )
 from llm_datadist.core.table.key_index cimport (
@@ -31,8 +31,8 @@ from llm_datadist.core.table.key_index cimport (
 )
 from llm_datadist.core.table.pool cimport ldd_pool, ldd_pool_alloc_tensors
 from llm_datadist.core.table.shared_table cimport (
-    LDD_LANE_RING, LDD_MAX_CELLS, LDD_MAX_KEYS, ldd_board_create, ldd_board_destroy, ldd_lane, ldd_load32, ldd_load64,
-    ldd_seq_begin, ldd_seq_end, ldd_store32,
+    LDD_LANE_RING, LDD_MAX_CELLS, LDD_MAX_KEYS, ldd_lane, ldd_load32, ldd_load64, ldd_seq_begin, ldd_seq_end,
+    ldd_shared_table_create, ldd_shared_table_destroy, ldd_store32,
 )
 
 cdef enum:
@@ -49,15 +49,15 @@ cdef ldd_status ldd_table_create(ldd_table** out, ldd_detail* detail) noexcept n
         ldd_mutex_destroy(&table.mutex)
         free(table)
         return ldd_fail(detail, LDD_E_NO_MEMORY, b"no room for a cache table")
-    if ldd_board_create(&table.board, sizeof(ldd_cell), sizeof(ldd_key), sizeof(ldd_cache), detail) != LDD_OK:
+    if ldd_shared_table_create(&table.shared, sizeof(ldd_cell), sizeof(ldd_key), sizeof(ldd_cache), detail) != LDD_OK:
         ldd_cond_destroy(&table.drained)
         ldd_mutex_destroy(&table.mutex)
         free(table)
         return LDD_E_NO_MEMORY
     ldd_keys_init(&table.keys)
-    ldd_keys_place(&table.keys, <ldd_cell*>table.board.cells[0], <ldd_cell*>table.board.cells[1], LDD_MAX_CELLS,
-                   <ldd_key*>table.board.entries, LDD_MAX_KEYS)
-    table.caches = <ldd_cache*>table.board.caches
+    ldd_keys_place(&table.keys, <ldd_cell*>table.shared.cells[0], <ldd_cell*>table.shared.cells[1], LDD_MAX_CELLS,
+                   <ldd_key*>table.shared.entries, LDD_MAX_KEYS)
+    table.caches = <ldd_cache*>table.shared.caches
     table.first_free = LDD_NO_SLOT
     table.next_id = 1
     out[0] = table
@@ -71,10 +71,10 @@ cdef void ldd_table_destroy(ldd_table* table) noexcept nogil:
     for i in range(table.num_caches):
         free(table.caches[table.ranges[i].slot].addrs)
     ldd_keys_destroy(&table.keys)
-    ldd_board_destroy(&table.board)
+    ldd_shared_table_destroy(&table.shared)
     free(table.ranges)
     free(table.lanes)
-    free(table.zombies)
+    free(table.retired)
     ldd_cond_destroy(&table.drained)
     ldd_mutex_destroy(&table.mutex)
     free(table)
@@ -325,12 +325,12 @@ cdef ldd_status _wait_drained(ldd_table* table, int64_t deadline_ns) noexcept no
     """Sleep until some cache went away. Hazards are dropped without a word, so look after them now and then."""
     cdef int64_t until = deadline_ns
     cdef ldd_status st
-    if table.num_zombies:
+    if table.num_retired:
         until = min(deadline_ns, ldd_now_ns() + HAZARD_POLL_NS)
     st = ldd_cond_wait_until(&table.drained, &table.mutex, until)
-    if table.num_zombies:
+    if table.num_retired:
         _begin(table)
-        ldd_cache_bury(table)
+        ldd_cache_free_retired(table)
         _end(table)
         if ldd_now_ns() < deadline_ns:
             return LDD_OK
@@ -379,7 +379,7 @@ cdef inline ldd_status _lock(ldd_table* table, int64_t deadline_ns, ldd_detail* 
         return ldd_fail(detail, st, b"the cache table was busy until the deadline")
     if table.deliveries != NULL:
         _take_in_deliveries(table)
-    if ldd_load64(&table.board.desk.doorbell) != table.seen_doorbell or table.num_zombies:
+    if ldd_load64(&table.shared.marks.doorbell) != table.seen_doorbell or table.num_retired:
         _take_in(table)
     return LDD_OK
 
@@ -388,30 +388,30 @@ cdef inline void _lock_now(ldd_table* table) noexcept nogil:
     ldd_lock(&table.mutex)
     if table.deliveries != NULL:
         _take_in_deliveries(table)
-    if ldd_load64(&table.board.desk.doorbell) != table.seen_doorbell or table.num_zombies:
+    if ldd_load64(&table.shared.marks.doorbell) != table.seen_doorbell or table.num_retired:
         _take_in(table)
 
 
 cdef inline void _begin(ldd_table* table) noexcept nogil:
     """Something that peers read is about to change."""
-    ldd_seq_begin(&table.board.head.seq)
+    ldd_seq_begin(&table.shared.head.seq)
 
 
 cdef inline void _end(ldd_table* table) noexcept nogil:
-    table.board.head.which_cells = table.keys.which
-    table.board.head.mask = table.keys.mask
-    ldd_seq_end(&table.board.head.seq)
+    table.shared.head.which_cells = table.keys.which
+    table.shared.head.mask = table.keys.mask
+    ldd_seq_end(&table.shared.head.seq)
 
 
 cdef void _take_in(ldd_table* table) noexcept nogil:
     """Release the keys that peers say they pulled, and free what their hazards kept."""
     cdef uint32_t i
-    table.seen_doorbell = ldd_load64(&table.board.desk.doorbell)
+    table.seen_doorbell = ldd_load64(&table.shared.marks.doorbell)
     _begin(table)
     for i in range(table.num_lanes):
         _read_ring(table, &table.lanes[i])
-    if table.num_zombies:
-        ldd_cache_bury(table)
+    if table.num_retired:
+        ldd_cache_free_retired(table)
     _end(table)
 
 
@@ -508,8 +508,8 @@ cdef void ldd_table_remove_lane(ldd_table* table, ldd_lane* lane) noexcept nogil
             table.num_lanes -= 1
             table.lanes[i] = table.lanes[table.num_lanes]
             break
-    if table.num_zombies:
-        ldd_cache_bury(table)
+    if table.num_retired:
+        ldd_cache_free_retired(table)
     _end(table)
     ldd_unlock(&table.mutex)
 
@@ -521,9 +521,9 @@ cdef void ldd_table_take_in(ldd_table* table) noexcept nogil:
 
 cdef void ldd_table_set_epoch(ldd_table* table, uint64_t region_epoch) noexcept nogil:
     ldd_lock(&table.mutex)
-    if region_epoch > table.board.head.region_epoch:        # callers come in any order
+    if region_epoch > table.shared.head.region_epoch:        # callers come in any order
         _begin(table)
-        table.board.head.region_epoch = region_epoch
+        table.shared.head.region_epoch = region_epoch
         _end(table)
     ldd_unlock(&table.mutex)
 

@@ -49,7 +49,7 @@ cdef void ldd_keys_init(ldd_keys* keys) noexcept nogil
 cdef void ldd_keys_place(ldd_keys* keys, ldd_cell* first_home, ldd_cell* second_home, uint32_t max_cells,
                          ldd_key* entries, uint32_t max_entries) noexcept nogil
 # The same search over cells and entries that another process changes meanwhile: bounded, never outside them.
-cdef uint32_t ldd_keys_peek(const ldd_cell* cells, uint32_t mask, const ldd_key* entries, uint32_t max_entries,
+cdef uint32_t ldd_keys_find_shared(const ldd_cell* cells, uint32_t mask, const ldd_key* entries, uint32_t max_entries,
                             uint32_t kind, uint64_t id, uint64_t model_id) noexcept nogil
 cdef void ldd_keys_destroy(ldd_keys* keys) noexcept nogil
 # Make room for `count` more keys, so that as many ldd_keys_add cannot fail. LDD_E_NO_MEMORY: nothing changed.

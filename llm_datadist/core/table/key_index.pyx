@@ -91,7 +91,7 @@ cdef uint32_t ldd_keys_find(const ldd_keys* keys, uint32_t kind, uint64_t id, ui
         distance += 1
 
 
-cdef uint32_t ldd_keys_peek(const ldd_cell* cells, uint32_t mask, const ldd_key* entries, uint32_t max_entries,
+cdef uint32_t ldd_keys_find_shared(const ldd_cell* cells, uint32_t mask, const ldd_key* entries, uint32_t max_entries,
                             uint32_t kind, uint64_t id, uint64_t model_id) noexcept nogil:
     cdef uint32_t hash = _hash(kind, id, model_id)
     cdef uint32_t at = hash & mask, distance, key

@@ -6,8 +6,8 @@ from llm_datadist.core.base.status cimport ldd_detail, ldd_status
 
 cdef extern from * nogil:
     """
-    #ifndef LDD_BOARD_LIMITS
-    #define LDD_BOARD_LIMITS
+    #ifndef LDD_SHARED_TABLE_LIMITS
+    #define LDD_SHARED_TABLE_LIMITS
     /* Address space only: the files are sparse, and pages are taken when they are first used. */
     #define LDD_MAX_KEYS (1u << 21)
     #define LDD_MAX_CELLS (1u << 22)
@@ -24,7 +24,7 @@ cdef extern from * nogil:
         LDD_LANE_RING
 
 # Start of the table's file; peers map it read-only. `seq` is odd while the owner changes anything behind it.
-ctypedef struct ldd_board_head:
+ctypedef struct ldd_shared_head:
     uint64_t magic                              # layout of everything below, so that builds that differ do not meet
     uint64_t seq
     uint32_t which_cells
@@ -32,7 +32,7 @@ ctypedef struct ldd_board_head:
     uint64_t region_epoch
 
 # One file that all peers of an owner may write: it tells the owner to look, and says which keys are gone.
-ctypedef struct ldd_desk:
+ctypedef struct ldd_release_marks:
     uint64_t doorbell
     uint32_t marks[1]                           # LDD_MAX_KEYS in truth: the generation in which a key was released
 
@@ -49,19 +49,19 @@ ctypedef struct ldd_lane:
     uint32_t closed                             # the owner heeds this lane no longer: what a hazard kept may be gone
 
 # The owner's mappings. All NULL where the kernel has no memfd: then there is no sharing, only the table.
-ctypedef struct ldd_board:
-    ldd_board_head* head
+ctypedef struct ldd_shared_table:
+    ldd_shared_head* head
     void* cells[2]                              # ldd_cell[LDD_MAX_CELLS] each
     void* entries                               # ldd_key[LDD_MAX_KEYS]
     void* caches                                # ldd_cache[LDD_MAX_CACHES]
-    ldd_desk* desk
+    ldd_release_marks* marks
     size_t cache_bytes
     int table_fd                                # a read-only descriptor, for peers
-    int desk_fd
+    int marks_fd
 
 # A peer's table as one link reads it.
-ctypedef struct ldd_peek:
-    ldd_board board
+ctypedef struct ldd_shared_reader:
+    ldd_shared_table shared
     ldd_lane* lane
     uint32_t key_index                          # of the pinned cache
     uint32_t key_generation
@@ -69,17 +69,19 @@ ctypedef struct ldd_peek:
     uint32_t known_count
     uint64_t* known_addrs
 
-cdef ldd_status ldd_board_create(ldd_board* board, size_t cell_bytes, size_t key_bytes, size_t cache_bytes,
+cdef ldd_status ldd_shared_table_create(ldd_shared_table* board, size_t cell_bytes, size_t key_bytes,
+                                        size_t cache_bytes,
                                  ldd_detail* detail) noexcept nogil
-cdef void ldd_board_destroy(ldd_board* board) noexcept nogil
+cdef void ldd_shared_table_destroy(ldd_shared_table* board) noexcept nogil
 # Map files that came from a peer, after checking that they are what they should be and cannot shrink.
-cdef ldd_status ldd_board_map(ldd_board* board, int table_fd, int desk_fd, size_t cell_bytes, size_t key_bytes,
+cdef ldd_status ldd_shared_table_map(ldd_shared_table* board, int table_fd, int marks_fd, size_t cell_bytes,
+                                     size_t key_bytes,
                               size_t cache_bytes, ldd_detail* detail) noexcept nogil
 cdef ldd_lane* ldd_lane_create(int* fd) noexcept nogil
 cdef ldd_lane* ldd_lane_map(int fd) noexcept nogil
 cdef void ldd_lane_unmap(ldd_lane* lane) noexcept nogil
 # Unmap everything; NULL is allowed.
-cdef void ldd_peek_free(ldd_peek* peek) noexcept nogil
+cdef void ldd_reader_free(ldd_shared_reader* reader) noexcept nogil
 
 # Around every change of what peers read.
 cdef extern from * nogil:

@@ -44,7 +44,7 @@ cdef ldd_status ldd_link_lock(ldd_link* link, ldd_detail* detail) noexcept nogil
     return status
 
 
-cdef ldd_status ldd_move(ldd_link* link, bint put, int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
+cdef ldd_status ldd_batch_run(ldd_link* link, bint put, int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
     cdef CompleteHandle handle = NULL
     cdef ldd_status status
     if link.descs.count == 0:
@@ -55,18 +55,18 @@ cdef ldd_status ldd_move(ldd_link* link, bint put, int64_t deadline_ns, ldd_deta
     else:
         status = ldd_hixl_result(link.node.provider, link.node.provider.hixl.HixlCSClientBatchGetAsync(
             link.client, <uint32_t>link.descs.count, link.descs.items, &handle), b"read from the peer", detail)
-    status = ldd_move_end(link, status, handle, deadline_ns, detail)
+    status = ldd_batch_finish(link, status, handle, deadline_ns, detail)
     if status == LDD_OK:
-        ldd_move_count(link, put)
+        ldd_batch_count(link, put)
     return status
 
 
-cdef void ldd_move_count(ldd_link* link, bint put) noexcept nogil:
+cdef void ldd_batch_count(ldd_link* link, bint put) noexcept nogil:
     __atomic_add_fetch(&link.pushed_bytes if put else &link.pulled_bytes, link.descs.bytes, __ATOMIC_RELAXED)
     __atomic_add_fetch(&link.num_transfers, 1, __ATOMIC_RELAXED)
 
 
-cdef ldd_status ldd_move_end(ldd_link* link, ldd_status submitted, CompleteHandle handle, int64_t deadline_ns,
+cdef ldd_status ldd_batch_finish(ldd_link* link, ldd_status submitted, CompleteHandle handle, int64_t deadline_ns,
                              ldd_detail* detail) noexcept nogil:
     cdef ldd_status status = submitted
     if status == LDD_E_PARAM:

@@ -7,5 +7,5 @@ from llm_datadist.core.table.cache_table cimport ldd_cache_view
 from llm_datadist.core.transfer.steps cimport ldd_transfer
 
 # Needs link.lock and the local cache pinned. LDD_FETCH_ASK: nothing has moved, go step by step.
-cdef ldd_status ldd_fetch(ldd_link* link, const ldd_transfer* what, const ldd_cache_view* local, int64_t deadline_ns,
+cdef ldd_status ldd_one_pull(ldd_link* link, const ldd_transfer* what, const ldd_cache_view* local, int64_t deadline_ns,
                           ldd_detail* detail) noexcept nogil

@@ -24,11 +24,11 @@ from llm_datadist.core.link.wire cimport (
 from llm_datadist.core.plan.block_plan cimport (
     ldd_desc_list_clear, ldd_plan_blocks, ldd_plan_contiguous, ldd_plan_slot_to_blocks,
 )
-from llm_datadist.core.transfer.batch cimport ldd_move_count, ldd_move_end
+from llm_datadist.core.transfer.batch cimport ldd_batch_count, ldd_batch_finish
 from llm_datadist.core.transfer.steps cimport SHAPE_BLOCKS, SHAPE_SLOT
 
 
-cdef bint plan(ldd_link* link, const ldd_transfer* what, const ldd_cache_view* local, uint32_t first,
+cdef bint _plan(ldd_link* link, const ldd_transfer* what, const ldd_cache_view* local, uint32_t first,
                uint32_t count) noexcept nogil:
     """Plan from the start of each source tensor or slot, wherever that may be; False where the steps must tell more."""
     cdef const uint64_t* origins = <const uint64_t*>link.reply
@@ -56,7 +56,7 @@ cdef bint plan(ldd_link* link, const ldd_transfer* what, const ldd_cache_view* l
                                         local.num_slots, count, local.stride, what.num_blocks, False, NULL) == LDD_OK)
 
 
-cdef uint32_t write_request(ldd_link* link, const ldd_transfer* what, const ldd_cache_view* local,
+cdef uint32_t _write_request(ldd_link* link, const ldd_transfer* what, const ldd_cache_view* local,
                             uint32_t count) noexcept nogil:
     """Say what is planned, in the link's reply buffer; bytes of it, 0 when it is too much to be said at once."""
     cdef size_t nbytes = sizeof(ldd_fetch_request) + link.descs.num_runs * sizeof(ldd_fetch_run), i
@@ -87,7 +87,7 @@ cdef uint32_t write_request(ldd_link* link, const ldd_transfer* what, const ldd_
     return <uint32_t>nbytes
 
 
-cdef ldd_status ldd_fetch(ldd_link* link, const ldd_transfer* what, const ldd_cache_view* local, int64_t deadline_ns,
+cdef ldd_status ldd_one_pull(ldd_link* link, const ldd_transfer* what, const ldd_cache_view* local, int64_t deadline_ns,
                           ldd_detail* detail) noexcept nogil:
     cdef uint32_t first = 0, count = local.num_tensors, nbytes
     cdef CompleteHandle handle = NULL
@@ -104,19 +104,19 @@ cdef ldd_status ldd_fetch(ldd_link* link, const ldd_transfer* what, const ldd_ca
     if ldd_reply_room(link, count * sizeof(uint64_t)) < 0:
         return LDD_FETCH_ASK
     memset(link.reply, 0, count * sizeof(uint64_t))
-    if not plan(link, what, local, first, count) or link.descs.count == 0:
+    if not _plan(link, what, local, first, count) or link.descs.count == 0:
         return LDD_FETCH_ASK
-    nbytes = write_request(link, what, local, count)
+    nbytes = _write_request(link, what, local, count)
     if nbytes == 0:
         return LDD_FETCH_ASK
     status = ldd_hixl_result(link.node.provider, link.node.provider.ext.LddClientFetchAsync(
         link.client, link.reply, nbytes, <uint32_t>link.descs.count, link.descs.items, &reply, &handle),
         b"read from the peer", detail)
-    status = ldd_move_end(link, status, handle, deadline_ns, detail)
+    status = ldd_batch_finish(link, status, handle, deadline_ns, detail)
     if status != LDD_OK:
         return status
     if reply.status == LDD_OK:
-        ldd_move_count(link, False)
+        ldd_batch_count(link, False)
         return LDD_OK
     if reply.status > 0:
         return LDD_FETCH_ASK

@@ -18,7 +18,7 @@ from llm_datadist.core.base.provider cimport LddFetchSource, LddPiece
 from llm_datadist.core.base.status cimport LDD_E_NOT_LINKED, LDD_E_NO_MEMORY, LDD_OK, ldd_detail, ldd_fail, ldd_status
 from llm_datadist.core.base.sync cimport ldd_lock, ldd_unlock
 from llm_datadist.core.link.links cimport LINK_ACTIVE, ldd_link, ldd_node
-from llm_datadist.core.link.replies cimport ldd_answer_find
+from llm_datadist.core.link.replies cimport ldd_reply_find
 from llm_datadist.core.link.wire cimport (
     LDD_ACCESS_READ, LDD_FETCH_ASK, LDD_FETCH_BLOCKS, LDD_FETCH_MAX_PIECES, LDD_FETCH_RESHAPE, LDD_FETCH_TAKE,
     LDD_FETCH_TO_HOST, ldd_fetch_request, ldd_fetch_run,
@@ -35,7 +35,7 @@ ctypedef struct ldd_served:
     size_t num_pieces
 
 
-cdef bint is_linked(ldd_node* node, const uint8_t* token) noexcept nogil:
+cdef bint _is_linked(ldd_node* node, const uint8_t* token) noexcept nogil:
     cdef ldd_link* link
     cdef bint found = False
     ldd_lock(&node.lock)
@@ -47,7 +47,7 @@ cdef bint is_linked(ldd_node* node, const uint8_t* token) noexcept nogil:
     return found
 
 
-cdef bint add_piece(ldd_served* served, uint64_t addr, uint64_t nbytes, uint64_t* total) noexcept nogil:
+cdef bint _add_piece(ldd_served* served, uint64_t addr, uint64_t nbytes, uint64_t* total) noexcept nogil:
     """False when the sum overflows. What follows in memory and on the way is one piece; there is room for each."""
     cdef LddPiece* last = &served.pieces[served.num_pieces - 1] if served.num_pieces else NULL
     if ldd_add_overflows(total[0], nbytes, total):
@@ -61,7 +61,7 @@ cdef bint add_piece(ldd_served* served, uint64_t addr, uint64_t nbytes, uint64_t
     return True
 
 
-cdef ldd_status cut(const ldd_fetch_request* request, const uint8_t* runs, const ldd_cache_view* view,
+cdef ldd_status _cut(const ldd_fetch_request* request, const uint8_t* runs, const ldd_cache_view* view,
                     uint64_t num_bytes, ldd_served* served, ldd_detail* detail) noexcept nogil:
     """The pieces of memory that are asked for, in order; LDD_FETCH_ASK where the request does not fit the cache."""
     cdef bint blocks = (request.flags & LDD_FETCH_BLOCKS) != 0
@@ -91,12 +91,12 @@ cdef ldd_status cut(const ldd_fetch_request* request, const uint8_t* runs, const
     for t in range(first, stop):
         for i in range(request.num_runs):
             memcpy(&run, runs + i * sizeof(run), sizeof(run))
-            if not add_piece(served, view.addrs[t] + begin + run.offset, run.bytes, &total):
+            if not _add_piece(served, view.addrs[t] + begin + run.offset, run.bytes, &total):
                 return LDD_FETCH_ASK
     return LDD_OK if total == num_bytes else <ldd_status>LDD_FETCH_ASK
 
 
-cdef int32_t on_begin(void* context, const uint8_t* token, const void* words, size_t num_words_bytes,
+cdef int32_t _on_begin(void* context, const uint8_t* token, const void* words, size_t num_words_bytes,
                       uint64_t num_bytes, void* fetch, LddFetchSource* source, char* text,
                       size_t text_size) noexcept nogil:
     cdef ldd_node* node = <ldd_node*>context
@@ -115,12 +115,12 @@ cdef int32_t on_begin(void* context, const uint8_t* token, const void* words, si
     served = <ldd_served*>calloc(1, sizeof(ldd_served))
     if served == NULL:
         status = ldd_fail(&detail, LDD_E_NO_MEMORY, b"no memory for a delivery")
-    elif not is_linked(node, token):
+    elif not _is_linked(node, token):
         status = ldd_fail(&detail, LDD_E_NOT_LINKED, b"the link was closed here")
     else:
-        status = ldd_answer_find(node, &request.key, &view, &detail)
+        status = ldd_reply_find(node, &request.key, &view, &detail)
         if status == LDD_OK:
-            status = cut(&request, <const uint8_t*>words + sizeof(request), &view, num_bytes, served, &detail)
+            status = _cut(&request, <const uint8_t*>words + sizeof(request), &view, num_bytes, served, &detail)
             if status != LDD_OK:
                 ldd_table_unpin(node.table, view.slot, view.generation)
     if status != LDD_OK:
@@ -143,19 +143,19 @@ cdef int32_t on_begin(void* context, const uint8_t* token, const void* words, si
     return LDD_OK
 
 
-cdef void on_look(void* context) noexcept nogil:
+cdef void _on_look(void* context) noexcept nogil:
     ldd_table_take_in((<ldd_node*>context).table)
 
 
-cdef void on_end(void* context, void* ticket) noexcept nogil:
+cdef void _on_end(void* context, void* ticket) noexcept nogil:
     cdef ldd_served* served = <ldd_served*>ticket
     ldd_table_end_delivery((<ldd_node*>context).table, &served.delivery)
     free(served.pieces)
     free(served)
 
 
-cdef void ldd_serve_fetch(ldd_node* node) noexcept nogil:
-    node.regions.fetch_hooks.begin = on_begin
-    node.regions.fetch_hooks.look = on_look
-    node.regions.fetch_hooks.end = on_end
+cdef void ldd_serve_pull(ldd_node* node) noexcept nogil:
+    node.regions.fetch_hooks.begin = _on_begin
+    node.regions.fetch_hooks.look = _on_look
+    node.regions.fetch_hooks.end = _on_end
     node.regions.fetch_context = node

@@ -13,9 +13,9 @@ from llm_datadist.core.base.provider cimport aclrtContext
 from llm_datadist.core.base.status cimport LDD_E_NOT_ENABLED, LDD_E_PARAM, LDD_OK, ldd_fail
 from llm_datadist.core.base.sync cimport ldd_now_ns, ldd_unlock
 from llm_datadist.core.link.links cimport LINK_ACTIVE, ldd_link, ldd_link_begin, ldd_link_end
-from llm_datadist.core.link.requests cimport ldd_ask_release, ldd_ask_resolve, ldd_link_ready, ldd_remote_cache
+from llm_datadist.core.link.requests cimport ldd_link_ready, ldd_remote_cache, ldd_request_release, ldd_request_resolve
 from llm_datadist.core.link.shared_reader cimport (
-    LDD_PEEK_ASK, ldd_peek_attach, ldd_peek_done, ldd_peek_remember, ldd_peek_resolve,
+    LDD_READER_ASK, ldd_reader_attach, ldd_reader_done, ldd_reader_remember, ldd_reader_resolve,
 )
 from llm_datadist.core.link.wire cimport (
     LDD_DESC_BLOCKS, LDD_DESC_HOST, LDD_DESC_OWNED, LDD_FETCH_ASK, LDD_MODE_REMOTE_ACCESSIBLE,
@@ -24,8 +24,8 @@ from llm_datadist.core.plan.block_plan cimport (
     ldd_desc_list_clear, ldd_plan_blocks, ldd_plan_contiguous, ldd_plan_slot_to_blocks,
 )
 from llm_datadist.core.table.cache_table cimport ldd_cache_view, ldd_table_pin_local, ldd_table_unpin
-from llm_datadist.core.transfer.batch cimport ldd_context_enter, ldd_context_leave, ldd_link_lock, ldd_move
-from llm_datadist.core.transfer.one_pull cimport ldd_fetch
+from llm_datadist.core.transfer.batch cimport ldd_batch_run, ldd_context_enter, ldd_context_leave, ldd_link_lock
+from llm_datadist.core.transfer.one_pull cimport ldd_one_pull
 
 # Tensors [first, first + count) of one end.
 ctypedef struct ldd_selection:
@@ -35,7 +35,7 @@ ctypedef struct ldd_selection:
 
 # ------------------------------------------------------------------------------------------- checks and plan
 
-cdef ldd_status select(int64_t first, int64_t stop, uint32_t num_tensors, const char* end, ldd_selection* out,
+cdef ldd_status _select(int64_t first, int64_t stop, uint32_t num_tensors, const char* end, ldd_selection* out,
                        ldd_detail* detail) noexcept nogil:
     if first < 0:
         out.first = 0
@@ -49,11 +49,11 @@ cdef ldd_status select(int64_t first, int64_t stop, uint32_t num_tensors, const 
     return LDD_OK
 
 
-cdef inline const char* layout(bint is_blocks) noexcept nogil:
+cdef inline const char* _layout(bint is_blocks) noexcept nogil:
     return b"blocks" if is_blocks else b"contiguous"
 
 
-cdef ldd_status check_layouts(ldd_node* node, const ldd_transfer* what, const ldd_cache_view* local,
+cdef ldd_status _check_layouts(ldd_node* node, const ldd_transfer* what, const ldd_cache_view* local,
                               const ldd_remote_cache* remote, ldd_detail* detail) noexcept nogil:
     cdef bint remote_blocks = (remote.desc.flags & LDD_DESC_BLOCKS) != 0
     cdef bint remote_host = (remote.desc.flags & LDD_DESC_HOST) != 0
@@ -61,12 +61,12 @@ cdef ldd_status check_layouts(ldd_node* node, const ldd_transfer* what, const ld
     cdef bint want_remote_blocks = what.shape == SHAPE_BLOCKS or (what.shape == SHAPE_SLOT_TO_BLOCKS and what.put)
     if local.is_blocks != want_local_blocks:
         return ldd_fail(detail, LDD_E_PARAM, b"local cache %lld is a %s cache, this call needs a %s cache",
-                        <long long>local.cache_id, layout(local.is_blocks),
-                        layout(want_local_blocks))
+                        <long long>local.cache_id, _layout(local.is_blocks),
+                        _layout(want_local_blocks))
     if remote_blocks != want_remote_blocks:
         return ldd_fail(detail, LDD_E_PARAM, b"cache %lld of cluster %llu is a %s cache, this call needs a %s cache",
                         <long long>remote.desc.cache_id, <unsigned long long>what.cluster_id,
-                        layout(remote_blocks), layout(want_remote_blocks))
+                        _layout(remote_blocks), _layout(want_remote_blocks))
     if what.shape == SHAPE_SLOT_TO_BLOCKS and not what.put and remote_host and not local.host:
         return ldd_fail(detail, LDD_E_NOT_ENABLED,
                         b"cache %lld of cluster %llu is on the host: only a cache of the same layout can be pulled",
@@ -74,7 +74,7 @@ cdef ldd_status check_layouts(ldd_node* node, const ldd_transfer* what, const ld
     return LDD_OK
 
 
-cdef ldd_status slot_bytes(const ldd_transfer* what, const ldd_cache_view* local, const ldd_remote_cache* remote,
+cdef ldd_status _slot_bytes(const ldd_transfer* what, const ldd_cache_view* local, const ldd_remote_cache* remote,
                            uint64_t* nbytes, ldd_detail* detail) noexcept nogil:
     """How much of each tensor goes over, contiguous to contiguous; the destination's stride is the default."""
     cdef uint64_t local_stride = local.stride, remote_stride = remote.desc.stride_bytes
@@ -102,7 +102,7 @@ cdef ldd_status slot_bytes(const ldd_transfer* what, const ldd_cache_view* local
     return LDD_OK
 
 
-cdef ldd_status plan(const ldd_transfer* what, ldd_link* link, const ldd_cache_view* local,
+cdef ldd_status _plan(const ldd_transfer* what, ldd_link* link, const ldd_cache_view* local,
                      const ldd_remote_cache* remote, uint32_t local_first, uint32_t remote_first, uint32_t count,
                      ldd_detail* detail) noexcept nogil:
     cdef const uint64_t* local_addrs = local.addrs + local_first
@@ -113,7 +113,7 @@ cdef ldd_status plan(const ldd_transfer* what, ldd_link* link, const ldd_cache_v
     # A pool is one region, whereas every tensor of a registered cache is one, also where they follow each other.
     link.descs.by_tensor = not (local.owned and remote.desc.flags & LDD_DESC_OWNED)
     if what.shape == SHAPE_SLOT:
-        status = slot_bytes(what, local, remote, &nbytes, detail)
+        status = _slot_bytes(what, local, remote, &nbytes, detail)
         if status < 0:
             return status
         return ldd_plan_contiguous(
@@ -143,17 +143,17 @@ cdef ldd_status plan(const ldd_transfer* what, ldd_link* link, const ldd_cache_v
 
 # ------------------------------------------------------------------------------------------------ the transfer
 
-cdef ldd_status move_steps(const ldd_transfer* what, ldd_link* link, const ldd_cache_view* local,
+cdef ldd_status _move_steps(const ldd_transfer* what, ldd_link* link, const ldd_cache_view* local,
                            const ldd_remote_cache* remote, int64_t deadline_ns, ldd_selection* taken,
                            ldd_detail* detail) noexcept nogil:
     cdef ldd_selection mine = [0, 0], theirs = [0, 0]
     cdef uint32_t step, at = 0, count
-    cdef ldd_status status = check_layouts(link.node, what, local, remote, detail)
+    cdef ldd_status status = _check_layouts(link.node, what, local, remote, detail)
     if status == LDD_OK:
-        status = select(what.local_first, what.local_stop, local.num_tensors,
+        status = _select(what.local_first, what.local_stop, local.num_tensors,
                         b"source" if what.put else b"destination", &mine, detail)
     if status == LDD_OK:
-        status = select(what.remote_first, what.remote_stop, remote.desc.num_tensors,
+        status = _select(what.remote_first, what.remote_stop, remote.desc.num_tensors,
                         b"destination" if what.put else b"source", &theirs, detail)
     if status < 0:
         return status
@@ -162,21 +162,21 @@ cdef ldd_status move_steps(const ldd_transfer* what, ldd_link* link, const ldd_c
                         mine.count, theirs.count)
     taken[0] = theirs
     step = what.tensors_per_step if what.tensors_per_step else mine.count
-    status = plan(what, link, local, remote, mine.first, theirs.first, min(step, mine.count), detail)
+    status = _plan(what, link, local, remote, mine.first, theirs.first, min(step, mine.count), detail)
     if status == LDD_OK:
         status = ldd_link_ready(link, remote.desc.region_epoch, deadline_ns, detail)
     while status == LDD_OK:
-        status = ldd_move(link, what.put, deadline_ns, detail)
+        status = ldd_batch_run(link, what.put, deadline_ns, detail)
         at += step
         if at >= mine.count or status < 0:
             break
         count = min(step, mine.count - at)
-        status = plan(what, link, local, remote, mine.first + at, theirs.first + at, count, detail)
+        status = _plan(what, link, local, remote, mine.first + at, theirs.first + at, count, detail)
         deadline_ns = ldd_now_ns() + link.node.sync_timeout_ns
     return status
 
 
-cdef ldd_status run_locked(ldd_node* node, const ldd_transfer* what, ldd_link* link, const ldd_cache_view* local,
+cdef ldd_status _run_locked(ldd_node* node, const ldd_transfer* what, ldd_link* link, const ldd_cache_view* local,
                            ldd_detail* detail) noexcept nogil:
     cdef int64_t deadline_ns = ldd_now_ns() + node.sync_timeout_ns
     cdef ldd_remote_cache remote
@@ -185,33 +185,33 @@ cdef ldd_status run_locked(ldd_node* node, const ldd_transfer* what, ldd_link* l
     cdef ldd_status status, released
     taken.first = taken.count = 0
     cdef bint peeked
-    status = ldd_peek_attach(link, deadline_ns)
+    status = ldd_reader_attach(link, deadline_ns)
     if status < 0:
         return status
-    status = LDD_PEEK_ASK
+    status = LDD_READER_ASK
     if not (what.release and what.remote_first >= 0):
-        status = ldd_peek_resolve(link, what.kind, what.id, what.model_id, what.batch_index, what.put, what.release,
+        status = ldd_reader_resolve(link, what.kind, what.id, what.model_id, what.batch_index, what.put, what.release,
                                   &remote, detail)
     peeked = status == LDD_OK
-    if status == LDD_PEEK_ASK:
-        status = ldd_fetch(link, what, local, deadline_ns, detail)
+    if status == LDD_READER_ASK:
+        status = ldd_one_pull(link, what, local, deadline_ns, detail)
         if status != LDD_FETCH_ASK:
             return status
-        status = ldd_ask_resolve(link, what.kind, what.id, what.model_id, what.batch_index, what.put, deadline_ns,
+        status = ldd_request_resolve(link, what.kind, what.id, what.model_id, what.batch_index, what.put, deadline_ns,
                                  &remote, detail)
         if status == LDD_OK:
-            ldd_peek_remember(link, &remote)
+            ldd_reader_remember(link, &remote)
     if status < 0:
         return status
-    status = move_steps(what, link, local, &remote, deadline_ns, &taken, detail)
+    status = _move_steps(what, link, local, &remote, deadline_ns, &taken, detail)
     if peeked:
-        released = ldd_peek_done(link, what.release and status == LDD_OK, ldd_now_ns() + node.sync_timeout_ns,
+        released = ldd_reader_done(link, what.release and status == LDD_OK, ldd_now_ns() + node.sync_timeout_ns,
                                  detail if status == LDD_OK else &ignored)
         return released if status == LDD_OK else status
     if link.state != LINK_ACTIVE and status < 0:
         return status                           # the lease ends with the connection
     # The bytes have arrived; what is left is bookkeeping on the owner, which gets its own time.
-    released = ldd_ask_release(link, remote.desc.lease, what.release and status == LDD_OK, taken.first, taken.count,
+    released = ldd_request_release(link, remote.desc.lease, what.release and status == LDD_OK, taken.first, taken.count,
                                ldd_now_ns() + node.sync_timeout_ns, detail if status == LDD_OK else &ignored)
     return released if status == LDD_OK else status
 
@@ -235,7 +235,7 @@ cdef ldd_status ldd_transfer_run(ldd_node* node, const ldd_transfer* what, ldd_d
         status = ldd_link_lock(link, detail)
         if status == LDD_OK:
             before = ldd_context_enter(node)
-            status = run_locked(node, what, link, &local, detail)
+            status = _run_locked(node, what, link, &local, detail)
             ldd_context_leave(node, before)
             ldd_unlock(&link.lock)
         ldd_link_end(link)

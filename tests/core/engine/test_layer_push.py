@@ -9,7 +9,7 @@ from support.peer import engine_options
 
 from llm_datadist import CacheDesc, DataType, LLMException
 from llm_datadist.core.engine.engine import KEY_BY_ID
-from llm_datadist.core.engine.layer_push import RemotePut
+from llm_datadist.core.engine.layer_push import LayerPush
 
 DESC = CacheDesc(1, [1, 64], DataType.DT_UINT8)
 MAX_LEASES = 16384                  # of one link
@@ -26,7 +26,7 @@ def test_a_forked_child_that_drops_a_put_leaves_the_cache_pinned(peers):
     peers.link(here, other)
     engine = here.node.dist._require_engine()
     cache = here.node.cache_manager.allocate_cache(DESC)
-    put = RemotePut(engine, 2, cache.cache_id)
+    put = LayerPush(engine, 2, cache.cache_id)
     child = os.fork()
     if child == 0:
         put.close()
@@ -48,7 +48,7 @@ def list_links_while_puts_are_collected(node, cluster_id):
         for num_objects in range(1, 40):
             gc.collect()
             gc.disable()
-            cycle = [RemotePut(engine, cluster_id, cache.cache_id)]
+            cycle = [LayerPush(engine, cluster_id, cache.cache_id)]
             cycle.append(cycle)
             del cycle
             gc.set_threshold(gc.get_count()[0] + num_objects)
@@ -76,7 +76,7 @@ def hold_leases(node, cluster_id, peer_id, count):
     puts, text = [], None
     try:
         for _ in range(count):
-            puts.append(RemotePut(engine, cluster_id, cache.cache_id))
+            puts.append(LayerPush(engine, cluster_id, cache.cache_id))
             puts[-1].aim_at_key((KEY_BY_ID, peer_id, 0, 0), 1)
     except LLMException as error:
         text = str(error)
