@@ -8,7 +8,6 @@ from __future__ import annotations
 import multiprocessing
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 
 from llm_datadist import BlocksCacheKey, CacheDesc, CacheKey, DataType, LLMRole
@@ -16,6 +15,7 @@ from llm_datadist import BlocksCacheKey, CacheDesc, CacheKey, DataType, LLMRole
 from . import engine as engines
 from . import kv, prefill, workload
 from .model import Transformer, generate, greedy
+from .outcome import Outcome, Transfer
 from .report import Report
 
 _BLOCKS_SEED = 22
@@ -24,57 +24,6 @@ _KILL_SECONDS = 10.0
 
 class PrefillError(RuntimeError):
     """The prefill process failed, died or fell silent; the text says which, with its traceback when there is one."""
-
-
-@dataclass(frozen=True)
-class Transfer:
-    """One pull and what came of it.
-
-    Attributes
-    ----------
-    num_bytes : int
-        Bytes pulled.
-    seconds : float
-        Time the pull call took.
-    bytes_equal : bool
-        Keys and values of the prompt are those the prefill process wrote.
-    tokens_equal : bool
-        The generated tokens are those of the single-process run.
-    """
-
-    num_bytes: int
-    seconds: float
-    bytes_equal: bool
-    tokens_equal: bool
-
-    @property
-    def good(self) -> bool:
-        return self.bytes_equal and self.tokens_equal
-
-
-@dataclass
-class Outcome:
-    """What a run found.
-
-    Attributes
-    ----------
-    transfers : list of (Transfer, Transfer)
-        Per request: contiguous, paged.
-    left : dict of str to dict
-        Per process, what its engine still held at the end (`engine.counts`).
-    most_held : dict
-        The largest counts the prefill process reported on the way; they show that there was something to release.
-    """
-
-    transfers: list[tuple[Transfer, Transfer]] = field(default_factory=list)
-    left: dict[str, dict[str, int]] = field(default_factory=dict)
-    most_held: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def good(self) -> bool:
-        return all(t.good for pair in self.transfers for t in pair) and not any(
-            count for left in self.left.values() for count in left.values()
-        )
 
 
 class PrefillProcess:

@@ -5,7 +5,7 @@ import sys
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
-    from .decode import Outcome, Transfer
+    from .outcome import Outcome, Transfer
     from .workload import Settings
 
 _WAY_HEADER = f"{'bytes':>12}{'ms':>9}{'GB/s':>8}  {'verdict':<17}"
