@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_datadist.tools.demo import decode, workload
+from llm_datadist.tools.demo import decode, outcome, workload
 from llm_datadist.tools.demo.model import ModelConfig
 
 SMALL = ("--requests", "3", "--layers", "2", "--heads", "2", "--head-size", "8", "--max-prompt", "60",
@@ -126,13 +126,13 @@ def test_an_unexpected_message_is_an_error():
 
 
 def test_outcome_is_good_only_when_all_is_equal_and_nothing_left():
-    good = decode.Transfer(8, 0.5, bytes_equal=True, tokens_equal=True)
+    good = outcome.Transfer(8, 0.5, bytes_equal=True, tokens_equal=True)
     nothing = {"caches": 0, "keys": 0, "pins": 0, "pool_bytes": 0}
-    assert decode.Outcome([(good, good)], {"prefill": nothing, "decode": nothing}).good
-    for bad in (decode.Transfer(8, 0.5, False, True), decode.Transfer(8, 0.5, True, False)):
-        assert not decode.Outcome([(good, bad)], {"prefill": nothing, "decode": nothing}).good
+    assert outcome.Outcome([(good, good)], {"prefill": nothing, "decode": nothing}).good
+    for bad in (outcome.Transfer(8, 0.5, False, True), outcome.Transfer(8, 0.5, True, False)):
+        assert not outcome.Outcome([(good, bad)], {"prefill": nothing, "decode": nothing}).good
     for name in nothing:
-        assert not decode.Outcome([(good, good)], {"prefill": nothing, "decode": {**nothing, name: 1}}).good
+        assert not outcome.Outcome([(good, good)], {"prefill": nothing, "decode": {**nothing, name: 1}}).good
 
 
 def test_a_killed_decode_process_takes_the_prefill_process_with_it():

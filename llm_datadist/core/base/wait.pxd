@@ -1,4 +1,4 @@
-"""Bounded waits for batches, and what the numbers of the C API mean to us."""
+"""Bounded waits for batches, and the mapping of the C API's status numbers; see ``wait.pyx``."""
 from libc.stdint cimport int64_t
 
 from llm_datadist.core.base.provider cimport CompleteHandle, HixlClientHandle, HixlStatus, aclError, ldd_provider

@@ -1,4 +1,4 @@
-"""Wait for a batch until it ends, its deadline passes, or a signal handler raises; and map the C API's numbers.
+"""Wait for a batch until it ends, its deadline passes, or a signal handler raises; and map the C API's status numbers.
 
 Called by the transfer code, with the GIL released, from any thread; one thread at a time per client. Whoever
 waits owns the completion handle, which is gone afterwards, and completion beats the clock: a batch that ended

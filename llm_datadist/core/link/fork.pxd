@@ -1,4 +1,4 @@
-"""What a forked child has of an engine: nothing that keeps a connection open."""
+"""Close inherited sockets in a forked child; see ``fork.pyx``."""
 from llm_datadist.core.link.service_conn cimport ldd_service
 
 # From its start to its end. Children that are forked in between close their copies of its descriptors.

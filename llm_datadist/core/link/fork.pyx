@@ -1,4 +1,4 @@
-"""What a forked child has of an engine: nothing that keeps a connection open.
+"""Close inherited sockets in a forked child, so that it keeps no connection of its parent open.
 
 A peer takes the end of a connection as the proof that we touch its memory no longer. A child that lives on with copies
 of the descriptors would put that off: when this process is killed, the peer would keep what we had leased until the

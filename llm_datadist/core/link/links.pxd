@@ -1,4 +1,4 @@
-"""Who we are and whom we are linked to: state that the service thread and user threads share."""
+"""The links of this engine and their state, shared by the service thread and user threads; see ``links.pyx``."""
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 
 from llm_datadist.core.base.provider cimport HixlClientHandle, aclrtContext, ldd_provider

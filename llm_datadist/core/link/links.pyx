@@ -1,4 +1,4 @@
-"""Who we are and whom we are linked to: state that the service thread and user threads share.
+"""The links of this engine and their state, shared by the service thread and user threads.
 
 `node.lock` guards the set of links and each link's state and counts; it is a leaf lock, held for a few
 instructions. A link is freed by whoever drops its last reference.

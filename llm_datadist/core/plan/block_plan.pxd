@@ -1,4 +1,4 @@
-"""Block lists in, one-sided descriptors out."""
+"""Block lists turned into descriptors of a one-sided batch; see ``block_plan.pyx``."""
 from libc.stdint cimport int64_t, uint64_t
 
 from llm_datadist.core.base.provider cimport HixlOneSideOpDesc

@@ -1,4 +1,4 @@
-"""Block lists as contiguous int64."""
+"""Block lists read into contiguous int64; see ``index_list.pyx``."""
 from libc.stdint cimport int64_t, uint64_t
 
 from llm_datadist.core.base.status cimport ldd_detail, ldd_status

@@ -1,4 +1,4 @@
-"""Index of keys: (kind, id, model id) to a cache slot, with handles that go stale; see ``key_index.pyx``."""
+"""Index of cache keys: from (kind, id, model id) to a cache slot; see ``key_index.pyx``."""
 from libc.stdint cimport uint32_t, uint64_t
 
 from llm_datadist.core.base.status cimport ldd_status

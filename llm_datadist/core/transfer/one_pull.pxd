@@ -1,4 +1,4 @@
-"""A pull in one exchange."""
+"""The reader's end of a pull in one exchange with the owner; see ``one_pull.pyx``."""
 from libc.stdint cimport int64_t
 
 from llm_datadist.core.base.status cimport ldd_detail, ldd_status
