@@ -223,8 +223,7 @@ def main() -> None:
     faulthandler.register(signal.SIGALRM, all_threads=True, chain=True)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # Functions pass by name, and a test module may be known as tests.<name>; behind the installed package in the path.
-    tests = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    sys.path += [tests, os.path.dirname(tests)]
+    sys.path.append(os.path.dirname(sys.path[0]))
     connection = Connection(int(sys.argv[1]))
     connection.send_bytes(b"ready")
     node = Node()
@@ -543,6 +542,7 @@ def _attempt(function: Function, *args: Any) -> Any:
 
 
 if __name__ == "__main__":
-    import peer  # functions and classes are pickled under this name
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    from support import peer  # functions and classes are pickled under this name
 
     peer.main()

@@ -76,6 +76,7 @@ def test_death_tells_code_and_output(peers):
 
 def test_hang_ends_with_the_stacks(peers):
     child = peers.child()
+    child.call(echo)                                            # this module has been imported there
     with pytest.raises(peer.PeerError, match=r"(?s)within 0.5 s.*in hang"):
         child.call(hang, limit_s=0.5)
     assert not child.is_running
