@@ -181,7 +181,7 @@ TESTED_BY = {
     "link/links": "lifetime/test_lifetime.py", "link/open": "links/test_link_clusters.py", "link/region": "transfers",
     "link/replies": "links/test_listener.py", "link/requests": "links/test_link_clusters.py",
     "link/service": "links/test_listener.py", "link/service_conn": "links/test_listener.py",
-    "transfer/batch": "transfers", "transfer/one_pull": "transfers/exchange",
+    "transfer/batch": "transfers", "transfer/fitting": "transfers", "transfer/one_pull": "transfers/exchange",
     "transfer/serve_pull": "transfers/exchange", "transfer/steps": "transfers",
     "engine/lifecycle": "core/engine/test_engine.py", "engine/linking": "links/test_rank_table_links.py",
 }

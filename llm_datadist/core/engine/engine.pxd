@@ -1,11 +1,11 @@
 """The engine behind one LLMDataDist; see ``engine.pyx``."""
-from libc.stdint cimport int64_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from llm_datadist.core.base.status cimport ldd_detail, ldd_status
 from llm_datadist.core.engine.linking cimport EngineLinks
 from llm_datadist.core.plan.index_list cimport IndexList
-from llm_datadist.core.table.pool cimport ldd_pool
-from llm_datadist.core.transfer.steps cimport ldd_transfer
+from llm_datadist.core.table.cache_table cimport ldd_key_spec
+from llm_datadist.core.transfer.fitting cimport ldd_transfer
 
 
 cdef class Engine(EngineLinks):
@@ -14,3 +14,7 @@ cdef class Engine(EngineLinks):
     cdef ldd_status _begin_copy(self, int64_t* deadline_ns, ldd_detail* detail) noexcept nogil
     cdef ldd_status _copy_planned(self, ldd_status planned, int64_t deadline_ns, ldd_detail* detail) noexcept nogil
     cdef int64_t _local_deadline(self) noexcept nogil
+
+# C arrays of what callers give as sequences; the caller frees them. Keys are (slot, kind, id, model id).
+cdef ldd_key_spec* ldd_key_specs(object keys, uint32_t* count) except? NULL
+cdef uint64_t* ldd_address_array(object addrs) except? NULL

@@ -23,11 +23,13 @@ from llm_datadist.core.table.cache_table cimport (
 from llm_datadist.core.table.key_index cimport (
     KEY_BLOCKS as _BLOCKS, KEY_BY_ID as _BY_ID, KEY_PREFIX as _PREFIX, KEY_REQ as _REQ,
 )
+from llm_datadist.core.table.pool cimport ldd_pool
 from llm_datadist.core.transfer.batch cimport ldd_context_enter, ldd_context_leave
+from llm_datadist.core.transfer.fitting cimport SHAPE_BLOCKS, SHAPE_SLOT, SHAPE_SLOT_TO_BLOCKS
 from llm_datadist.core.transfer.local_copy cimport (
     ldd_local_copy, ldd_op_list_clear, ldd_plan_copy_blocks, ldd_plan_copy_cache, ldd_plan_swap_blocks, ldd_slots,
 )
-from llm_datadist.core.transfer.steps cimport SHAPE_BLOCKS, SHAPE_SLOT, SHAPE_SLOT_TO_BLOCKS, ldd_transfer_run
+from llm_datadist.core.transfer.steps cimport ldd_transfer_run
 
 KEY_REQ, KEY_PREFIX, KEY_BLOCKS, KEY_BY_ID = _REQ, _PREFIX, _BLOCKS, _BY_ID
 
@@ -41,7 +43,7 @@ ctypedef struct ldd_swap_end:
     ldd_slots slots
 
 
-cdef ldd_key_spec* _key_specs(object keys, uint32_t* count) except? NULL:
+cdef ldd_key_spec* ldd_key_specs(object keys, uint32_t* count) except? NULL:
     """C array of (slot, kind, id, model id) tuples; the caller frees it. NULL without keys."""
     cdef uint32_t i, n = <uint32_t>len(keys)
     count[0] = n
@@ -62,7 +64,7 @@ cdef ldd_key_spec* _key_specs(object keys, uint32_t* count) except? NULL:
     return specs
 
 
-cdef uint64_t* _address_array(object addrs) except? NULL:
+cdef uint64_t* ldd_address_array(object addrs) except? NULL:
     cdef uint32_t i, n = <uint32_t>len(addrs)
     cdef uint64_t* out = <uint64_t*>malloc(max(n, 1) * sizeof(uint64_t))
     if out == NULL:
@@ -142,7 +144,7 @@ cdef class Engine(EngineLinks):
         if not <uint64_t>num_tensors * sizeof(uint64_t) <= <uint64_t>1 << 31:
             status = ldd_fail(&detail, LDD_E_PARAM, b"num_tensors %u is beyond any pool", num_tensors)
             return self.raise_for(status, &detail, b"allocate_cache")
-        cdef ldd_key_spec* specs = _key_specs(keys, &num_keys)
+        cdef ldd_key_spec* specs = ldd_key_specs(keys, &num_keys)
         cdef uint64_t* addrs = <uint64_t*>malloc(max(num_tensors, <uint32_t>1) * sizeof(uint64_t))
         try:
             if addrs == NULL:
@@ -180,10 +182,10 @@ cdef class Engine(EngineLinks):
                                | (LDD_CACHE_REMOTE if remote_accessible else 0))
         self.require_open()
         start_detail(&detail)
-        cdef uint64_t* array = _address_array(addrs)
+        cdef uint64_t* array = ldd_address_array(addrs)
         cdef ldd_key_spec* specs = NULL
         try:
-            specs = _key_specs(keys, &num_keys)
+            specs = ldd_key_specs(keys, &num_keys)
             with nogil:
                 for i in range(num_tensors):
                     status = ldd_regions_add(&self.node.regions, array[i], tensor_bytes, host, &detail)
@@ -429,7 +431,7 @@ cdef class Engine(EngineLinks):
                     ends[i].cache_id = end
                 else:
                     addrs, ends[i].slots.num_slots = end
-                    ends[i].slots.addrs = ends[i].own = _address_array(addrs)
+                    ends[i].slots.addrs = ends[i].own = ldd_address_array(addrs)
                     ends[i].slots.num_tensors = <size_t>len(addrs)
                     ends[i].slots.stride = block_bytes
             with nogil:

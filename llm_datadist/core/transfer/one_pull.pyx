@@ -21,43 +21,36 @@ from llm_datadist.core.link.wire cimport (
     LDD_ACCESS_READ, LDD_FETCH_ASK, LDD_FETCH_BLOCKS, LDD_FETCH_MAX_PIECES, LDD_FETCH_RESHAPE, LDD_FETCH_TAKE,
     LDD_FETCH_TO_HOST, ldd_fetch_request, ldd_fetch_run,
 )
-from llm_datadist.core.plan.block_plan cimport (
-    ldd_desc_list_clear, ldd_plan_blocks, ldd_plan_contiguous, ldd_plan_slot_to_blocks,
-)
 from llm_datadist.core.transfer.batch cimport ldd_batch_count, ldd_batch_finish
-from llm_datadist.core.transfer.steps cimport SHAPE_BLOCKS, SHAPE_SLOT
+from llm_datadist.core.transfer.fitting cimport (
+    SHAPE_BLOCKS, SHAPE_SLOT_TO_BLOCKS, ldd_fit, ldd_fit_ends, ldd_fit_plan,
+)
 
 
-cdef bint _plan(ldd_link* link, const ldd_transfer* what, const ldd_cache_view* local, uint32_t first,
-               uint32_t count) noexcept nogil:
-    """Plan from the start of each source tensor or slot, wherever that may be; False where the steps must tell more."""
-    cdef const uint64_t* origins = <const uint64_t*>link.reply
-    cdef const uint64_t* addrs = local.addrs + first
-    cdef uint64_t begin, nbytes, slot_bytes
+cdef bint _assume(const ldd_transfer* what, const ldd_end* local, ldd_end* out) noexcept nogil:
+    """A source that fits, each tensor of which begins at 0; False where there is none."""
+    out.cache_id = -1
+    out.addrs = NULL
+    out.num_tensors = <uint32_t>what.remote_stop
+    if what.remote_first < 0:
+        out.num_tensors = <uint32_t>(what.local_stop - what.local_first) if what.local_first >= 0 else local.num_tensors
+    out.slot = 0
+    out.is_blocks = what.shape == SHAPE_BLOCKS
+    out.host = local.host
+    out.owned = False                               # the order of the bytes is that of the tensors
     if local.stride == 0:
         return False
-    ldd_desc_list_clear(&link.descs)
-    link.descs.by_tensor = True                     # the order of the bytes is that of the tensors
-    if what.shape == SHAPE_BLOCKS:
-        return ldd_plan_blocks(&link.descs, origins, what.remote_blocks, UINT64_MAX // local.stride, addrs,
-                               what.local_blocks, local.num_slots, count, local.stride, what.num_blocks, False,
-                               NULL) == LDD_OK
-    if what.shape == SHAPE_SLOT:
-        if what.local_slot >= local.num_slots or what.local_offset >= local.stride:
-            return False
-        nbytes = <uint64_t>what.size if what.size > 0 else local.stride - what.local_offset
-        begin = what.local_slot * local.stride + what.local_offset
-        return (nbytes <= local.stride - what.local_offset
-                and ldd_plan_contiguous(&link.descs, origins, what.remote_offset, addrs, begin, count, nbytes,
-                                        NULL) == LDD_OK)
-    # Every block is filled: the owner finds out whether its slot is that long.
-    return (not ldd_mul_overflows(what.num_blocks, local.stride, &slot_bytes)
-            and ldd_plan_slot_to_blocks(&link.descs, origins, 0, slot_bytes, addrs, what.local_blocks,
-                                        local.num_slots, count, local.stride, what.num_blocks, False, NULL) == LDD_OK)
+    if what.shape == SHAPE_SLOT_TO_BLOCKS:
+        # Every block is filled: the owner finds out whether its slot is that long.
+        out.num_slots = 1
+        return not ldd_mul_overflows(what.num_blocks, local.stride, &out.stride)
+    out.stride = local.stride if out.is_blocks else UINT64_MAX
+    out.num_slots = UINT64_MAX // out.stride
+    return True
 
 
-cdef uint32_t _write_request(ldd_link* link, const ldd_transfer* what, const ldd_cache_view* local,
-                            uint32_t count) noexcept nogil:
+cdef uint32_t _write_request(ldd_link* link, const ldd_transfer* what, const ldd_end* local,
+                             uint32_t count) noexcept nogil:
     """Say what is planned, in the link's reply buffer; bytes of it, 0 when it is too much to be said at once."""
     cdef size_t nbytes = sizeof(ldd_fetch_request) + link.descs.num_runs * sizeof(ldd_fetch_run), i
     cdef ldd_fetch_request request
@@ -73,7 +66,7 @@ cdef uint32_t _write_request(ldd_link* link, const ldd_transfer* what, const ldd
     request.key.model_id = what.model_id
     request.flags = ((LDD_FETCH_TAKE if what.release else 0) | (LDD_FETCH_BLOCKS if what.shape == SHAPE_BLOCKS else 0)
                      | (LDD_FETCH_TO_HOST if local.host else 0)
-                     | (0 if what.shape == SHAPE_BLOCKS or what.shape == SHAPE_SLOT else LDD_FETCH_RESHAPE))
+                     | (LDD_FETCH_RESHAPE if what.shape == SHAPE_SLOT_TO_BLOCKS else 0))
     request.num_tensors = count
     request.first = what.remote_first
     request.stop = what.remote_stop
@@ -87,26 +80,25 @@ cdef uint32_t _write_request(ldd_link* link, const ldd_transfer* what, const ldd
     return <uint32_t>nbytes
 
 
-cdef ldd_status ldd_one_pull(ldd_link* link, const ldd_transfer* what, const ldd_cache_view* local, int64_t deadline_ns,
-                          ldd_detail* detail) noexcept nogil:
-    cdef uint32_t first = 0, count = local.num_tensors, nbytes
+cdef ldd_status ldd_one_pull(ldd_link* link, const ldd_transfer* what, const ldd_end* local, int64_t deadline_ns,
+                             ldd_detail* detail) noexcept nogil:
+    cdef uint32_t nbytes
+    cdef ldd_end source
+    cdef ldd_fit fit = [0, 0, 0]
     cdef CompleteHandle handle = NULL
     cdef LddFetchReply reply
     cdef ldd_status status
     if (not link.fetches or link.client == NULL or what.put or what.tensors_per_step
-            or (what.release and what.remote_first >= 0) or local.is_blocks != (what.shape != SHAPE_SLOT)):
+            or (what.release and what.remote_first >= 0) or not _assume(what, local, &source)
+            or ldd_fit_ends(what, local, &source, &fit, NULL) != LDD_OK
+            or ldd_reply_room(link, fit.count * sizeof(uint64_t)) < 0):
         return LDD_FETCH_ASK
-    if what.local_first >= 0:
-        if what.local_first >= what.local_stop or what.local_stop > local.num_tensors:
-            return LDD_FETCH_ASK
-        first = <uint32_t>what.local_first
-        count = <uint32_t>(what.local_stop - what.local_first)
-    if ldd_reply_room(link, count * sizeof(uint64_t)) < 0:
+    memset(link.reply, 0, fit.count * sizeof(uint64_t))
+    source.addrs = <const uint64_t*>link.reply
+    if (ldd_fit_plan(&link.descs, what, local, fit.local_first, &source, 0, fit.count, NULL) != LDD_OK
+            or link.descs.count == 0):
         return LDD_FETCH_ASK
-    memset(link.reply, 0, count * sizeof(uint64_t))
-    if not _plan(link, what, local, first, count) or link.descs.count == 0:
-        return LDD_FETCH_ASK
-    nbytes = _write_request(link, what, local, count)
+    nbytes = _write_request(link, what, local, fit.count)
     if nbytes == 0:
         return LDD_FETCH_ASK
     status = ldd_hixl_result(link.node.provider, link.node.provider.ext.LddClientFetchAsync(

@@ -11,7 +11,7 @@ from libc.stddef cimport size_t
 from libc.stdint cimport int32_t, uint8_t, uint64_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memcmp, memcpy
+from libc.string cimport memcmp, memcpy, memset
 
 from llm_datadist.core.base.checked_math cimport ldd_add_overflows
 from llm_datadist.core.base.provider cimport LddFetchSource, LddPiece
@@ -27,6 +27,9 @@ from llm_datadist.core.table.cache_table cimport (
     ldd_cache_view, ldd_delivery, ldd_table_deliver, ldd_table_end_delivery, ldd_table_take_in, ldd_table_unpin,
 )
 from llm_datadist.core.table.key_index cimport LDD_NO_KEY
+from llm_datadist.core.transfer.fitting cimport (
+    SHAPE_BLOCKS, SHAPE_SLOT, SHAPE_SLOT_TO_BLOCKS, ldd_end, ldd_end_here, ldd_fit, ldd_fit_ends, ldd_transfer,
+)
 
 # The ticket of one fetch.
 ctypedef struct ldd_served:
@@ -62,33 +65,39 @@ cdef bint _add_piece(ldd_served* served, uint64_t addr, uint64_t nbytes, uint64_
 
 
 cdef ldd_status _cut(const ldd_fetch_request* request, const uint8_t* runs, const ldd_cache_view* view,
-                    uint64_t num_bytes, ldd_served* served, ldd_detail* detail) noexcept nogil:
+                     uint64_t num_bytes, ldd_served* served, ldd_detail* detail) noexcept nogil:
     """The pieces of memory that are asked for, in order; LDD_FETCH_ASK where the request does not fit the cache."""
-    cdef bint blocks = (request.flags & LDD_FETCH_BLOCKS) != 0
-    cdef bint all_tensors = request.first < 0
-    cdef uint64_t first = 0 if all_tensors else <uint64_t>request.first
-    cdef uint64_t stop = view.num_tensors if all_tensors else <uint64_t>request.stop
     cdef uint64_t begin, reach, total = 0, t, i
+    cdef ldd_transfer what
+    cdef ldd_end here, there
+    cdef ldd_fit fit = [0, 0, 0]
     cdef ldd_fetch_run run
-    if view.is_blocks != blocks or (blocks and view.stride != request.stride_bytes):
+    memset(&what, 0, sizeof(what))
+    what.shape = (SHAPE_BLOCKS if request.flags & LDD_FETCH_BLOCKS
+                  else SHAPE_SLOT_TO_BLOCKS if request.flags & LDD_FETCH_RESHAPE else SHAPE_SLOT)
+    what.local_first = -1
+    what.remote_first = request.first
+    what.remote_stop = request.stop
+    memset(&there, 0, sizeof(there))                # the peer is the one that asks: its end is the local one
+    there.num_tensors = request.num_tensors
+    there.stride = request.stride_bytes
+    there.is_blocks = what.shape != SHAPE_SLOT
+    there.host = (request.flags & LDD_FETCH_TO_HOST) != 0
+    ldd_end_here(view, view.batch_index, &here)
+    if (ldd_fit_ends(&what, &there, &here, &fit, NULL) != LDD_OK
+            or request.num_runs * fit.count > LDD_FETCH_MAX_PIECES):
         return LDD_FETCH_ASK
-    if request.flags & LDD_FETCH_RESHAPE and view.host and not request.flags & LDD_FETCH_TO_HOST:
-        return LDD_FETCH_ASK
-    if not all_tensors and (request.stop <= request.first or stop > view.num_tensors):
-        return LDD_FETCH_ASK
-    if stop - first != request.num_tensors or request.num_runs * request.num_tensors > LDD_FETCH_MAX_PIECES:
-        return LDD_FETCH_ASK
-    begin = 0 if blocks else view.batch_index * view.stride
-    reach = view.num_slots * view.stride if blocks else view.stride
+    begin = 0 if view.is_blocks else view.batch_index * view.stride
+    reach = view.num_slots * view.stride if view.is_blocks else view.stride
     for i in range(request.num_runs):
         memcpy(&run, runs + i * sizeof(run), sizeof(run))
         if run.bytes == 0 or run.offset > reach or run.bytes > reach - run.offset:
             return LDD_FETCH_ASK
-    served.pieces = <LddPiece*>malloc(request.num_runs * request.num_tensors * sizeof(LddPiece))
+    served.pieces = <LddPiece*>malloc(request.num_runs * fit.count * sizeof(LddPiece))
     if served.pieces == NULL:
         return ldd_fail(detail, LDD_E_NO_MEMORY, b"no memory for a plan of %llu pieces",
-                        <unsigned long long>(request.num_runs * request.num_tensors))
-    for t in range(first, stop):
+                        <unsigned long long>(request.num_runs * fit.count))
+    for t in range(fit.remote_first, fit.remote_first + fit.count):
         for i in range(request.num_runs):
             memcpy(&run, runs + i * sizeof(run), sizeof(run))
             if not _add_piece(served, view.addrs[t] + begin + run.offset, run.bytes, &total):
