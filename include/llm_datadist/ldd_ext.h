@@ -23,7 +23,8 @@ enum {
     LDD_CAP_WAIT = 1u << 2,              /* LddClientWait                                                             */
     LDD_CAP_CANCEL = 1u << 3,            /* LddClientCancel                                                           */
     LDD_CAP_DROP_PEER = 1u << 4,         /* LddServerDropPeer; client config key "ldd_token" (32 hex digits) is heard */
-    LDD_CAP_FETCH = 1u << 5              /* LddServerSetFetch, LddClientFetchAsync, LddFetchConfirmed                 */
+    LDD_CAP_FETCH = 1u << 5,             /* LddServerSetFetch, LddClientFetchAsync, LddFetchConfirmed                 */
+    LDD_CAP_SHARED_MEMORY = 1u << 6      /* processes of one host may share memory: LLM_DATADIST_HOST_PATHS says so   */
 };
 
 uint32_t LddCapabilities(void);

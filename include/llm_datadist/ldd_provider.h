@@ -34,59 +34,25 @@ extern "C" {
     X(aclrtGetDeviceCount)                                                                                         \
     X(aclrtSetDevice)                                                                                              \
     X(aclrtResetDevice)                                                                                            \
-    X(aclrtGetDevice)                                                                                              \
     X(aclrtCreateContext)                                                                                          \
     X(aclrtDestroyContext)                                                                                         \
     X(aclrtSetCurrentContext)                                                                                      \
     X(aclrtGetCurrentContext)                                                                                      \
     X(aclrtCreateStream)                                                                                           \
     X(aclrtDestroyStream)                                                                                          \
-    X(aclrtSynchronizeStream)                                                                                      \
     X(aclrtSynchronizeStreamWithTimeout)                                                                           \
     X(aclrtMalloc)                                                                                                 \
     X(aclrtFree)                                                                                                   \
     X(aclrtMallocHost)                                                                                             \
     X(aclrtFreeHost)                                                                                               \
-    X(aclrtMemset)                                                                                                 \
     X(aclrtMemcpy)                                                                                                 \
     X(aclrtMemcpyAsync)
 
 #define ACL_OPTIONAL(X)                                                                                            \
     X(aclInit)                                                                                                     \
-    X(aclFinalizeReference)                                                                                        \
     X(aclGetRecentErrMsg)                                                                                          \
     X(aclrtGetVersion)                                                                                             \
-    X(aclrtGetSocName)                                                                                             \
-    X(aclrtGetRunMode)                                                                                             \
-    X(aclrtGetLogicDevIdByUserDevId)                                                                               \
-    X(aclrtGetPhyDevIdByLogicDevId)                                                                                \
-    X(aclrtGetDeviceInfo)                                                                                          \
-    X(aclrtDeviceCanAccessPeer)                                                                                    \
-    X(aclrtDeviceEnablePeerAccess)                                                                                 \
-    X(aclrtSynchronizeDevice)                                                                                      \
-    X(aclrtSynchronizeDeviceWithTimeout)                                                                           \
-    X(aclrtCtxGetCurrentDefaultStream)                                                                             \
-    X(aclrtCreateStreamWithConfig)                                                                                 \
-    X(aclrtDestroyStreamForce)                                                                                     \
-    X(aclrtStreamQuery)                                                                                            \
-    X(aclrtStreamAbort)                                                                                            \
-    X(aclrtSetStreamFailureMode)                                                                                   \
-    X(aclrtStreamWaitEvent)                                                                                        \
-    X(aclrtCreateEvent)                                                                                            \
-    X(aclrtCreateEventExWithFlag)                                                                                  \
-    X(aclrtDestroyEvent)                                                                                           \
-    X(aclrtRecordEvent)                                                                                            \
-    X(aclrtQueryEventStatus)                                                                                       \
-    X(aclrtSynchronizeEvent)                                                                                       \
-    X(aclrtSynchronizeEventWithTimeout)                                                                            \
-    X(aclrtMallocWithCfg)                                                                                          \
-    X(aclrtMemcpyBatch)                                                                                            \
-    X(aclrtMemcpyBatchAsync)                                                                                       \
-    X(aclrtGetMemInfo)                                                                                             \
-    X(aclrtPointerGetAttributes)                                                                                   \
-    X(aclrtMemGetAddressRange)                                                                                     \
-    X(aclrtHostRegister)                                                                                           \
-    X(aclrtHostUnregister)
+    X(aclrtStreamAbort)
 
 #define HIXL_REQUIRED(X)                                                                                           \
     X(HixlCSServerCreate)                                                                                          \
@@ -96,13 +62,10 @@ extern "C" {
     X(HixlCSServerDestroy)                                                                                         \
     X(HixlCSClientCreate)                                                                                          \
     X(HixlCSClientRegMem)                                                                                          \
-    X(HixlCSClientUnregMem)                                                                                        \
     X(HixlCSClientConnect)                                                                                         \
     X(HixlCSClientGetRemoteMem)                                                                                    \
     X(HixlCSClientBatchPutAsync)                                                                                   \
     X(HixlCSClientBatchGetAsync)                                                                                   \
-    X(HixlCSClientBatchPutSync)                                                                                    \
-    X(HixlCSClientBatchGetSync)                                                                                    \
     X(HixlCSClientQueryCompleteStatus)                                                                             \
     X(HixlCSClientDestroy)
 

@@ -10,7 +10,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
-from llm_datadist.core.base.provider cimport ACL_MEM_MALLOC_HUGE_FIRST, aclrtContext
+from llm_datadist.core.base.provider cimport ACL_MEM_MALLOC_HUGE_FIRST, LDD_CAP_SHARED_MEMORY, aclrtContext
 from llm_datadist.core.base.sockets cimport ldd_socket_listen
 from llm_datadist.core.base.status cimport (
     LDD_E_FAILED, LDD_E_NO_MEMORY, LDD_OK, check, ldd_fail, raise_status, start_detail,
@@ -87,7 +87,11 @@ cdef class EngineCore:
         start_detail(&detail)
         ldd_random(self.node.instance, sizeof(self.node.instance))
         self.node.sync_timeout_ns = <int64_t>options.sync_timeout_ms * 1000000
-        self.node.shares_table = shares_table(os.environ)
+        # A provider that does not say whether memory may be shared does not forbid it.
+        self.node.shares_table = (
+            os.environ.get("LLM_DATADIST_SHARED_TABLE", "1") != "0"
+            and (self._provider.table.ext.LddCapabilities == NULL
+                 or self._provider.table.caps & <unsigned int>LDD_CAP_SHARED_MEMORY != 0))
         self.node.mode = LDD_MODE_REMOTE_ACCESSIBLE if options.remote_cache_accessible else 0
         with nogil:
             status = ldd_table_create(&self.table, &detail)
@@ -360,18 +364,6 @@ cdef class EngineCore:
             } for i in range(count)]
         finally:
             free(rows)
-
-
-def shares_table(environ):
-    """Whether processes on this host look up each other's caches in shared memory.
-
-    Variable ``LLM_DATADIST_SHARED_TABLE``: 1 (default) or 0; it goes with the shared mapping, so it is off where
-    ``LLM_DATADIST_HOST_PATHS`` leaves "shm" out.
-    """
-    paths = environ.get("LLM_DATADIST_HOST_PATHS", "")
-    if paths and "shm" not in paths.replace("|", ",").split(","):
-        return False
-    return environ.get("LLM_DATADIST_SHARED_TABLE", "1") != "0"
 
 
 cdef bint _ip_is_specific(const char* ip) noexcept nogil:

@@ -35,11 +35,12 @@ void hixl_poison(hixl_client *client, const hixl_error *error) {
 }
 
 /* LLM_DATADIST_HOST_PATHS: "shm,cma,tcp" or with bars; tcp comes last even when it is not named. */
-static HixlStatus parse_paths(hixl_client *client, hixl_error *error) {
+static HixlStatus parse_paths(hixl_path paths[HIXL_NUM_PATHS], unsigned *num_paths, hixl_error *error) {
     const char *text = getenv("LLM_DATADIST_HOST_PATHS");
     bool listed[HIXL_NUM_PATHS] = {false};
     const char *word;
 
+    *num_paths = 0;
     if (text == NULL || text[0] == '\0') {
         text = "shm,cma,tcp";
     }
@@ -57,14 +58,28 @@ static HixlStatus parse_paths(hixl_client *client, hixl_error *error) {
         }
         if (!listed[path]) {
             listed[path] = true;
-            client->paths[client->num_paths++] = (hixl_path)path;
+            paths[(*num_paths)++] = (hixl_path)path;
         }
         word = word[length] != '\0' ? word + length + 1 : NULL;
     }
     if (!listed[HIXL_PATH_TCP]) {
-        client->paths[client->num_paths++] = HIXL_PATH_TCP;
+        paths[(*num_paths)++] = HIXL_PATH_TCP;
     }
     return HIXL_SUCCESS;
+}
+
+/* Whether memory is shared with peers on this host follows from the environment; a word that means nothing does not. */
+LDD_EXPORT uint32_t LddCapabilities(void) {
+    hixl_path paths[HIXL_NUM_PATHS];
+    unsigned num_paths, i;
+    hixl_error error = {0};
+    uint32_t caps = LDD_CAP_LATE_REGISTRATION | LDD_CAP_ANY_LOCAL | LDD_CAP_WAIT | LDD_CAP_CANCEL | LDD_CAP_DROP_PEER |
+                    LDD_CAP_FETCH;
+    parse_paths(paths, &num_paths, &error);
+    for (i = 0; i < num_paths; i++) {
+        caps |= paths[i] == HIXL_PATH_SHM ? LDD_CAP_SHARED_MEMORY : 0u;
+    }
+    return caps;
 }
 
 /* A count from the environment; absent or empty: *out stays. */
@@ -115,7 +130,7 @@ static HixlStatus configure(hixl_client *client, const HixlClientDesc *desc, con
 
     client->num_streams = DEFAULT_STREAMS;
     if (status == HIXL_SUCCESS) {
-        status = parse_paths(client, error);
+        status = parse_paths(client->paths, &client->num_paths, error);
     }
     if (status == HIXL_SUCCESS) {
         status = parse_count("LLM_DATADIST_TCP_STREAMS", HIXL_MAX_STREAMS, &client->num_streams, error);

@@ -24,8 +24,3 @@ HixlStatus hixl_fail(hixl_error *error, HixlStatus status, const char *format, .
 LDD_EXPORT const char *LddLastError(void) {
     return last_error.text;
 }
-
-LDD_EXPORT uint32_t LddCapabilities(void) {
-    return LDD_CAP_LATE_REGISTRATION | LDD_CAP_ANY_LOCAL | LDD_CAP_WAIT | LDD_CAP_CANCEL | LDD_CAP_DROP_PEER |
-           LDD_CAP_FETCH;
-}
