@@ -2,22 +2,27 @@
 #
 #   make demo   run prefill and decode of a small model in two processes, and check the tokens
 #   make test   run the tests against an installed package
+#   make bench  measure transfers against what the machine does itself
 #   make lint   run the linters
 #   make clean  remove everything made by these
 #
-# DEMO_ARGS and PYTEST_ARGS are passed on, e.g. make demo DEMO_ARGS="--text README.md", make test PYTEST_ARGS="-k pool".
+# DEMO_ARGS, PYTEST_ARGS and BENCH_ARGS are passed on, e.g. make demo DEMO_ARGS="--text README.md", make test
+# PYTEST_ARGS="-k pool", make bench BENCH_ARGS="--preset goals".
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 LINT_TOOLS := ruff mypy codespell cython-lint
 
 SOURCES := $(shell find include llm_datadist llm_datadist_v1 tools -type f -not -path '*/__pycache__/*' \
              -not -name '*.so' 2>/dev/null) setup.py pyproject.toml
 
-.PHONY: demo test lint clean
+PROBES := $(wildcard tests/probes/*.py*)
+
+.PHONY: demo test bench lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -27,9 +32,12 @@ demo: $(VENV)/.installed
 test: $(VENV)/.tested
 	cd tests && ../$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+bench: $(VENV)/.tested
+	$(BIN)/llm-datadist bench $(BENCH_ARGS)
+
 lint: $(VENV)/.linted
 	$(BIN)/ruff check .
-	PATH="$(CURDIR)/$(BIN):$$PATH" cython-lint llm_datadist/core
+	PATH="$(CURDIR)/$(BIN):$$PATH" cython-lint llm_datadist/core tools/bench/native tests/probes
 	$(BIN)/codespell
 	$(BIN)/mypy
 
@@ -45,7 +53,7 @@ $(VENV)/.made:
 	touch $@
 
 # Copies of an earlier build go first: pip would install files that are long gone from the sources. Compiled modules are
-# kept and made anew when their sources change; make clean after removing one.
+# kept and made anew when their sources change.
 FORGET_COPIES = if [ -d build ]; then find build -path 'build/lib*' -type f -not -name '*.so' -delete; fi
 
 $(VENV)/.installed: $(VENV)/.made $(SOURCES)
@@ -54,10 +62,11 @@ $(VENV)/.installed: $(VENV)/.made $(SOURCES)
 	$(BIN)/python -m pip install --quiet .
 	touch $@
 
-$(VENV)/.tested: $(VENV)/.made $(SOURCES)
+# With what only tests and benchmarks use.
+$(VENV)/.tested: $(VENV)/.made $(SOURCES) $(PROBES)
 	@echo "building and installing llm_datadist and what its tests need; the first time takes a minute or two"
 	$(FORGET_COPIES)
-	$(BIN)/python -m pip install --quiet '.[test]'
+	LDD_WITH=bench,tests $(BIN)/python -m pip install --quiet '.[test]'
 	touch $(VENV)/.installed $@
 
 $(VENV)/.linted: $(VENV)/.made

@@ -2,7 +2,8 @@
 
 Everything is found by pattern: each ``.pyx`` below ``llm_datadist/core/`` is one extension module, and all ``.c`` files
 below ``llm_datadist/host/`` together make the plain C library ``libldd_host.so``. No toolkit is needed, and one that
-is installed changes nothing: the headers come from ``include/``. What does not compile fails the build.
+is installed changes nothing: the headers come from ``include/``. What does not compile fails the build. What only
+measures and what only tests use is compiled on demand, see `PARTS`.
 """
 import contextlib
 import io
@@ -17,6 +18,11 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 HOST_LIBRARY = "llm_datadist.host.libldd_host"
+# Packages of compiled modules that users of the library do without, and where their sources are.
+PARTS = {
+    "bench": ("llm_datadist.tools.bench.native", "tools/bench/native"),
+    "tests": ("llm_datadist_probes", "tests/probes"),
+}
 
 
 @dataclass(frozen=True)
@@ -31,22 +37,23 @@ class BuildContext:
         ``LDD_SANITIZE=address,undefined`` or ``thread``: sanitizers to build with.
     werror : bool
         ``LDD_WERROR=1``: compiler warnings, Cython warnings and Cython performance hints fail the build.
+    parts : tuple of str
+        ``LDD_WITH=bench,tests``: what else to compile, names of `PARTS`; default nothing.
     """
 
     debug: bool = False
     sanitize: Tuple[str, ...] = ()
     werror: bool = False
+    parts: Tuple[str, ...] = ()
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> "BuildContext":
         """Return the context that `environ` asks for; a value that means nothing is an error."""
-        sanitize = tuple(name for name in environ.get("LDD_SANITIZE", "").split(",") if name)
-        unknown = set(sanitize) - {"address", "undefined", "thread", "leak"}
-        if unknown:
-            raise ValueError(f"LDD_SANITIZE: {', '.join(sorted(unknown))}; known: address, leak, thread, undefined")
+        sanitize = _names(environ, "LDD_SANITIZE", ("address", "leak", "thread", "undefined"))
         if "thread" in sanitize and "address" in sanitize:
             raise ValueError("LDD_SANITIZE: address and thread exclude each other")
-        return cls(debug=_flag(environ, "LDD_DEBUG"), sanitize=sanitize, werror=_flag(environ, "LDD_WERROR"))
+        return cls(debug=_flag(environ, "LDD_DEBUG"), sanitize=sanitize, werror=_flag(environ, "LDD_WERROR"),
+                   parts=_names(environ, "LDD_WITH", tuple(PARTS)))
 
     @property
     def directives(self) -> Dict[str, object]:
@@ -60,7 +67,8 @@ class BuildContext:
     def compile_args(self) -> List[str]:
         """Arguments of the C compiler, for the core and the host library alike."""
         args = ["-std=gnu11", "-Wall", "-Wextra", "-fvisibility=hidden", "-pthread"]
-        args += ["-O1", "-g", "-UNDEBUG", "-DLDD_DEBUG=1"] if self.debug else ["-O3"]
+        # -g0: the interpreter's own flags, which come first, often have -g, which makes objects four times as large.
+        args += ["-O1", "-g", "-UNDEBUG", "-DLDD_DEBUG=1"] if self.debug else ["-O3", "-g0"]
         if self.sanitize:
             args += [f"-fsanitize={','.join(self.sanitize)}", "-g", "-fno-omit-frame-pointer"]
             args += ["-fno-sanitize-recover=undefined"] if "undefined" in self.sanitize else []
@@ -74,6 +82,8 @@ class BuildContext:
         args = ["-pthread"]
         if self.sanitize:
             args.append(f"-fsanitize={','.join(self.sanitize)}")
+        elif not self.debug:
+            args.append("-Wl,-s")
         return args
 
     @property
@@ -89,6 +99,14 @@ def _flag(environ: Mapping[str, str], name: str) -> bool:
     return value == "1"
 
 
+def _names(environ: Mapping[str, str], name: str, known: Tuple[str, ...]) -> Tuple[str, ...]:
+    values = tuple(value for value in environ.get(name, "").split(",") if value)
+    unknown = set(values) - set(known)
+    if unknown:
+        raise ValueError(f"{name}: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+    return values
+
+
 class BuildExt(build_ext):
     """`build_ext` that translates the core, gives the host library its plain name and keeps Python out of it."""
 
@@ -101,6 +119,15 @@ class BuildExt(build_ext):
         # Not before: source archives and metadata need no translation.
         translate([ext for ext in self.extensions if ext.name != HOST_LIBRARY], BuildContext.read(os.environ))
         super().run()
+        if not self.inplace:
+            self.forget_others()
+
+    def forget_others(self) -> None:
+        """Remove modules that an earlier build has left and this one does not make: they would be installed."""
+        made = {Path(path).resolve() for path in self.get_outputs()}
+        for path in Path(self.build_lib).rglob("*.so"):
+            if path.resolve() not in made:
+                path.unlink()
 
     def get_ext_filename(self, fullname: str) -> str:
         # Asked for with the package and without.
@@ -135,21 +162,24 @@ def host_library(context: BuildContext) -> Extension:
     )
 
 
-def core_modules(context: BuildContext) -> List[Extension]:
-    """The Cython modules of the core."""
+def cython_modules(context: BuildContext) -> List[Extension]:
+    """The Cython modules of the core, and of those parts that the context asks for."""
+    sources = {source[: -len(".pyx")].replace("/", "."): source for source in _relative("llm_datadist/core/**/*.pyx")}
+    for package, folder in (PARTS[part] for part in context.parts):
+        sources.update((f"{package}.{Path(source).stem}", source) for source in _relative(f"{folder}/*.pyx"))
     # By design of the code that Cython generates: helpers that take all of these paths, only some of which are real.
     noise = ("unused-parameter", "missing-field-initializers", "unused-function", "sign-compare", "array-bounds")
     return [
         Extension(
-            source[: -len(".pyx")].replace("/", "."),
+            name,
             sources=[source],
-            depends=_relative("include/**/*.h"),
-            include_dirs=["include"],
+            depends=_relative("include/**/*.h") + _relative(f"{os.path.dirname(source)}/*.h"),
+            include_dirs=["include", os.path.dirname(source)],
             libraries=["dl"],
             extra_compile_args=context.compile_args + [f"-Wno-{warning}" for warning in noise],
             extra_link_args=context.link_args,
         )
-        for source in _relative("llm_datadist/core/**/*.pyx")
+        for name, source in sources.items()
     ]
 
 
@@ -174,20 +204,22 @@ def translate(modules: List[Extension], context: BuildContext) -> None:
         module.sources = sources[module.name]
 
 
-def packages() -> Tuple[List[str], Dict[str, str]]:
+def packages(context: BuildContext) -> Tuple[List[str], Dict[str, str]]:
     """Return the packages and where those live that are not in the directory of their name."""
     tools = ["llm_datadist.tools"] + [f"llm_datadist.tools.{name}" for name in find_packages(str(ROOT / "tools"))]
     found = find_packages(str(ROOT), include=["llm_datadist", "llm_datadist.*", "llm_datadist_v1", "llm_datadist_v1.*"])
-    return (
-        found + ["llm_datadist.include"] + tools,
-        {"llm_datadist.tools": "tools", "llm_datadist.include": "include"},
-    )
+    places = {"llm_datadist.tools": "tools", "llm_datadist.include": "include"}
+    if "tests" in context.parts:
+        package, folder = PARTS["tests"]
+        places[package] = folder
+        found.append(package)
+    return found + ["llm_datadist.include"] + tools, places
 
 
 def main() -> None:
     """Run setuptools."""
     context = BuildContext.read(os.environ)
-    names, places = packages()
+    names, places = packages(context)
     setup(
         license="Apache-2.0",
         packages=names,
@@ -195,10 +227,11 @@ def main() -> None:
         package_data={
             "llm_datadist": ["py.typed", "*.pyi"],
             **{name: ["*.pxd", "*.pyi"] for name in names if name.startswith("llm_datadist.core")},
+            **({PARTS["bench"][0]: ["*.pyi"]} if "bench" in context.parts else {}),
             "llm_datadist.include": ["*/*.h"],
             "llm_datadist.tools.demo": ["*.txt"],
         },
-        ext_modules=core_modules(context) + [host_library(context)],
+        ext_modules=cython_modules(context) + [host_library(context)],
         cmdclass={"build_ext": BuildExt},
         include_package_data=False,
         zip_safe=False,

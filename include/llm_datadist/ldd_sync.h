@@ -16,6 +16,15 @@
 
 #define LDD_NEVER INT64_MAX
 
+/* For the body of a loop that waits for another processor: lets its twin have the core. */
+static inline void ldd_cpu_relax(void) {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("isb" ::: "memory");
+#endif
+}
+
 typedef pthread_mutex_t ldd_mutex;
 typedef pthread_cond_t ldd_cond;
 
@@ -69,7 +78,6 @@ static inline ldd_status ldd_cond_init(ldd_cond *cond) {
 }
 
 static inline void ldd_cond_destroy(ldd_cond *cond) { pthread_cond_destroy(cond); }
-static inline void ldd_cond_signal(ldd_cond *cond) { pthread_cond_signal(cond); }
 static inline void ldd_cond_broadcast(ldd_cond *cond) { pthread_cond_broadcast(cond); }
 
 /* Wait with the mutex held on entry and return. LDD_OK may be spurious: test the condition again. */

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from llm_datadist.core.base.wait import TableProbe
-from llm_datadist.core.measure.stopwatch import TableStopwatch, time_parse, time_plan, time_pool
+from llm_datadist.tools.bench.native.stopwatch import TableStopwatch, time_parse, time_plan, time_pool
+from llm_datadist_probes.transfer import TableProbe
 
 LIBC = ctypes.CDLL(None)
 BATCH = 50

@@ -27,12 +27,12 @@ EXTERN = re.compile(r'^cdef extern from "([^"<]+)"', re.MULTILINE)
 SYMBOL = re.compile(r"\b(?:acl[A-Z]\w*|aclrt\w+|Hixl\w+|Hccl\w+|Hcomm\w+|Ldd[A-Z]\w+)\b")
 
 # The rooms of the core, each of which uses itself and those before it.
-ROOMS = ["base", "table", "plan", "link", "transfer", "engine", "measure"]
+ROOMS = ["base", "table", "plan", "link", "transfer", "engine"]
 # What of the core the facade calls.
 ENTRANCES = {"llm_datadist.core.base.status", "llm_datadist.core.engine.engine", "llm_datadist.core.engine.layer_push"}
-# The parts of the core that only measure, and what they measure; tools/bench may look behind the public API.
-MEASURED = {"llm_datadist.core.measure.bound", "llm_datadist.core.measure.bound_tcp",
-            "llm_datadist.core.measure.stopwatch", "llm_datadist.core.base.wait", "llm_datadist.core.engine.engine"}
+# What of the core tools/bench looks at behind the public API; its compiled modules see all of it.
+MEASURED = {"llm_datadist.core.engine.engine"}
+COMPILED_TOOLS = sorted((TOOLS / "bench" / "native").glob("*.pyx"))
 # The folders of the host provider, and what each may use beside itself.
 HOST_ROOMS = {"base": set(), "copy": {"base"}, "acl": {"base", "copy"}, "hixl/shared": {"base", "acl"},
               "hixl/client": {"base", "acl", "copy", "hixl/shared"},
@@ -157,6 +157,21 @@ def test_no_circle_in_the_core():
         graph = {module: needs for module, needs in graph.items() if module not in free}
 
 
+def test_nothing_knows_what_only_tests_and_benchmarks_use():
+    """It is not compiled for users: nothing that is may import it."""
+    for path in [*CORE, *FACADE, *SHIMS, *PROGRAMS]:
+        assert not any(name.split(".")[0] == "llm_datadist_probes" for name in compiled_imports(path)), path
+    for path in [*CORE, *FACADE, *SHIMS]:
+        assert not any(name.startswith("llm_datadist.tools") for name in compiled_imports(path)), path
+
+
+@pytest.mark.parametrize("path", COMPILED_TOOLS, ids=name_of)
+def test_measuring_modules_use_the_core_alone(path):
+    ours = {name for name in compiled_imports(path) if name.startswith("llm_datadist")}
+    assert ours and all(name.startswith("llm_datadist.core.") for name in ours)
+    assert (TESTS / "tools" / "native" / f"test_{path.stem}.py").is_file()
+
+
 @pytest.mark.parametrize("path", [path for path in CORE if path.stem != "provider"], ids=name_of)
 def test_the_core_calls_the_provider_through_its_table_alone(path):
     """A type of the provider comes from provider.pxd; a function of it is a slot of one of the three tables."""
@@ -176,7 +191,7 @@ def test_the_core_calls_the_provider_through_its_table_alone(path):
 # The tests of modules that are tested by what they are for, with the processes that this takes.
 TESTED_BY = {
     "base/sockets": "links/test_namespaces.py", "base/status": "facade/test_status.py",
-    "table/cache_object": "core/table/test_cache_table.py", "table/shared_table": "core/link/test_shared_reader.py",
+    "table/shared_table": "core/link/test_shared_reader.py",
     "link/accept": "links/test_rank_table_links.py", "link/fork": "links/test_forked_child.py",
     "link/links": "lifetime/test_lifetime.py", "link/open": "links/test_link_clusters.py", "link/region": "transfers",
     "link/replies": "links/test_listener.py", "link/requests": "links/test_link_clusters.py",

@@ -42,12 +42,52 @@ def test_sanitizers_reach_compiler_and_linker(build):
     assert "-Wl,-z,defs" not in build.host_library(context).extra_link_args
 
 
+def test_what_only_tests_and_benchmarks_use_is_compiled_on_demand(build):
+    """And the packages of what is not compiled are not installed, but for the one that says so."""
+    names = {module.name for module in build.cython_modules(build.BuildContext())}
+    assert names == {".".join(path.relative_to(ROOT).with_suffix("").parts)
+                     for path in (ROOT / "llm_datadist" / "core").rglob("*.pyx")}
+    both = build.BuildContext.read({"LDD_WITH": "bench,tests"})
+    more = {module.name for module in build.cython_modules(both)} - names
+    assert {name.rpartition(".")[0] for name in more} == {package for package, _ in build.PARTS.values()}
+    for _, folder in build.PARTS.values():
+        assert {path.stem for path in (ROOT / folder).glob("*.pyx")} <= {name.rpartition(".")[2] for name in more}
+    assert "llm_datadist_probes" in build.packages(both)[0]
+    assert "llm_datadist_probes" not in build.packages(build.BuildContext.read({"LDD_WITH": "bench"}))[0]
+    assert "llm_datadist.tools.bench.native" in build.packages(build.BuildContext())[0]
+
+
+def test_a_build_forgets_what_an_earlier_one_has_left(build, tmp_path):
+    """Otherwise a wheel for users would have the modules that were compiled for tests before."""
+    from setuptools import Distribution
+
+    library = build.host_library(build.BuildContext())
+    command = build.BuildExt(Distribution({"ext_modules": [library]}))
+    command.build_lib = str(tmp_path)
+    command.ensure_finalized()
+    made, left = tmp_path / "llm_datadist/host/libldd_host.so", tmp_path / "llm_datadist_probes/table.so"
+    for path in (made, left):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"")
+    command.forget_others()
+    assert made.exists() and not left.exists()
+
+
+def test_objects_carry_no_symbols_but_for_a_debugger(build):
+    assert "-g0" in build.BuildContext().compile_args and "-Wl,-s" in build.BuildContext().link_args
+    for knobs in ({"LDD_DEBUG": "1"}, {"LDD_SANITIZE": "address"}):
+        context = build.BuildContext.read(knobs)
+        assert "-Wl,-s" not in context.link_args
+        assert context.compile_args[::-1].index("-g") < ([*context.compile_args[::-1], "-g0"]).index("-g0")
+
+
 def test_warnings_become_errors(build):
     assert "-Werror" in build.BuildContext.read({"LDD_WERROR": "1"}).compile_args
 
 
 @pytest.mark.parametrize(("knob", "value"), [
-    ("LDD_DEBUG", "yes"), ("LDD_WERROR", "2"), ("LDD_SANITIZE", "memoryless"), ("LDD_SANITIZE", "thread,address")])
+    ("LDD_DEBUG", "yes"), ("LDD_WERROR", "2"), ("LDD_SANITIZE", "memoryless"),
+    ("LDD_WITH", "bench,all"), ("LDD_SANITIZE", "thread,address")])
 def test_a_knob_with_a_meaningless_value_is_named(build, knob, value):
     with pytest.raises(ValueError, match=knob):
         build.BuildContext.read({knob: value})
@@ -72,7 +112,7 @@ def test_the_host_library_has_a_plain_name(build):
 
 
 def test_tools_and_headers_are_packages_of_their_own_place(build):
-    names, places = build.packages()
+    names, places = build.packages(build.BuildContext())
     assert {"llm_datadist", "llm_datadist.core", "llm_datadist.tools", "llm_datadist.include",
             "llm_datadist_v1"} <= set(names)
     assert places == {"llm_datadist.tools": "tools", "llm_datadist.include": "include"}

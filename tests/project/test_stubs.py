@@ -12,17 +12,19 @@ import llm_datadist
 
 pytest.importorskip("mypy.stubtest")
 
-CORE = Path(llm_datadist.__file__).parent / "core"
+PACKAGE = Path(llm_datadist.__file__).parent
+COMPILED_PACKAGES = [PACKAGE / "core", PACKAGE / "tools" / "bench" / "native"]
 
 
-def module_name(path):
-    """The full name of the module of a file below the core."""
-    folder = ".".join(path.parent.relative_to(CORE).parts)
-    return f"llm_datadist.core.{folder}.{path.name.partition('.')[0]}"
+def module_names(suffix):
+    """The full names of the modules of files in those packages, sorted."""
+    paths = [path for folder in COMPILED_PACKAGES for path in folder.rglob(f"*{suffix}")]
+    return sorted({".".join((*path.parent.relative_to(PACKAGE.parent).parts, path.name.partition(".")[0]))
+                   for path in paths})
 
 
-STUBBED = sorted(module_name(path) for path in CORE.rglob("*.pyi"))
-COMPILED = sorted({module_name(path) for path in CORE.rglob("*.so")})
+STUBBED = module_names(".pyi")
+COMPILED = module_names(".so")
 
 # What Cython adds to a module or class; that it shows any arguments for a constructor that takes none; and that no
 # class can inherit from this one and another with fields of its own, for which older type checkers lack a word.
@@ -31,10 +33,8 @@ ALLOWED = r"""
 .*\.__reduce_cython__
 .*\.__setstate_cython__
 .*\.__test__
-llm_datadist\.core\.plan\.(block_plan\.PlanProbe|index_list\.IndexList)\.__init__
-llm_datadist\.core\.table\.cache_object\.CacheTable\.__init__
+llm_datadist\.core\.plan\.index_list\.IndexList\.__init__
 llm_datadist\.core\.base\.provider\.Provider\.__init__
-llm_datadist\.core\.transfer\.local_copy\.CopyProbe\.__init__
 llm_datadist\.core\.engine\.lifecycle\.EngineCore
 """
 
@@ -54,7 +54,7 @@ def test_every_module_with_something_to_import_has_a_stub():
 def test_stubs_fit_the_modules(tmp_path):
     allowlist = tmp_path / "allowlist"
     allowlist.write_text(ALLOWED, encoding="utf-8")
-    root = str(CORE.parent.parent)
+    root = str(PACKAGE.parent)
     # mypy finds an installed package by itself, and refuses to be shown it again.
     shown = {} if "site-packages" in root else {"MYPYPATH": root}
     path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])

@@ -2,11 +2,14 @@
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import llm_datadist
 from llm_datadist.tools import cli, doctor
 
 
@@ -106,3 +109,20 @@ def test_selected_word_of_a_kernel_file(tmp_path):
     path.write_text("always [madvise] never\n")
     assert doctor._selected(str(path)) == "madvise"
     assert doctor._selected(str(tmp_path / "missing")) == "unknown"
+
+
+def test_an_installation_that_cannot_measure_says_what_to_build(tmp_path):
+    """Users get no measuring modules; what needs none works as ever."""
+    native = {path.name for path in (Path(llm_datadist.__file__).parent / "tools/bench/native").glob("*.so")}
+    assert native
+    shutil.copytree(Path(llm_datadist.__file__).parent, tmp_path / "llm_datadist",
+                    ignore=lambda folder, names: native & set(names) if Path(folder).name == "native" else ())
+    for arguments in (["bench"], ["bench", "--listen", "127.0.0.1:0"], ["kvbench", "--model", "llama-3-8b"]):
+        result = run_cli(*arguments, PYTHONPATH=str(tmp_path))
+        assert result.returncode == 2 and result.stdout == ""
+        line, = result.stderr.splitlines()
+        assert line.startswith(f"llm-datadist {arguments[0]}: ") and "LDD_WITH=bench pip install ." in line
+    for arguments in (["bench", "--help"], ["kvbench", "--help"], ["version"]):
+        assert run_cli(*arguments, PYTHONPATH=str(tmp_path)).returncode == 0
+    missing = run_cli("bench", "compare", "before.json", "after.json", PYTHONPATH=str(tmp_path))
+    assert missing.returncode == 2 and "before.json" in missing.stderr and "LDD_WITH" not in missing.stderr

@@ -14,11 +14,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from llm_datadist.core.measure.bound import CopyBound, has_stream_copy
-from llm_datadist.core.measure.bound_tcp import TcpClient
-
 from .case import Case, descriptors
 from .measure import Sampler, repeat_timed
+from .native.bound import CopyBound, has_stream_copy
+from .native.bound_tcp import TcpClient
 
 REFERENCE_TEXTS = {
     "memcpy": "memcpy", "stream": "non-temporal copy", "vm_read": "process_vm_readv", "vm_write": "process_vm_writev",

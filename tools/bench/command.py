@@ -5,6 +5,8 @@ import argparse
 import os
 import sys
 
+from .native import NotBuiltError, require
+
 _EPILOG = """\
 examples:
   llm-datadist bench                                          the quick preset, about half a minute
@@ -65,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
     Returns
     -------
     int
-        0: measured; 1: bytes were wrong, a row failed, or (compare) something is worse; 2: bad options.
+        0: measured; 1: bytes were wrong, a row failed, or (compare) something is worse; 2: bad options, or an
+        installation that cannot measure.
     """
     from .results import ResultError
 
@@ -75,11 +78,12 @@ def run(args: argparse.Namespace) -> int:
         if args.action == "report":
             return _report(args)
         if args.listen is not None:
+            require()
             from .listen import listen
 
             return listen(*_address(args.listen))
         return _measure(args)
-    except (ResultError, OSError, ValueError) as error:
+    except (NotBuiltError, ResultError, OSError, ValueError) as error:
         print(f"llm-datadist bench: {error}", file=sys.stderr)
         return 2
 
@@ -100,6 +104,7 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _measure(args: argparse.Namespace) -> int:
+    require()
     from . import table
     from .plan import default_threads
 

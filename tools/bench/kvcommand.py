@@ -5,6 +5,8 @@ import argparse
 import os
 import sys
 
+from .native import NotBuiltError, require
+
 _TITLES = ("model", "tokens", "KiB/token", "MiB", "path", "ms p50", "ms p99", "GB/s", "of the bound", "bytes")
 
 
@@ -37,16 +39,17 @@ def run(args: argparse.Namespace) -> int:
     Returns
     -------
     int
-        0: measured; 1: bytes were wrong or a row failed; 2: bad options.
+        0: measured; 1: bytes were wrong or a row failed; 2: bad options, or an installation that cannot measure.
     """
     try:
         return _measure(args)
-    except ValueError as error:
+    except (NotBuiltError, ValueError) as error:
         print(f"llm-datadist kvbench: {error}", file=sys.stderr)
         return 2
 
 
 def _measure(args: argparse.Namespace) -> int:
+    require()
     from . import output
     from .progress import Progress
     from .run import Runner

@@ -15,13 +15,13 @@ from multiprocessing.connection import Connection
 
 from llm_datadist import CacheDesc, CacheKey, DataType, LLMDataDist, LLMRole
 from llm_datadist.core.engine.engine import KEY_BLOCKS, Engine
-from llm_datadist.core.measure.bound_tcp import TcpServer
 from llm_datadist.options.parser import EngineOptions
 
 from . import engine as engines
 from .case import Case, descriptors
 from .channel import Channel, serve
 from .memory import clear, fill, tensor_views, wrong_bytes
+from .native.bound_tcp import TcpServer
 
 MAX_POOL_BYTES = 1 << 40
 

@@ -10,6 +10,7 @@ cdef extern from "llm_datadist/ldd_sync.h" nogil:
         pass
     const int64_t LDD_NEVER
 
+    void ldd_cpu_relax()
     int64_t ldd_now_ns()
     ldd_status ldd_mutex_init(ldd_mutex* mutex)
     void ldd_mutex_destroy(ldd_mutex* mutex)
@@ -18,6 +19,5 @@ cdef extern from "llm_datadist/ldd_sync.h" nogil:
     ldd_status ldd_lock_until(ldd_mutex* mutex, int64_t deadline_ns)
     ldd_status ldd_cond_init(ldd_cond* cond)
     void ldd_cond_destroy(ldd_cond* cond)
-    void ldd_cond_signal(ldd_cond* cond)
     void ldd_cond_broadcast(ldd_cond* cond)
     ldd_status ldd_cond_wait_until(ldd_cond* cond, ldd_mutex* mutex, int64_t deadline_ns)

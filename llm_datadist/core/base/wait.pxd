@@ -30,9 +30,3 @@ cdef ldd_status ldd_wait_interruptible(
 # A mutex for a thread that came from Python and has released the GIL: LDD_OK with it, otherwise LDD_E_TIMEOUT or, as
 # above, LDD_E_INTERRUPTED.
 cdef ldd_status ldd_lock_interruptible(ldd_mutex* mutex, int64_t deadline_ns) noexcept nogil
-
-
-cdef class TableProbe:
-    """A function table with replaceable slots, for diagnostics and tests."""
-    cdef ldd_provider table
-    cdef object owner

@@ -7,9 +7,7 @@ before the last look is a success even when the deadline has passed.
 A wait that gives up cancels the batch, so that no byte lands after it returned. A provider that cannot cancel
 leaves this to the caller, who destroys the client before telling anybody.
 """
-cimport cython
-from libc.stdint cimport INT64_MAX, int32_t, int64_t, uintptr_t
-from libc.string cimport memset
+from libc.stdint cimport INT64_MAX, int32_t, int64_t
 from posix.time cimport nanosleep, timespec
 
 import os
@@ -19,30 +17,18 @@ from llm_datadist.core.base.provider cimport (
     ACL_ERROR_RT_DEVICE_MEM_ERROR, ACL_ERROR_RT_STREAM_SYNC_TIMEOUT, ACL_ERROR_RT_SUSPECT_REMOTE_ERROR,
     HIXL_ALREADY_CONNECTED, HIXL_COMPLETE_STATUS_COMPLETED, HIXL_COMPLETE_STATUS_TIMEOUT, HIXL_COMPLETE_STATUS_WAITING,
     HIXL_NOT_CONNECTED, HIXL_PARAM_INVALID, HIXL_SUCCESS, HIXL_TIMEOUT, HIXL_UNSUPPORTED, LDD_CAP_CANCEL, LDD_CAP_WAIT,
-    CompleteHandle, HixlClientHandle, HixlCompleteStatus, HixlStatus, Provider, aclError, ldd_provider,
+    CompleteHandle, HixlClientHandle, HixlCompleteStatus, HixlStatus, aclError, ldd_provider,
 )
 from llm_datadist.core.base.status cimport (
     LDD_E_ALREADY_LINKED, LDD_E_DEVICE_MEM, LDD_E_FAILED, LDD_E_INTERRUPTED, LDD_E_NOT_ENABLED, LDD_E_NOT_LINKED,
-    LDD_E_PARAM, LDD_E_SUSPECT_REMOTE, LDD_E_TIMEOUT, LDD_OK, check, ldd_detail, ldd_fail, ldd_status,
+    LDD_E_PARAM, LDD_E_SUSPECT_REMOTE, LDD_E_TIMEOUT, LDD_OK, ldd_detail, ldd_fail, ldd_status,
 )
-from llm_datadist.core.base.sync cimport ldd_lock_until, ldd_mutex, ldd_now_ns
+from llm_datadist.core.base.sync cimport ldd_cpu_relax, ldd_lock_until, ldd_mutex, ldd_now_ns
 
 cdef extern from "Python.h":
     # Raw result: the exception stays set in this thread until check() lets it out.
     int PyErr_CheckSignals() noexcept
     unsigned long PyThread_get_thread_ident() noexcept nogil
-
-cdef extern from *:
-    """
-    #if defined(__x86_64__) || defined(__i386__)
-    #define ldd_cpu_relax() __builtin_ia32_pause()
-    #elif defined(__aarch64__)
-    #define ldd_cpu_relax() __asm__ __volatile__("isb" ::: "memory")
-    #else
-    #define ldd_cpu_relax() ((void)0)
-    #endif
-    """
-    void ldd_cpu_relax() noexcept nogil
 
 cdef enum:
     PENDING = 1                     # an answer between "done" (0) and the errors (< 0)
@@ -231,69 +217,3 @@ cdef inline void _nap(int64_t nap_ns) noexcept nogil:
     length.tv_sec = 0
     length.tv_nsec = nap_ns
     nanosleep(&length, NULL)
-
-
-def map_code(str kind, code):
-    """Return the internal status of an "acl" or "hixl" number. A diagnostic."""
-    return ldd_map_acl(code) if kind == "acl" else ldd_map_hixl(code)
-
-
-@cython.final
-cdef class TableProbe:
-    """A function table for diagnostics and tests: that of a provider, with single slots replaced.
-
-    Parameters
-    ----------
-    provider : Provider, optional
-        Whose table to copy; default: every slot is empty.
-    caps : int, optional
-        Capability bits to claim; default: those of `provider`.
-    **slots : int
-        Address of the C function for a slot, 0 to empty it.
-    """
-
-    def __init__(self, Provider provider=None, caps=None, **slots):
-        cdef uintptr_t address
-        self.owner = provider
-        if provider is None:
-            memset(&self.table, 0, sizeof(self.table))
-        else:
-            self.table = provider.table[0]
-        if caps is not None:
-            self.table.caps = caps
-        for name, value in slots.items():
-            address = value
-            if name == "query":
-                (<void**>&self.table.hixl.HixlCSClientQueryCompleteStatus)[0] = <void*>address
-            elif name == "wait":
-                (<void**>&self.table.ext.LddClientWait)[0] = <void*>address
-            elif name == "cancel":
-                (<void**>&self.table.ext.LddClientCancel)[0] = <void*>address
-            elif name == "hixl_text":
-                (<void**>&self.table.ext.LddLastError)[0] = <void*>address
-            elif name == "acl_text":
-                (<void**>&self.table.acl.aclGetRecentErrMsg)[0] = <void*>address
-            elif name == "memcpy":
-                (<void**>&self.table.acl.aclrtMemcpy)[0] = <void*>address
-            elif name == "memcpy_async":
-                (<void**>&self.table.acl.aclrtMemcpyAsync)[0] = <void*>address
-            elif name == "synchronize":
-                (<void**>&self.table.acl.aclrtSynchronizeStreamWithTimeout)[0] = <void*>address
-            elif name == "abort":
-                (<void**>&self.table.acl.aclrtStreamAbort)[0] = <void*>address
-            else:
-                raise TypeError(f"unknown slot {name!r}")
-
-    def wait(self, uintptr_t client, uintptr_t handle, timeout_ns=None, bint interruptible=False):
-        """Wait for a batch as the transfer code does; `timeout_ns` None waits without limit."""
-        cdef int64_t deadline_ns = INT64_MAX if timeout_ns is None else ldd_now_ns() + <int64_t>timeout_ns
-        cdef ldd_detail detail
-        cdef ldd_status status
-        detail.provider_code = 0
-        detail.text[0] = 0
-        with nogil:
-            if interruptible:
-                status = ldd_wait_interruptible(&self.table, <void*>client, <void*>handle, deadline_ns, &detail)
-            else:
-                status = ldd_wait_complete(&self.table, <void*>client, <void*>handle, deadline_ns, &detail)
-            check(status, &detail, b"wait for transfer")

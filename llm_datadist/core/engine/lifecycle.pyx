@@ -3,7 +3,6 @@
 Construction opens everything or leaves nothing behind; `close` gives everything back. A forked child gets an error
 from everything and frees nothing.
 """
-import contextlib
 import os
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
@@ -15,7 +14,7 @@ from llm_datadist.core.base.sockets cimport ldd_socket_listen
 from llm_datadist.core.base.status cimport (
     LDD_E_FAILED, LDD_E_NO_MEMORY, LDD_OK, check, ldd_fail, raise_status, start_detail,
 )
-from llm_datadist.core.base.sync cimport ldd_lock, ldd_mutex_destroy, ldd_mutex_init, ldd_now_ns, ldd_unlock
+from llm_datadist.core.base.sync cimport ldd_mutex_destroy, ldd_mutex_init, ldd_now_ns
 from llm_datadist.core.base.wait cimport ldd_acl_result
 from llm_datadist.core.link.links cimport ldd_node_close, ldd_node_destroy, ldd_node_init
 from llm_datadist.core.link.open cimport ldd_random
@@ -332,17 +331,6 @@ cdef class EngineCore:
             return None
         return {"bytes": pool.memory_size, "free_bytes": ldd_pool_free_bytes(pool),
                 "largest_free_bytes": ldd_pool_largest_bytes(pool)}
-
-    @contextlib.contextmanager
-    def hold_table(self):
-        """Keep the cache table locked for a while: everybody else waits, and runs into their time limits."""
-        self.require_open()
-        with nogil:
-            ldd_lock(&self.table.mutex)
-        try:
-            yield
-        finally:
-            ldd_unlock(&self.table.mutex)
 
     def caches(self):
         """One dict per live cache: cache_id, bytes, num_tensors, keys, pins, owned, is_blocks, handle."""

@@ -17,7 +17,7 @@ from llm_datadist.core.base.sync cimport (
     ldd_cond_broadcast, ldd_cond_destroy, ldd_cond_init, ldd_cond_wait_until, ldd_lock, ldd_mutex_destroy,
     ldd_mutex_init, ldd_unlock,
 )
-from llm_datadist.core.plan.block_plan cimport ldd_desc_list_free, ldd_desc_list_init
+from llm_datadist.core.plan.block_plan cimport ldd_desc_list_free
 from llm_datadist.core.table.shared_table cimport ldd_reader_free
 
 cdef extern from "unistd.h" nogil:
@@ -52,7 +52,6 @@ cdef ldd_link* ldd_link_new(ldd_node* node, uint64_t cluster_id, ldd_link_origin
     link.refs = 1
     link.ask_fd = -1
     ldd_mutex_init(&link.lock)
-    ldd_desc_list_init(&link.descs)
     return link
 
 

@@ -3,7 +3,6 @@ from libc.stdint cimport int64_t, uint64_t
 
 from llm_datadist.core.base.provider cimport HixlOneSideOpDesc
 from llm_datadist.core.base.status cimport ldd_detail, ldd_status
-from llm_datadist.core.plan.index_list cimport IndexList, ldd_check_indices
 
 # What goes over in one piece within every tensor: offsets from the tensor's base on either side and a length,
 # in blocks while runs are being found and in bytes from then on.
@@ -26,10 +25,12 @@ ctypedef struct ldd_desc_list:
     uint64_t* seen
     size_t seen_capacity
 
-cdef void ldd_desc_list_init(ldd_desc_list* out) noexcept nogil
-cdef ldd_status ldd_desc_list_reserve(ldd_desc_list* out, size_t extra, ldd_detail* detail) noexcept nogil
 cdef void ldd_desc_list_clear(ldd_desc_list* out) noexcept nogil
 cdef void ldd_desc_list_free(ldd_desc_list* out) noexcept nogil
+
+# Room for `extra` more entries in a growable array of a plan.
+cdef ldd_status ldd_plan_reserve(
+    void** items, size_t* capacity, size_t count, size_t extra, size_t item_bytes, ldd_detail* detail) noexcept nogil
 
 # Planners append; a failing one leaves the list as it was. Addresses are tensor bases, num_tensors on each
 # side. `put` says that bytes go from local to remote. They check every index themselves, reading each once.

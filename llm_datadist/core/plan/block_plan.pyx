@@ -12,23 +12,18 @@ any and pays nothing for this; others pay one bitmap pass over their runs.
 Nothing here blocks or touches Python. An `ldd_desc_list` and its scratch memory belong to whoever holds it,
 one thread at a time; the functions themselves may be called from any thread.
 """
-cimport cython
 from libc.stdint cimport INT64_MAX, UINT64_MAX, int64_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memset
 
 from llm_datadist.core.base.checked_math cimport ldd_add_overflows, ldd_mul_overflows
 from llm_datadist.core.base.provider cimport HixlOneSideOpDesc
-from llm_datadist.core.base.status cimport LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_OK, check, ldd_detail, ldd_fail, ldd_status
-from llm_datadist.core.plan.index_list cimport IndexList, ldd_index_error, ldd_load_index
+from llm_datadist.core.base.status cimport LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_OK, ldd_detail, ldd_fail, ldd_status
+from llm_datadist.core.plan.index_list cimport ldd_index_error, ldd_load_index
 
 cdef enum:
     SEEN_KEEP_WORDS = 1 << 15       # 256 KiB of bitmap are kept and cleared; a larger one is fresh zero pages
     MIN_CAPACITY = 64
-
-
-cdef void ldd_desc_list_init(ldd_desc_list* out) noexcept nogil:
-    memset(out, 0, sizeof(out[0]))
 
 
 cdef void ldd_desc_list_clear(ldd_desc_list* out) noexcept nogil:
@@ -44,12 +39,7 @@ cdef void ldd_desc_list_free(ldd_desc_list* out) noexcept nogil:
     memset(out, 0, sizeof(out[0]))
 
 
-cdef ldd_status ldd_desc_list_reserve(ldd_desc_list* out, size_t extra, ldd_detail* detail) noexcept nogil:
-    """Make room for `extra` more descriptors."""
-    return _reserve(<void**>&out.items, &out.capacity, out.count, extra, sizeof(HixlOneSideOpDesc), detail)
-
-
-cdef ldd_status _reserve(
+cdef ldd_status ldd_plan_reserve(
     void** items, size_t* capacity, size_t count, size_t extra, size_t item_bytes, ldd_detail* detail
 ) noexcept nogil:
     """Grow an array at least twofold, so that appending stays cheap."""
@@ -158,7 +148,7 @@ cdef ldd_status _beyond(ldd_detail* detail) noexcept nogil:
 cdef ldd_status _begin(ldd_desc_list* out, size_t num_runs, ldd_detail* detail) noexcept nogil:
     """Reserve the worst case once, so that finding runs needs no further check; untouched pages cost nothing."""
     out.num_runs = 0
-    return _reserve(<void**>&out.runs, &out.run_capacity, 0, num_runs, sizeof(ldd_run), detail)
+    return ldd_plan_reserve(<void**>&out.runs, &out.run_capacity, 0, num_runs, sizeof(ldd_run), detail)
 
 
 cdef ldd_status _find_runs(
@@ -210,7 +200,7 @@ cdef ldd_status _keep_last_writers(ldd_desc_list* out, uint64_t highest, ldd_det
     cdef bint repeats = False
     cdef ldd_status status = LDD_OK
     if num_words <= SEEN_KEEP_WORDS:
-        status = _reserve(<void**>&out.seen, &out.seen_capacity, 0, num_words, sizeof(uint64_t), detail)
+        status = ldd_plan_reserve(<void**>&out.seen, &out.seen_capacity, 0, num_words, sizeof(uint64_t), detail)
         if status < 0:
             return status
         seen = out.seen
@@ -262,7 +252,7 @@ cdef ldd_status _rebuild(ldd_desc_list* out, uint64_t* seen, ldd_detail* detail)
             while begin and not _mark(seen, old.dst + begin - 1, 1):
                 begin -= 1
             if begin < end:
-                status = _reserve(<void**>&out.runs, &out.run_capacity, count, 1, sizeof(ldd_run), detail)
+                status = ldd_plan_reserve(<void**>&out.runs, &out.run_capacity, count, 1, sizeof(ldd_run), detail)
                 if status < 0:
                     return status
                 out.runs[count].src = old.src + begin
@@ -318,7 +308,7 @@ cdef ldd_status _add_short_piece(
         return ldd_index_error(b"dst_blocks", piece, block, num_blocks, detail)
     src = slot_offset + piece * block_bytes
     dst = <uint64_t>block * block_bytes
-    status = _reserve(<void**>&out.runs, &out.run_capacity, out.num_runs, 2, sizeof(ldd_run), detail)
+    status = ldd_plan_reserve(<void**>&out.runs, &out.run_capacity, out.num_runs, 2, sizeof(ldd_run), detail)
     if status < 0:
         return status
     for i in range(out.num_runs):
@@ -364,7 +354,7 @@ cdef ldd_status _emit(
         return LDD_OK
     if ldd_mul_overflows(out.num_runs, num_tensors, &needed):
         needed = UINT64_MAX
-    status = ldd_desc_list_reserve(out, needed, detail)
+    status = ldd_plan_reserve(<void**>&out.items, &out.capacity, out.count, needed, sizeof(HixlOneSideOpDesc), detail)
     if status < 0:
         return status
     for t in range(num_tensors):
@@ -396,63 +386,3 @@ cdef inline void _append_runs(ldd_desc_list* out, uint64_t remote, uint64_t loca
         desc += 1
         run += 1
     out.count = desc - out.items
-
-
-@cython.final
-cdef class PlanProbe:
-    """A reusable descriptor list for diagnostics and tests: every planner, seen from Python.
-
-    Each call plans from scratch and returns the descriptors as ``(remote, local, len)``. Addresses are
-    numbers that are never followed.
-    """
-    cdef ldd_desc_list _list
-
-    def __cinit__(self):
-        ldd_desc_list_init(&self._list)
-
-    def __dealloc__(self):
-        ldd_desc_list_free(&self._list)
-
-    def contiguous(self, remote_addrs, remote_offset, local_addrs, local_offset, nbytes):
-        cdef IndexList remote = IndexList.parse(remote_addrs, "remote_addrs")
-        cdef IndexList local = IndexList.parse(local_addrs, "local_addrs")
-        cdef ldd_detail detail
-        detail.provider_code = 0
-        ldd_desc_list_clear(&self._list)
-        return self._result(ldd_plan_contiguous(
-            &self._list, <const uint64_t*>remote.data, remote_offset, <const uint64_t*>local.data, local_offset,
-            remote.length, nbytes, &detail), &detail)
-
-    def blocks(self, remote_addrs, remote_blocks, num_remote, local_addrs, local_blocks, num_local, block_bytes, put):
-        cdef IndexList remote = IndexList.parse(remote_addrs, "remote_addrs")
-        cdef IndexList local = IndexList.parse(local_addrs, "local_addrs")
-        cdef IndexList remote_list = IndexList.parse(remote_blocks, "remote_blocks")
-        cdef IndexList local_list = IndexList.parse(local_blocks, "local_blocks")
-        cdef ldd_detail detail
-        detail.provider_code = 0
-        ldd_desc_list_clear(&self._list)
-        return self._result(ldd_plan_blocks(
-            &self._list, <const uint64_t*>remote.data, remote_list.data, num_remote,
-            <const uint64_t*>local.data, local_list.data, num_local,
-            remote.length, block_bytes, remote_list.length, put, &detail), &detail)
-
-    def slot_to_blocks(self, slot_addrs, slot_offset, slot_bytes, block_addrs, blocks, num_blocks, block_bytes, put):
-        cdef IndexList slot = IndexList.parse(slot_addrs, "slot_addrs")
-        cdef IndexList pool = IndexList.parse(block_addrs, "block_addrs")
-        cdef IndexList block_list = IndexList.parse(blocks, "blocks")
-        cdef ldd_detail detail
-        detail.provider_code = 0
-        ldd_desc_list_clear(&self._list)
-        return self._result(ldd_plan_slot_to_blocks(
-            &self._list, <const uint64_t*>slot.data, slot_offset, slot_bytes,
-            <const uint64_t*>pool.data, block_list.data, num_blocks,
-            slot.length, block_bytes, block_list.length, put, &detail), &detail)
-
-    cdef list _result(self, ldd_status status, const ldd_detail* detail):
-        cdef size_t i
-        check(status, detail, b"plan")
-        items = [(<uint64_t>self._list.items[i].remote_buf, <uint64_t>self._list.items[i].local_buf,
-                  self._list.items[i].len) for i in range(self._list.count)]
-        if self._list.bytes != sum(item[2] for item in items):
-            raise RuntimeError("the byte count of a plan differs from the sum of its descriptors")
-        return items

@@ -34,8 +34,6 @@ cdef class IndexList:
     cdef int _refuse_negative(self, str name, bint is_signed) except -1
 
 
-# LDD_E_PARAM naming the first value outside [0, limit).
-cdef ldd_status ldd_check_indices(
-    const int64_t* data, size_t n, uint64_t limit, const char* name, ldd_detail* detail) noexcept nogil
+# LDD_E_PARAM naming a value outside [0, limit).
 cdef ldd_status ldd_index_error(
     const char* name, size_t i, int64_t value, uint64_t limit, ldd_detail* detail) noexcept nogil

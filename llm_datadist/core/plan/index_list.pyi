@@ -1,8 +1,5 @@
-from typing import Iterable, List, SupportsIndex, Tuple, final
+from typing import final
 
 @final
 class IndexList:
     def __init__(self) -> None: ...
-
-def parse_indices(values: Iterable[SupportsIndex], name: str) -> Tuple[List[int], bool]: ...
-def check_indices(values: Iterable[SupportsIndex], limit: int, name: str) -> None: ...

@@ -16,7 +16,7 @@ from libc.stdint cimport INT64_MAX, UINT64_MAX, int8_t, int16_t, int32_t, int64_
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
-from llm_datadist.core.base.status cimport LDD_E_PARAM, LDD_OK, check, ldd_detail, ldd_fail, ldd_status
+from llm_datadist.core.base.status cimport LDD_E_PARAM, ldd_detail, ldd_fail, ldd_status
 
 cdef extern from "Python.h":
     # Borrowed references and raw results: the exact-int path of a list touches no reference count.
@@ -273,18 +273,6 @@ cdef void _gather(const narrow_int* values, Py_ssize_t step_bytes, size_t n, int
         out[i] = value
 
 
-cdef ldd_status ldd_check_indices(
-    const int64_t* data, size_t n, uint64_t limit, const char* name, ldd_detail* detail
-) noexcept nogil:
-    cdef size_t i
-    cdef int64_t value
-    for i in range(n):
-        value = ldd_load_index(data + i)
-        if <uint64_t>value >= limit:
-            return ldd_index_error(name, i, value, limit, detail)
-    return LDD_OK
-
-
 cdef ldd_status ldd_index_error(
     const char* name, size_t i, int64_t value, uint64_t limit, ldd_detail* detail
 ) noexcept nogil:
@@ -293,18 +281,3 @@ cdef ldd_status ldd_index_error(
                         name, i, <long long>value)
     return ldd_fail(detail, LDD_E_PARAM, b"%s[%zu] is block %lld, outside the allowed range 0..%llu",
                     name, i, <long long>value, <unsigned long long>(limit - 1))
-
-
-def parse_indices(values, str name):
-    """Return what `IndexList.parse` reads, and whether it reads the caller's buffer in place. A diagnostic."""
-    cdef IndexList indices = IndexList.parse(values, name)
-    return [indices.data[i] for i in range(indices.length)], indices._has_view
-
-
-def check_indices(values, limit, str name):
-    """Raise unless all values are below `limit`. A diagnostic of `ldd_check_indices`."""
-    cdef IndexList indices = IndexList.parse(values, name)
-    cdef ldd_detail detail
-    detail.provider_code = 0
-    text = name.encode()
-    check(ldd_check_indices(indices.data, indices.length, limit, text, &detail), &detail, b"check indices")

@@ -50,8 +50,6 @@ cdef ldd_status ldd_pool_create(uint64_t base, uint64_t memory_size, uint32_t pa
 # Free the records; outstanding spans become meaningless. NULL is allowed.
 cdef void ldd_pool_destroy(ldd_pool* pool) noexcept nogil
 
-# One run of num_pages >= 1 pages. LDD_E_NO_MEMORY exactly when no free run is that long.
-cdef ldd_status ldd_pool_alloc(ldd_pool* pool, uint64_t num_pages, ldd_span* span) noexcept nogil
 # num_tensors pieces of tensor_bytes, each page aligned: addrs[0..num_tensors) and one span for all of them. One run
 # at equal steps when there is one that long, otherwise as few runs as the largest ones allow. All or nothing:
 # LDD_E_NO_MEMORY names bytes wanted, bytes free and the largest run.
@@ -70,7 +68,3 @@ cdef inline uint64_t ldd_tensor_pages(const ldd_pool* pool, uint64_t tensor_byte
     """Pages of one tensor, rounded up without overflow."""
     cdef uint64_t whole = tensor_bytes >> pool.page_shift
     return whole + ((whole << pool.page_shift) != tensor_bytes)
-
-
-cdef class PagePool:
-    cdef ldd_pool* pool

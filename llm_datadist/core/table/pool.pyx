@@ -9,12 +9,11 @@ its runs only.
 The pool neither owns nor touches the memory it hands out, because that may be device memory; the engine that took it
 from the provider frees it after the pool. Any thread; one short mutex per call; nothing here waits for anything else.
 """
-cimport cython
 from libc.stdint cimport UINT64_MAX, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, malloc
+from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
-from llm_datadist.core.base.status cimport LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_OK, check, ldd_detail, ldd_fail, ldd_status
+from llm_datadist.core.base.status cimport LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_OK, ldd_detail, ldd_fail, ldd_status
 from llm_datadist.core.base.sync cimport ldd_lock, ldd_mutex_destroy, ldd_mutex_init, ldd_unlock
 
 cdef extern from *:
@@ -28,94 +27,6 @@ cdef enum:
     FREE_LAST = 2
     USED = 4
     SPAN_HEAD = 8               # first run of a span, the only page ldd_pool_free accepts
-
-
-@cython.final
-cdef class PagePool:
-    """A pool for tests and tools: the cdef API with Python numbers.
-
-    Parameters
-    ----------
-    base : int
-        First address. Nothing is ever read or written there.
-    memory_size : int
-        Bytes; a tail smaller than a page stays unused.
-    page_shift : int
-        Pages of ``1 << page_shift`` bytes, 9..30.
-
-    Raises
-    ------
-    LLMParamInvalidError
-        A value outside the ranges above.
-    """
-
-    def __init__(self, base, memory_size, page_shift):
-        cdef ldd_detail detail
-        if self.pool != NULL:
-            raise TypeError("a PagePool is initialised once")
-        check(ldd_pool_create(base, memory_size, page_shift, &self.pool, &detail), &detail, b"create pool")
-
-    def __dealloc__(self):
-        ldd_pool_destroy(self.pool)
-
-    def alloc(self, num_pages):
-        """Return the span of one run of `num_pages` pages, or None when no free run is that long."""
-        cdef ldd_span span
-        return span if ldd_pool_alloc(self.pool, num_pages, &span) == LDD_OK else None
-
-    def alloc_tensors(self, uint32_t num_tensors, uint64_t tensor_bytes):
-        """Return (span, [address per tensor]); raise ``LLMMemoryError`` with the pool as it was."""
-        cdef ldd_detail detail
-        cdef ldd_span span
-        cdef ldd_status st
-        cdef uint64_t* addrs = <uint64_t*>malloc(<size_t>(num_tensors or 1) * sizeof(uint64_t))
-        if addrs == NULL:
-            raise MemoryError
-        detail.provider_code = 0
-        try:
-            with nogil:
-                st = ldd_pool_alloc_tensors(self.pool, num_tensors, tensor_bytes, addrs, &span, &detail)
-            check(st, &detail, b"allocate tensors")
-            return span, [addrs[i] for i in range(num_tensors)]
-        finally:
-            free(addrs)
-
-    def free(self, ldd_span span):
-        """Give a span back; raise ``LLMParamInvalidError`` when it is not one in use."""
-        cdef ldd_detail detail
-        detail.provider_code = 0
-        cdef ldd_status st = ldd_pool_free(self.pool, span)
-        ldd_fail(&detail, st, b"page %u does not start a span in use", span)
-        check(st, &detail, b"free span")
-
-    @property
-    def free_bytes(self):
-        """Bytes in free pages."""
-        return ldd_pool_free_bytes(self.pool)
-
-    @property
-    def largest_bytes(self):
-        """Bytes of the largest free run."""
-        return ldd_pool_largest_bytes(self.pool)
-
-    @property
-    def num_pages(self):
-        """Pages of the whole range."""
-        return self.pool.num_pages
-
-    def runs(self):
-        """Return [(first page, pages, in use)] in address order, after checking tags, bins and counts against it.
-
-        Raises
-        ------
-        AssertionError
-            The records contradict each other. One pass with the mutex held; for tests and for operators.
-        """
-        ldd_lock(&self.pool.mutex)
-        try:
-            return _runs(self.pool)
-        finally:
-            ldd_unlock(&self.pool.mutex)
 
 
 cdef ldd_status ldd_pool_create(uint64_t base, uint64_t memory_size, uint32_t page_shift, ldd_pool** out,
@@ -162,21 +73,6 @@ cdef void ldd_pool_destroy(ldd_pool* pool) noexcept nogil:
         ldd_mutex_destroy(&pool.mutex)
         free(pool.pages)
         free(pool)
-
-
-cdef ldd_status ldd_pool_alloc(ldd_pool* pool, uint64_t num_pages, ldd_span* span) noexcept nogil:
-    cdef uint32_t run
-    span[0] = LDD_NO_PAGE
-    if num_pages == 0:
-        return LDD_E_PARAM
-    ldd_lock(&pool.mutex)
-    run = _find(pool, num_pages)
-    if run != LDD_NO_PAGE:
-        _take(pool, run, <uint32_t>num_pages)
-        pool.pages[run].tag |= SPAN_HEAD
-    ldd_unlock(&pool.mutex)
-    span[0] = run
-    return LDD_OK if run != LDD_NO_PAGE else LDD_E_NO_MEMORY
 
 
 cdef ldd_status ldd_pool_alloc_tensors(ldd_pool* pool, uint32_t num_tensors, uint64_t tensor_bytes, uint64_t* addrs,
@@ -400,38 +296,3 @@ cdef ldd_status _no_room(ldd_pool* pool, uint32_t num_tensors, uint64_t tensor_b
                     <unsigned long long>pool.memory_size,
                     <unsigned long long>(pool.num_free_pages << pool.page_shift),
                     <unsigned long long>_largest_bytes(pool))
-
-
-cdef list _runs(ldd_pool* pool):
-    cdef uint32_t page = 0, level, bin, run, own_level, own_bin
-    cdef ldd_page* at
-    found = []
-    free_runs = set()
-    binned = set()
-    after_free = False
-    while page < pool.num_pages:
-        at = &pool.pages[page]
-        used = bool(at.tag & USED)
-        assert used or at.tag & FREE_FIRST, f"page {page} starts no run"
-        assert 0 < at.num_pages <= pool.num_pages - page, f"run at page {page} has {at.num_pages} pages"
-        if not used:
-            assert not after_free, f"free runs meet at page {page}"
-            assert pool.pages[page + at.num_pages - 1].tag & FREE_LAST, f"run at page {page} has no end"
-            assert pool.pages[page + at.num_pages - 1].num_pages == at.num_pages
-            free_runs.add((page, at.num_pages))
-        found.append((page, at.num_pages, used))
-        after_free = not used
-        page += at.num_pages
-    for level in range(<uint32_t>LDD_NUM_LEVELS):
-        assert bool(pool.level_map >> level & 1) == bool(pool.bin_maps[level])
-        for bin in range(<uint32_t>LDD_NUM_BINS):
-            run = pool.heads[level][bin]
-            assert bool(pool.bin_maps[level] >> bin & 1) == (run != LDD_NO_PAGE)
-            while run != LDD_NO_PAGE:
-                _bin_of(pool.pages[run].num_pages, &own_level, &own_bin)
-                assert (own_level, own_bin) == (level, bin), f"run at page {run} is in the wrong bin"
-                binned.add((run, pool.pages[run].num_pages))
-                run = pool.pages[run].next
-    assert binned == free_runs, "bins and runs differ"
-    assert sum([pages for _, pages in free_runs]) == pool.num_free_pages
-    return found

@@ -16,7 +16,6 @@ ctypedef struct ldd_op_list:
     size_t capacity
     uint64_t bytes
 
-cdef void ldd_op_list_init(ldd_op_list* out) noexcept nogil
 cdef void ldd_op_list_clear(ldd_op_list* out) noexcept nogil
 cdef void ldd_op_list_free(ldd_op_list* out) noexcept nogil
 

@@ -8,9 +8,8 @@ Operations of 2 MiB and more on average are queued on the caller's stream, small
 `aclrtMemcpy` after the other: queueing a scattered 64 MiB in pieces of 16 KiB took the host provider three times
 as long as copying it in place, and six times where it must wait for memory it does not know.
 """
-cimport cython
-from libc.stdint cimport INT32_MAX, INT64_MAX, UINT64_MAX, int32_t, int64_t, uint64_t, uintptr_t
-from libc.stdlib cimport free, realloc
+from libc.stdint cimport INT32_MAX, INT64_MAX, UINT64_MAX, int32_t, int64_t, uint64_t
+from libc.stdlib cimport free
 from libc.string cimport memset
 
 from llm_datadist.core.base.checked_math cimport ldd_add_overflows, ldd_mul_overflows
@@ -18,22 +17,18 @@ from llm_datadist.core.base.provider cimport (
     ACL_ERROR_RT_FEATURE_NOT_SUPPORT, ACL_MEMCPY_HOST_TO_HOST, aclError, aclrtMemcpyKind, aclrtStream, ldd_provider,
 )
 from llm_datadist.core.base.status cimport (
-    LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_E_TIMEOUT, LDD_OK, check, ldd_detail, ldd_fail, ldd_status,
+    LDD_E_PARAM, LDD_E_TIMEOUT, LDD_OK, ldd_detail, ldd_fail, ldd_status,
 )
 from llm_datadist.core.base.sync cimport ldd_now_ns
-from llm_datadist.core.base.wait cimport TableProbe, ldd_acl_result, ldd_map_acl
-from llm_datadist.core.plan.index_list cimport IndexList, ldd_index_error, ldd_load_index
+from llm_datadist.core.base.wait cimport ldd_acl_result, ldd_map_acl
+from llm_datadist.core.plan.block_plan cimport ldd_plan_reserve
+from llm_datadist.core.plan.index_list cimport ldd_index_error, ldd_load_index
 
 cdef enum:
     STREAM_OP_BYTES = 2 << 20       # average operation from which on queueing costs nothing
     OPS_PER_LOOK = 64               # operations between two looks at the clock
-    MIN_CAPACITY = 64
 
 cdef uint64_t MAX_COPY_BYTES = <uint64_t>1 << 32    # the runtime's limit for one asynchronous copy
-
-
-cdef void ldd_op_list_init(ldd_op_list* out) noexcept nogil:
-    memset(out, 0, sizeof(out[0]))
 
 
 cdef void ldd_op_list_clear(ldd_op_list* out) noexcept nogil:
@@ -47,21 +42,8 @@ cdef void ldd_op_list_free(ldd_op_list* out) noexcept nogil:
     memset(out, 0, sizeof(out[0]))
 
 
-cdef ldd_status _reserve(ldd_op_list* out, uint64_t extra, ldd_detail* detail) noexcept nogil:
-    """Make room for `extra` more operations."""
-    cdef uint64_t needed, nbytes
-    cdef void* grown
-    if ldd_add_overflows(out.count, extra, &needed):
-        needed = UINT64_MAX
-    if needed <= out.capacity:
-        return LDD_OK
-    needed = max(needed, 2 * out.capacity, <uint64_t>MIN_CAPACITY)
-    grown = NULL if ldd_mul_overflows(needed, sizeof(ldd_local_op), &nbytes) else realloc(out.items, nbytes)
-    if grown == NULL:
-        return ldd_fail(detail, LDD_E_NO_MEMORY, b"no memory for a plan of %zu copies", <size_t>needed)
-    out.items = <ldd_local_op*>grown
-    out.capacity = needed
-    return LDD_OK
+cdef inline ldd_status _reserve(ldd_op_list* out, size_t extra, ldd_detail* detail) noexcept nogil:
+    return ldd_plan_reserve(<void**>&out.items, &out.capacity, out.count, extra, sizeof(ldd_local_op), detail)
 
 
 cdef ldd_status ldd_plan_copy_cache(
@@ -323,88 +305,3 @@ cdef ldd_status _drain(
     if late:
         return ldd_fail(detail, LDD_E_TIMEOUT, b"not all copies were made in time")
     return LDD_OK
-
-
-@cython.final
-cdef class CopyProbe:
-    """Plans and copies for diagnostics and tests. Each call plans from scratch.
-
-    Plans are returned as ``(dst, src, bytes)``; their addresses are followed by `copy` alone.
-    """
-    cdef ldd_op_list _list
-
-    def __cinit__(self):
-        ldd_op_list_init(&self._list)
-
-    def __dealloc__(self):
-        ldd_op_list_free(&self._list)
-
-    def copy_cache(self, dst_addrs, dst_shape, dst_slot, src_addrs, src_shape, src_slot, offset, nbytes):
-        """Plan copy_cache; shapes are ``(num_slots, stride)``."""
-        cdef IndexList dst_list = IndexList.parse(dst_addrs, "dst_addrs")
-        cdef IndexList src_list = IndexList.parse(src_addrs, "src_addrs")
-        cdef ldd_slots dst, src
-        cdef ldd_detail detail
-        dst.addrs, dst.num_tensors = <const uint64_t*>dst_list.data, dst_list.length
-        dst.num_slots, dst.stride = dst_shape
-        src.addrs, src.num_tensors = <const uint64_t*>src_list.data, src_list.length
-        src.num_slots, src.stride = src_shape
-        detail.provider_code = 0
-        ldd_op_list_clear(&self._list)
-        return self._result(ldd_plan_copy_cache(
-            &self._list, &dst, dst_slot, &src, src_slot, offset, nbytes, &detail), &detail)
-
-    def copy_blocks(self, addrs, num_blocks, block_bytes, src_blocks, dst_blocks):
-        """Plan copy_blocks."""
-        cdef IndexList bases = IndexList.parse(addrs, "addrs")
-        cdef IndexList src = IndexList.parse(src_blocks, "src_blocks")
-        cdef IndexList dst = IndexList.parse(dst_blocks, "dst_blocks")
-        cdef ldd_detail detail
-        detail.provider_code = 0
-        ldd_op_list_clear(&self._list)
-        return self._result(ldd_plan_copy_blocks(
-            &self._list, <const uint64_t*>bases.data, bases.length, num_blocks, block_bytes, src.data, dst.data,
-            src.length, &detail), &detail)
-
-    def swap_blocks(self, src_addrs, src_blocks, num_src, dst_addrs, dst_blocks, num_dst, block_bytes):
-        """Plan swap_blocks."""
-        cdef IndexList src_list = IndexList.parse(src_addrs, "src_addrs")
-        cdef IndexList dst_list = IndexList.parse(dst_addrs, "dst_addrs")
-        cdef IndexList src = IndexList.parse(src_blocks, "src_blocks")
-        cdef IndexList dst = IndexList.parse(dst_blocks, "dst_blocks")
-        cdef ldd_detail detail
-        detail.provider_code = 0
-        ldd_op_list_clear(&self._list)
-        return self._result(ldd_plan_swap_blocks(
-            &self._list, <const uint64_t*>src_list.data, src.data, num_src, <const uint64_t*>dst_list.data, dst.data,
-            num_dst, src_list.length, block_bytes, src.length, &detail), &detail)
-
-    def copy(self, TableProbe provider, uintptr_t stream, ops, int kind, timeout_ns=None):
-        """Carry out ``(dst, src, bytes)`` operations; `timeout_ns` None sets no limit."""
-        cdef int64_t deadline_ns = INT64_MAX if timeout_ns is None else ldd_now_ns() + <int64_t>timeout_ns
-        cdef ldd_detail detail
-        cdef ldd_status status
-        cdef ldd_local_op* op
-        detail.provider_code = 0
-        detail.text[0] = 0
-        ldd_op_list_clear(&self._list)
-        check(_reserve(&self._list, len(ops), &detail), &detail, b"copy")
-        for dst, src, nbytes in ops:
-            op = &self._list.items[self._list.count]
-            op.dst = <void*><uintptr_t>dst
-            op.src = <const void*><uintptr_t>src
-            op.bytes = nbytes
-            self._list.count += 1
-        with nogil:
-            status = ldd_local_copy(&provider.table, <void*>stream, self._list.items, self._list.count,
-                                    <aclrtMemcpyKind>kind, deadline_ns, &detail)
-            check(status, &detail, b"copy")
-
-    cdef list _result(self, ldd_status status, const ldd_detail* detail):
-        cdef size_t i
-        check(status, detail, b"plan")
-        items = [(<uintptr_t>self._list.items[i].dst, <uintptr_t>self._list.items[i].src, self._list.items[i].bytes)
-                 for i in range(self._list.count)]
-        if self._list.bytes != sum(item[2] for item in items):
-            raise RuntimeError("the byte count of a plan differs from the sum of its copies")
-        return items

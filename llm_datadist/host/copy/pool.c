@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "base/deadline.h"
+#include "llm_datadist/ldd_sync.h"
 
 enum { DEFAULT_MAX_THREADS = 4, HELPER_STACK_BYTES = 256 << 10 };
 
@@ -265,21 +266,13 @@ void copy_job_help(copy_job *job, int64_t deadline_ns) {
     pthread_mutex_unlock(&pool.lock);
 }
 
-static inline void relax(void) {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("yield");
-#endif
-}
-
 bool copy_job_wait(copy_job *job, int64_t deadline_ns) {
     int64_t spin_until = hixl_earlier(hixl_now_ns() + SPIN_NS, deadline_ns);
     struct timespec until;
     bool done;
 
     while (!seems_done(job) && hixl_now_ns() < spin_until) {
-        relax();
+        ldd_cpu_relax();
     }
     until = hixl_timespec(deadline_ns == HIXL_NO_DEADLINE ? hixl_now_ns() + 3600 * HIXL_SECOND_NS : deadline_ns);
     pthread_mutex_lock(&pool.lock);

@@ -18,7 +18,7 @@ import pytest
 from llm_datadist import status as public
 from llm_datadist.core.base.provider import CAPABILITIES, HOST_LIBRARY, Provider
 from llm_datadist.core.base.status import STATUS_TABLE
-from llm_datadist.core.base.wait import TableProbe, map_code
+from llm_datadist_probes.transfer import TableProbe, map_code
 
 WAITING, COMPLETED, TIMEOUT, FAILED = range(4)
 MS = 1_000_000

@@ -6,6 +6,7 @@ import pytest
 from support.peer import engine_options, engine_options_v1
 
 from llm_datadist import CacheDesc, DataType, LLMDataDist, LLMException, LLMRole, LLMStatusCode
+from llm_datadist_probes.table import hold_table
 
 
 @pytest.fixture(params=[2, 1], ids=["v2", "v1"])
@@ -36,7 +37,7 @@ def test_a_call_that_cannot_get_the_table_ends_with_the_timeout_status(dist, cal
         "remove_key": lambda: dist._engine.remove_key(0, 7, 0),
         "allocate": lambda: manager.allocate_cache(desc),
     }
-    with dist._engine.hold_table():
+    with hold_table(dist._engine):
         with pytest.raises(LLMException) as caught:
             calls[call]()
     assert caught.value.status_code == timeout_code(dist)
@@ -62,7 +63,7 @@ def test_a_waiting_call_goes_on_when_the_table_is_free_again(dist):
     held, release = threading.Event(), threading.Event()
 
     def hold():
-        with dist._engine.hold_table():
+        with hold_table(dist._engine):
             held.set()
             release.wait()
 

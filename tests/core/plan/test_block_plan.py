@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_datadist.core.plan.block_plan import PlanProbe
 from llm_datadist.status import LLMParamInvalidError, LLMStatusCode
+from llm_datadist_probes.transfer import PlanProbe
 
 BASE = 1 << 20
 UINT64 = 2**64

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_datadist.core.plan.index_list import check_indices, parse_indices
 from llm_datadist.status import LLMParamInvalidError
+from llm_datadist_probes.transfer import PlanProbe, parse_indices
 
 INT64_MAX = 2**63 - 1
 indices = st.lists(st.one_of(st.integers(0, 300), st.integers(0, INT64_MAX)), max_size=200)
@@ -170,12 +170,15 @@ def test_an_exception_of_an_element_comes_through():
 
 @given(st.lists(st.integers(0, 50), max_size=50), st.integers(0, 60))
 def test_the_range_check_names_the_first_offender(values, limit):
+    def check():
+        PlanProbe().blocks([0], range(len(values)), len(values), [0], values, limit, 1, False)
+
     bad = [(i, value) for i, value in enumerate(values) if value >= limit]
     if not bad:
-        check_indices(values, limit, "dst_blocks")
+        check()
         return
     with pytest.raises(LLMParamInvalidError, match=rf"dst_blocks\[{bad[0][0]}\] is block {bad[0][1]}, ") as info:
-        check_indices(values, limit, "dst_blocks")
+        check()
     assert (f"0..{limit - 1}" if limit else "no blocks") in str(info.value)
 
 

@@ -4,9 +4,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from llm_datadist.core.table.cache_object import CacheTable
-from llm_datadist.core.table.pool import PagePool
 from llm_datadist.status import LLMMemoryError, LLMNotFoundError, LLMParamInvalidError, LLMTimeoutError
+from llm_datadist_probes.table import CacheTable, PagePool
 
 KEY_REQ, KEY_PREFIX, KEY_BLOCKS, KEY_BY_ID = range(4)
 BLOCKS, HOST, REMOTE, LAST_WINS = 1, 2, 4, 8

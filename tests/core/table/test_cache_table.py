@@ -6,8 +6,6 @@ import time
 
 import pytest
 
-from llm_datadist.core.table.cache_object import CacheTable
-from llm_datadist.core.table.pool import PagePool
 from llm_datadist.status import (
     LLMException,
     LLMMemoryError,
@@ -16,6 +14,7 @@ from llm_datadist.status import (
     LLMStatusCode,
     LLMTimeoutError,
 )
+from llm_datadist_probes.table import CacheTable, PagePool
 
 KEY_REQ, KEY_PREFIX, KEY_BLOCKS, KEY_BY_ID = range(4)
 BLOCKS, HOST, REMOTE, LAST_WINS = 1, 2, 4, 8

@@ -3,9 +3,8 @@ import random
 
 import pytest
 
-from llm_datadist.core.table.cache_object import CacheTable
-from llm_datadist.core.table.pool import PagePool
 from llm_datadist.status import LLMNotFoundError
+from llm_datadist_probes.table import CacheTable, PagePool
 
 KEY_REQ, KEY_PREFIX, KEY_BLOCKS, KEY_BY_ID = range(4)
 BASE = 1 << 40

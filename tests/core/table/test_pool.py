@@ -7,8 +7,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from llm_datadist.core.table.pool import PagePool
 from llm_datadist.status import LLMMemoryError, LLMParamInvalidError
+from llm_datadist_probes.table import PagePool
 
 BASE = 1 << 40
 PAGE = 512

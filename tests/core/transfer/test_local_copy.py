@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from llm_datadist import status as public
 from llm_datadist.core.base.provider import HOST_LIBRARY
-from llm_datadist.core.base.wait import TableProbe
-from llm_datadist.core.transfer.local_copy import CopyProbe
+from llm_datadist_probes.transfer import CopyProbe, TableProbe
 
 MIB = 1 << 20
 H2H, H2D, D2H, D2D, DEFAULT = range(5)

@@ -10,11 +10,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from llm_datadist.core.measure.stopwatch import TableStopwatch
-
 from ..case import ALL_BLOCKS, Case
 from ..channel import Channel
 from ..measure import collection_paused
+from ..native.stopwatch import TableStopwatch
 from ..rows import Rig
 from ..statistics import median
 from . import median_value, value
@@ -58,7 +57,7 @@ def many_keys(peers: list[Channel], seconds: float, on_progress: Callable[[float
 def _core(seconds: float) -> list[dict]:
     """The same in the core alone: random live keys, no interpreter between two operations."""
     watches = {live: TableStopwatch(live // KEYS_PER_CACHE) for live in (FEW, MANY)}
-    key_bytes = watches[MANY].table.stats()["key_bytes"] / MANY
+    key_bytes = watches[MANY].stats()["key_bytes"] / MANY
     rng = np.random.default_rng(8)
     took: dict[str, dict[int, list[float]]] = {}
     for _ in range(max(50, int(seconds * 200))):

@@ -7,12 +7,12 @@ from collections.abc import Callable
 import numpy as np
 
 from llm_datadist import BlocksCacheKey
-from llm_datadist.core.measure.bound import CopyBound
 
 from .. import engine as engines
 from ..case import ALL_BLOCKS, Case
 from ..channel import Channel
 from ..measure import Sampler, Samples, interleave, repeat
+from ..native.bound import CopyBound
 from ..rows import Rig
 from ..statistics import quantile
 from . import median_value, value

@@ -8,13 +8,13 @@ from time import perf_counter_ns as clock
 import numpy as np
 
 from llm_datadist import BlocksCacheKey, CacheDesc, CacheKey, DataType
-from llm_datadist.core.measure.bound import CopyBound
-from llm_datadist.core.measure.stopwatch import time_parse, time_plan
 
 from .. import engine as engines
 from ..case import PAGED_TENSORS
 from ..channel import Channel
 from ..measure import Sampler, interleave, repeat, repeat_timed
+from ..native.bound import CopyBound
+from ..native.stopwatch import time_parse, time_plan
 from ..rows import Rig
 from ..statistics import median, slope
 from . import median_value, value

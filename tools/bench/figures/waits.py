@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import resource
 import signal
@@ -11,11 +10,11 @@ from collections.abc import Callable
 from time import perf_counter_ns as clock
 
 from llm_datadist import BlocksCacheKey
-from llm_datadist.core.base.wait import TableProbe
 from llm_datadist.status import LLMTimeoutError
 
 from .. import engine as engines
 from ..channel import Channel
+from ..native.stopwatch import wait_in_vain
 from ..rows import Rig
 from ..statistics import median, quantile, slope
 from . import median_value, value
@@ -35,25 +34,14 @@ def late_and_busy(peers: list[Channel], seconds: float, on_progress: Callable[[f
 
 
 def _core_waits(on_progress: Callable[[float], None]) -> list[dict]:
-    """The wait of a provider that only answers "not yet": ``strnlen(client, 0)`` does, in the place of its query.
-
-    It spins for a while and then naps between looks.
-    """
-    library = ctypes.CDLL(None)
-    probe = TableProbe(caps=0, query=ctypes.cast(library.strnlen, ctypes.c_void_p).value)
-    client = ctypes.create_string_buffer(1)
-
-    def wait(limit_us: int) -> None:
-        with contextlib.suppress(LLMTimeoutError):
-            probe.wait(ctypes.addressof(client), 0, limit_us * 1000)
-
+    """The wait of a provider that only answers "not yet": it spins for a while and then naps between looks."""
     late_us: list[float] = []
     asleep_us: list[float] = []
     busy_us: dict[int, list[float]] = {limit_us: [] for limit_us in _LIMITS_US}
     for number in range(_NUM_WAITS):
         for limit_us in _LIMITS_US:
             before, busy = clock(), time.thread_time_ns()
-            wait(limit_us)
+            wait_in_vain(limit_us * 1000)
             busy_us[limit_us].append((time.thread_time_ns() - busy) / 1e3)
             late_us.append((clock() - before) / 1e3 - limit_us)
             before = clock()
@@ -65,19 +53,19 @@ def _core_waits(on_progress: Callable[[float], None]) -> list[dict]:
         value("core_late_p99_us", quantile(late_us, 0.99), "us", late_us, "a wait that polls, after its limit"),
         value("sleep_late_p99_us", quantile(asleep_us, 0.99), "us", asleep_us,
               "a plain sleep of the same length, in turn: what the machine adds"),
-        value("core_spin_us", _longest_spin(wait), "us", (), "the longest such wait that never sleeps"),
+        value("core_spin_us", _longest_spin(), "us", (), "the longest such wait that never sleeps"),
         value("core_poll_percent", 100 * per_us, "%", (), "of a processor, while it naps and looks"),
     ]
 
 
-def _longest_spin(wait: Callable[[int], None]) -> float:
+def _longest_spin() -> float:
     """Return the longest limit, in microseconds, that usually passes without this thread giving up its processor."""
     longest = 0
     for limit_us in range(_SPIN_STEP_US, _MOST_SPIN_US + 1, _SPIN_STEP_US):
         slept = []
         for _ in range(_NUM_SPINS):
             before = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
-            wait(limit_us)
+            wait_in_vain(limit_us * 1000)
             slept.append(resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw - before)
         if median(slept) == 0:
             longest = limit_us

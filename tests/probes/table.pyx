@@ -1,26 +1,186 @@
-"""The cache table as a Python object: the cdef API with Python numbers, for tests and for looking at a table by hand.
+"""Page pools and cache tables as Python objects, and a way to keep an engine's table locked.
 
-The engine and the service thread call ``cache_table`` directly and never come here. Methods raise what the statuses
-of the calls below them stand for; none blocks with the GIL held.
+Methods raise what the statuses of the calls below them stand for; none blocks with the GIL held.
 """
 cimport cython
 from libc.stddef cimport size_t
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdint cimport UINT64_MAX, int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 
-from llm_datadist.core.base.status cimport LDD_E_TIMEOUT, check, ldd_detail, ldd_status
+from llm_datadist.core.base.status cimport LDD_E_TIMEOUT, check, ldd_detail, ldd_fail, ldd_status
 from llm_datadist.core.base.sync cimport ldd_lock, ldd_now_ns, ldd_unlock
+from llm_datadist.core.engine.engine cimport ldd_address_array, ldd_key_specs
+from llm_datadist.core.engine.lifecycle cimport EngineCore
 from llm_datadist.core.table.cache_table cimport (
-    ldd_cache_row, ldd_cache_view, ldd_key_spec, ldd_table_allocate, ldd_table_clear, ldd_table_counts,
+    ldd_cache_row, ldd_cache_view, ldd_key_spec, ldd_table, ldd_table_allocate, ldd_table_clear, ldd_table_counts,
     ldd_table_create, ldd_table_deallocate, ldd_table_destroy, ldd_table_pin_local, ldd_table_pin_range,
     ldd_table_register, ldd_table_remove_key, ldd_table_resolve, ldd_table_snapshot, ldd_table_stats, ldd_table_take,
     ldd_table_unpin, ldd_table_unregister,
 )
 from llm_datadist.core.table.key_index cimport LDD_NO_KEY
-from llm_datadist.core.table.pool cimport PagePool, ldd_pool
+from llm_datadist.core.table.pool cimport (
+    LDD_BIN_BITS, LDD_NO_PAGE, LDD_NUM_BINS, LDD_NUM_LEVELS, ldd_page, ldd_pool, ldd_pool_alloc_tensors,
+    ldd_pool_create, ldd_pool_destroy, ldd_pool_free, ldd_pool_free_bytes, ldd_pool_largest_bytes, ldd_span,
+)
 
 import contextlib
 from typing import NamedTuple, Optional
+
+from llm_datadist.status import LLMMemoryError
+
+
+# The tags of a page, see pool.pyx.
+cdef enum:
+    FREE_FIRST = 1
+    FREE_LAST = 2
+    USED = 4
+
+
+@contextlib.contextmanager
+def hold_table(EngineCore engine):
+    """Keep an engine's cache table locked for a while, so that everybody else runs into their time limits."""
+    with nogil:
+        ldd_lock(&engine.table.mutex)
+    try:
+        yield
+    finally:
+        ldd_unlock(&engine.table.mutex)
+
+
+@cython.final
+cdef class PagePool:
+    """A page pool of its own.
+
+    Parameters
+    ----------
+    base : int
+        First address. Nothing is ever read or written there.
+    memory_size : int
+        Bytes; a tail smaller than a page stays unused.
+    page_shift : int
+        Pages of ``1 << page_shift`` bytes, 9..30.
+
+    Raises
+    ------
+    LLMParamInvalidError
+        A value outside the ranges above.
+    """
+
+    cdef ldd_pool* pool
+
+    def __init__(self, base, memory_size, page_shift):
+        cdef ldd_detail detail
+        if self.pool != NULL:
+            raise TypeError("a PagePool is initialised once")
+        check(ldd_pool_create(base, memory_size, page_shift, &self.pool, &detail), &detail, b"create pool")
+
+    def __dealloc__(self):
+        ldd_pool_destroy(self.pool)
+
+    def alloc(self, num_pages):
+        """Return the span of one run of `num_pages` pages, or None when no free run is that long."""
+        if num_pages > UINT64_MAX >> self.pool.page_shift:
+            return None
+        try:
+            return self.alloc_tensors(1, num_pages << self.pool.page_shift)[0]
+        except LLMMemoryError:
+            return None
+
+    def alloc_tensors(self, uint32_t num_tensors, uint64_t tensor_bytes):
+        """Return (span, [address per tensor]); raise ``LLMMemoryError`` with the pool as it was."""
+        cdef ldd_detail detail
+        cdef ldd_span span
+        cdef ldd_status st
+        cdef uint64_t* addrs = <uint64_t*>malloc(<size_t>(num_tensors or 1) * sizeof(uint64_t))
+        if addrs == NULL:
+            raise MemoryError
+        detail.provider_code = 0
+        try:
+            with nogil:
+                st = ldd_pool_alloc_tensors(self.pool, num_tensors, tensor_bytes, addrs, &span, &detail)
+            check(st, &detail, b"allocate tensors")
+            return span, [addrs[i] for i in range(num_tensors)]
+        finally:
+            free(addrs)
+
+    def free(self, ldd_span span):
+        """Give a span back; raise ``LLMParamInvalidError`` when it is not one in use."""
+        cdef ldd_detail detail
+        detail.provider_code = 0
+        cdef ldd_status st = ldd_pool_free(self.pool, span)
+        ldd_fail(&detail, st, b"page %u does not start a span in use", span)
+        check(st, &detail, b"free span")
+
+    @property
+    def free_bytes(self):
+        """Bytes in free pages."""
+        return ldd_pool_free_bytes(self.pool)
+
+    @property
+    def largest_bytes(self):
+        """Bytes of the largest free run."""
+        return ldd_pool_largest_bytes(self.pool)
+
+    @property
+    def num_pages(self):
+        """Pages of the whole range."""
+        return self.pool.num_pages
+
+    def runs(self):
+        """Return [(first page, pages, in use)] in address order, after checking tags, bins and counts against it.
+
+        Raises
+        ------
+        AssertionError
+            The records contradict each other. One pass with the mutex held; for tests and for operators.
+        """
+        ldd_lock(&self.pool.mutex)
+        try:
+            return _runs(self.pool)
+        finally:
+            ldd_unlock(&self.pool.mutex)
+
+
+def _bin_of(num_pages):
+    """(level, bin) of runs of so many pages: bins of level 0 hold one size each, above they cut a power of two."""
+    if num_pages < LDD_NUM_BINS:
+        return 0, num_pages
+    level = num_pages.bit_length() - LDD_BIN_BITS
+    return level, (num_pages >> (level - 1)) - LDD_NUM_BINS
+
+
+cdef list _runs(ldd_pool* pool):
+    cdef uint32_t page = 0, level, bin, run
+    cdef ldd_page* at
+    found = []
+    free_runs = set()
+    binned = set()
+    after_free = False
+    while page < pool.num_pages:
+        at = &pool.pages[page]
+        used = bool(at.tag & USED)
+        assert used or at.tag & FREE_FIRST, f"page {page} starts no run"
+        assert 0 < at.num_pages <= pool.num_pages - page, f"run at page {page} has {at.num_pages} pages"
+        if not used:
+            assert not after_free, f"free runs meet at page {page}"
+            assert pool.pages[page + at.num_pages - 1].tag & FREE_LAST, f"run at page {page} has no end"
+            assert pool.pages[page + at.num_pages - 1].num_pages == at.num_pages
+            free_runs.add((page, at.num_pages))
+        found.append((page, at.num_pages, used))
+        after_free = not used
+        page += at.num_pages
+    for level in range(<uint32_t>LDD_NUM_LEVELS):
+        assert bool(pool.level_map >> level & 1) == bool(pool.bin_maps[level])
+        for bin in range(<uint32_t>LDD_NUM_BINS):
+            run = pool.heads[level][bin]
+            assert bool(pool.bin_maps[level] >> bin & 1) == (run != LDD_NO_PAGE)
+            while run != LDD_NO_PAGE:
+                assert _bin_of(pool.pages[run].num_pages) == (level, bin), f"run at page {run} is in the wrong bin"
+                binned.add((run, pool.pages[run].num_pages))
+                run = pool.pages[run].next
+    assert binned == free_runs, "bins and runs differ"
+    assert sum([pages for _, pages in free_runs]) == pool.num_free_pages
+    return found
 
 
 class Pinned(NamedTuple):
@@ -53,6 +213,7 @@ cdef class CacheTable:
     Safe from any thread. A method with a timeout first tries the mutex and waits for it without the GIL. `keys` are
     (batch slot, kind, id, model id).
     """
+    cdef ldd_table* t
 
     def __cinit__(self):
         self.t = NULL
@@ -72,13 +233,13 @@ cdef class CacheTable:
         cdef ldd_detail detail
         cdef int64_t cache_id = 0, deadline = _deadline(timeout_ms)
         cdef ldd_status st
-        cdef uint32_t num_keys = len(keys)
+        cdef uint32_t num_keys = 0
         cdef ldd_pool* memory = NULL if pool is None else pool.pool
         cdef uint64_t* addrs = <uint64_t*>malloc(<size_t>num_tensors * sizeof(uint64_t) + 1)
         cdef ldd_key_spec* specs = NULL
         detail.provider_code = 0
         try:
-            specs = _key_specs(keys)
+            specs = ldd_key_specs(keys, &num_keys)
             if addrs == NULL:
                 raise MemoryError
             st = ldd_table_allocate(self.t, memory, num_tensors, num_slots, tensor_bytes, flags, specs, num_keys,
@@ -98,16 +259,12 @@ cdef class CacheTable:
         cdef ldd_detail detail
         cdef int64_t cache_id = 0, deadline = _deadline(timeout_ms)
         cdef ldd_status st
-        cdef uint32_t num_tensors = len(addrs), num_keys = len(keys), i
-        cdef uint64_t* values = <uint64_t*>malloc(<size_t>num_tensors * sizeof(uint64_t) + 1)
+        cdef uint32_t num_tensors = len(addrs), num_keys = 0
+        cdef uint64_t* values = ldd_address_array(addrs)
         cdef ldd_key_spec* specs = NULL
         detail.provider_code = 0
         try:
-            specs = _key_specs(keys)
-            if values == NULL:
-                raise MemoryError
-            for i, addr in enumerate(addrs):
-                values[i] = addr
+            specs = ldd_key_specs(keys, &num_keys)
             with nogil:
                 st = ldd_table_register(self.t, values, num_tensors, num_slots, tensor_bytes, flags, specs, num_keys,
                                         &cache_id, deadline, &detail)
@@ -244,23 +401,6 @@ cdef class CacheTable:
 
 cdef int64_t _deadline(timeout_ms) except -1:
     return ldd_now_ns() + <int64_t>timeout_ms * 1000000
-
-
-cdef ldd_key_spec* _key_specs(keys) except? NULL:
-    cdef ldd_key_spec* specs = <ldd_key_spec*>malloc(len(keys) * sizeof(ldd_key_spec) + 1)
-    cdef size_t i
-    if specs == NULL:
-        raise MemoryError
-    try:
-        for i, (slot, kind, id, model_id) in enumerate(keys):
-            specs[i].slot = slot
-            specs[i].kind = kind
-            specs[i].id = id
-            specs[i].model_id = model_id
-    except BaseException:
-        free(specs)
-        raise
-    return specs
 
 
 cdef object _pinned(const ldd_cache_view* view):

@@ -19,38 +19,36 @@ import socket
 
 from llm_datadist.core.base.status cimport ldd_status
 from llm_datadist.core.base.sync cimport ldd_now_ns
-from llm_datadist.core.measure.bound cimport (
-    bound_desc, bound_descs, bound_team, bound_team_run, bound_team_start, bound_team_stop,
-)
+
+cdef extern from "team.h" nogil:
+    ctypedef struct pthread_t:
+        pass
+    ctypedef struct bound_desc:
+        uint64_t src
+        uint64_t dst
+        uint64_t length
+    ctypedef struct bound_team:
+        pass
+    ctypedef void (*bound_work)(void* context, int index) noexcept nogil
+    ldd_status bound_team_start(bound_team* team, int num_threads)
+    void bound_team_run(bound_team* team, bound_work work, void* context)
+    void bound_team_stop(bound_team* team)
+    int bound_spawn(pthread_t* thread, void* (*body)(void*) noexcept nogil, void* argument)
+    int pthread_join(pthread_t thread, void** result)
 
 cdef extern from * nogil:
     """
     #include <netinet/in.h>
     #include <netinet/tcp.h>
     #include <poll.h>
-    #include <pthread.h>
-    #include <signal.h>
     #include <sys/socket.h>
     #include <unistd.h>
-
-    static int bound_thread(pthread_t *thread, void *(*main)(void *), void *argument) {
-        sigset_t all, before;
-        sigfillset(&all);
-        pthread_sigmask(SIG_SETMASK, &all, &before);
-        int error = pthread_create(thread, NULL, main, argument);
-        pthread_sigmask(SIG_SETMASK, &before, NULL);
-        return error;
-    }
 
     static void bound_no_delay(int fd) {
         int on = 1;
         setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
     }
     """
-    ctypedef struct pthread_t:
-        pass
-    int bound_thread(pthread_t* thread, void* (*main)(void*) noexcept nogil, void* argument)
-    int pthread_join(pthread_t thread, void** result)
     void bound_no_delay(int fd)
 
 cdef extern from "<sys/uio.h>" nogil:
@@ -125,6 +123,19 @@ ctypedef struct tcp_client:
     int num_threads
     const bound_desc* descs
     int error                                   # errno of the first connection that failed
+
+
+# ---------------------------------------------------------------------------------------------------- descriptors
+
+cdef const uint64_t[:, ::1] _checked(object descs):
+    cdef const uint64_t[:, ::1] rows = descs
+    if rows.shape[1] != 3:
+        raise ValueError(f"descriptors have shape ({rows.shape[0]}, {rows.shape[1]}); (n, 3) is needed")
+    return rows
+
+
+cdef const bound_desc* _first(const uint64_t[:, ::1] rows) noexcept:
+    return <const bound_desc*>&rows[0, 0] if rows.shape[0] else NULL
 
 
 # ------------------------------------------------------------------------------------------------- moving a range
@@ -212,7 +223,7 @@ cdef void* _accept_all(void* argument) noexcept nogil:
         served = &server.served[server.num_served]
         served.server = server
         served.fd = fd
-        if bound_thread(&served.thread, _serve, served) != 0:
+        if bound_spawn(&served.thread, _serve, served) != 0:
             close(fd)
             return NULL
         server.num_served += 1
@@ -231,23 +242,21 @@ cdef class TcpServer:
         Rows (source address, destination address, bytes); a get reads the sources here, a put writes the destinations.
     """
     cdef tcp_server* _server
-    cdef bound_desc* _descs
+    cdef const uint64_t[:, ::1] _rows           # whose memory the descriptors are read from
     cdef readonly int port
 
     def __init__(self, str ip, descs):
-        cdef size_t count
-        cdef uint64_t total
-        if self._descs != NULL:
+        if self.port:
             raise RuntimeError("a TcpServer is initialised once")
-        self._descs = bound_descs(descs, &count, &total)
+        self._rows = _checked(descs)
         with socket.create_server((ip, 0), backlog=MAX_CONNECTIONS) as listener:
             self._server = <tcp_server*>calloc(1, sizeof(tcp_server))
             if self._server == NULL:
                 raise MemoryError()
             self.port = listener.getsockname()[1]
-            self._server.descs = self._descs
+            self._server.descs = _first(self._rows)
             self._server.fd = listener.detach()
-        if bound_thread(&self._server.acceptor, _accept_all, self._server) != 0:
+        if bound_spawn(&self._server.acceptor, _accept_all, self._server) != 0:
             close(self._server.fd)
             free(self._server)
             self._server = NULL
@@ -255,7 +264,6 @@ cdef class TcpServer:
 
     def __dealloc__(self):
         self.close()
-        free(self._descs)
 
     def close(self):
         """Stop serving; the memory is no longer touched when this returns. Idempotent."""
@@ -344,7 +352,7 @@ cdef class TcpClient:
         1 to `num_connections`, the calling thread included.
     """
     cdef tcp_client _client
-    cdef bound_desc* _descs
+    cdef const uint64_t[:, ::1] _rows           # whose memory the descriptors are read from
     cdef bound_team _team
     cdef readonly uint64_t num_bytes
 
@@ -353,15 +361,17 @@ cdef class TcpClient:
         memset(&self._team, 0, sizeof(self._team))
 
     def __init__(self, str ip, int port, descs, int num_connections, int num_threads):
-        cdef size_t count
         cdef ldd_status status
-        if self._descs != NULL:
+        cdef Py_ssize_t i
+        if self._client.num_threads:
             raise RuntimeError("a TcpClient is initialised once")
         if not 1 <= num_threads <= num_connections <= MAX_CONNECTIONS:
             raise ValueError(f"num_threads={num_threads}, num_connections={num_connections} are not allowed; "
                              f"1 <= num_threads <= num_connections <= {MAX_CONNECTIONS}")
-        self._descs = bound_descs(descs, &count, &self.num_bytes)
-        self._client.descs = self._descs
+        self._rows = _checked(descs)
+        for i in range(self._rows.shape[0]):
+            self.num_bytes += self._rows[i, 2]
+        self._client.descs = _first(self._rows)
         self._client.num_threads = num_threads
         while self._client.num_connections < num_connections:
             connection = socket.create_connection((ip, port), timeout=10)
@@ -376,7 +386,6 @@ cdef class TcpClient:
 
     def __dealloc__(self):
         self.close()
-        free(self._descs)
 
     def close(self):
         """End the connections. Idempotent."""
@@ -407,7 +416,7 @@ cdef class TcpClient:
             connection.request.op = GO_PUT if put else GO_GET
             connection.request.offset = offset
             connection.request.length = min(share, self.num_bytes - offset)
-            _cursor_start(&connection.cursor, self._descs, offset, connection.request.length)
+            _cursor_start(&connection.cursor, self._client.descs, offset, connection.request.length)
             offset += connection.request.length
             connection.missing = 1 if put else 0
             connection.finished = False

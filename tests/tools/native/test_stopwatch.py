@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from llm_datadist.core.measure.stopwatch import TableStopwatch, time_parse, time_plan, time_pool
+from llm_datadist.tools.bench.native.stopwatch import TableStopwatch, time_parse, time_plan, time_pool
 
 
 def test_plan_reports_descriptors():
@@ -30,20 +30,20 @@ def test_table_holds_what_it_says_through_a_round():
     watch = TableStopwatch(100)
     try:
         some = np.array([3, 99, 0, 50], dtype=np.int64)
-        assert watch.table.stats()["num_keys"] == 200 and watch.table.stats()["num_owned"] == 100
+        assert watch.stats()["num_keys"] == 200 and watch.stats()["num_owned"] == 100
         assert watch.resolve(some) > 0
-        assert watch.table.stats()["num_pins"] == 0
+        assert watch.stats()["num_pins"] == 0
         assert watch.remove_keys(some) > 0
-        assert watch.table.stats()["num_keys"] == 192 and watch.table.stats()["num_owned"] == 100
+        assert watch.stats()["num_keys"] == 192 and watch.stats()["num_owned"] == 100
         with pytest.raises(LookupError):
             watch.resolve(some)
         assert watch.deallocate(some) > 0
-        assert watch.table.stats()["num_owned"] == 96
+        assert watch.stats()["num_owned"] == 96
         assert watch.allocate(some) > 0
-        assert watch.table.stats()["num_keys"] == 200 and watch.table.stats()["num_owned"] == 100
+        assert watch.stats()["num_keys"] == 200 and watch.stats()["num_owned"] == 100
     finally:
         watch.close()
-    assert watch.table.stats()["num_owned"] == 0
+    assert watch.stats()["num_owned"] == 0
 
 
 def test_a_table_without_caches_is_refused():

@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 
-from llm_datadist.core.measure.bound_tcp import TcpClient, TcpServer
+from llm_datadist.tools.bench.native.bound_tcp import TcpClient, TcpServer
 
 LENGTHS = [5, 300_000, 0, 64, 1 << 20, 4096, 1]
 

@@ -7,22 +7,30 @@ cimport cython
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
+from libc.string cimport memset
 
 from array import array
 
+from llm_datadist.core.base.provider cimport (
+    HIXL_COMPLETE_STATUS_WAITING, HIXL_SUCCESS, CompleteHandle, HixlClientHandle, HixlCompleteStatus, HixlStatus,
+    ldd_provider,
+)
 from llm_datadist.core.base.status cimport LDD_OK, check, ldd_detail, ldd_status
 from llm_datadist.core.base.sync cimport ldd_now_ns
+from llm_datadist.core.base.wait cimport ldd_wait_complete
 from llm_datadist.core.plan.block_plan cimport (
-    ldd_desc_list, ldd_desc_list_clear, ldd_desc_list_free, ldd_desc_list_init, ldd_plan_blocks,
+    ldd_desc_list, ldd_desc_list_clear, ldd_desc_list_free, ldd_plan_blocks,
 )
 from llm_datadist.core.plan.index_list cimport IndexList
 from llm_datadist.core.table.cache_life cimport ldd_cache_view, ldd_key_spec
-from llm_datadist.core.table.cache_object cimport CacheTable
 from llm_datadist.core.table.cache_table cimport (
-    ldd_table_allocate, ldd_table_deallocate, ldd_table_remove_key, ldd_table_resolve, ldd_table_unpin,
+    ldd_table, ldd_table_allocate, ldd_table_clear, ldd_table_counts, ldd_table_create, ldd_table_deallocate,
+    ldd_table_destroy, ldd_table_remove_key, ldd_table_resolve, ldd_table_stats, ldd_table_unpin,
 )
 from llm_datadist.core.table.key_index cimport KEY_REQ
-from llm_datadist.core.table.pool cimport LDD_NO_PAGE, PagePool, ldd_pool_alloc_tensors, ldd_pool_free, ldd_span
+from llm_datadist.core.table.pool cimport (
+    LDD_NO_PAGE, ldd_pool, ldd_pool_alloc_tensors, ldd_pool_create, ldd_pool_destroy, ldd_pool_free, ldd_span,
+)
 
 cdef uint64_t BASE = <uint64_t>1 << 44             # no address of anybody
 cdef enum:
@@ -54,7 +62,7 @@ def time_plan(uint64_t num_tensors, uint64_t block_bytes, uint64_t num_blocks, s
         raise ValueError(f"{src.length} source blocks and {dst.length} destination blocks")
     for tensor in range(num_tensors):
         addrs[tensor] = BASE + tensor * step
-    ldd_desc_list_init(&plan)
+    memset(&plan, 0, sizeof(plan))
     try:
         with nogil:
             took_ns = ldd_now_ns()
@@ -74,27 +82,44 @@ def time_plan(uint64_t num_tensors, uint64_t block_bytes, uint64_t num_blocks, s
 
 def time_pool(uint32_t num_tensors, uint64_t tensor_bytes, uint32_t page_shift, int64_t count):
     """Take memory of a cache from a pool of its own and give it back, `count` times; nanoseconds of one pair."""
-    cdef PagePool pool = PagePool(BASE, <uint64_t>1 << 36, page_shift)
+    cdef ldd_pool* pool = NULL
     cdef ldd_detail detail
-    cdef ldd_status status = LDD_OK
+    cdef ldd_status status
     cdef ldd_span span = LDD_NO_PAGE
     cdef int64_t _, took_ns
     cdef uint64_t* addrs = <uint64_t*>malloc(max(num_tensors, <uint32_t>1) * sizeof(uint64_t))
     if addrs == NULL:
         raise MemoryError()
     try:
+        check(ldd_pool_create(BASE, <uint64_t>1 << 36, page_shift, &pool, &detail), &detail, b"create pool")
+        status = LDD_OK
         with nogil:
             took_ns = ldd_now_ns()
             for _ in range(count):
-                status = ldd_pool_alloc_tensors(pool.pool, num_tensors, tensor_bytes, addrs, &span, &detail)
+                status = ldd_pool_alloc_tensors(pool, num_tensors, tensor_bytes, addrs, &span, &detail)
                 if status < 0:
                     break
-                ldd_pool_free(pool.pool, span)
+                ldd_pool_free(pool, span)
             took_ns = ldd_now_ns() - took_ns
         check(status, &detail, b"allocate")
         return took_ns / count
     finally:
+        ldd_pool_destroy(pool)
         free(addrs)
+
+
+cdef HixlStatus _not_yet(HixlClientHandle client, CompleteHandle handle, HixlCompleteStatus* state) noexcept nogil:
+    state[0] = HIXL_COMPLETE_STATUS_WAITING
+    return HIXL_SUCCESS
+
+
+def wait_in_vain(int64_t limit_ns):
+    """Wait as the transfer code does, with a provider that cannot sleep, for a batch that does not end."""
+    cdef ldd_provider provider
+    memset(&provider, 0, sizeof(provider))
+    provider.hixl.HixlCSClientQueryCompleteStatus = _not_yet
+    with nogil:
+        ldd_wait_complete(&provider, NULL, NULL, ldd_now_ns() + limit_ns, NULL)
 
 
 @cython.final
@@ -106,28 +131,39 @@ cdef class TableStopwatch:
     num_caches : int
         At least 1.
     """
-    cdef readonly CacheTable table
-    cdef PagePool _pool
+    cdef ldd_table* _table
+    cdef ldd_pool* _pool
     cdef int64_t* _cache_ids
     cdef readonly int64_t num_caches
 
     def __init__(self, int64_t num_caches):
+        cdef ldd_detail detail
         if self._cache_ids != NULL or num_caches < 1:
             raise ValueError(f"num_caches={num_caches}: at least 1, and given once")
         self._cache_ids = <int64_t*>malloc(num_caches * sizeof(int64_t))
         if self._cache_ids == NULL:
             raise MemoryError()
-        self.table = CacheTable()
-        self._pool = PagePool(BASE, max(<uint64_t>num_caches * 1024, <uint64_t>1 << 20), 9)
+        check(ldd_table_create(&self._table, &detail), &detail, b"create cache table")
+        check(ldd_pool_create(BASE, max(<uint64_t>num_caches * 1024, <uint64_t>1 << 20), 9, &self._pool, &detail),
+              &detail, b"create pool")
         self.num_caches = num_caches
         self.allocate(array("q", range(num_caches)))
 
     def __dealloc__(self):
+        ldd_table_destroy(self._table)
+        ldd_pool_destroy(self._pool)
         free(self._cache_ids)
 
     def close(self):
         """Free what the table holds."""
-        self.table.clear(timeout_ms=0)
+        cdef ldd_detail detail
+        check(ldd_table_clear(self._table, 0, &detail), &detail, b"clear cache table")
+
+    def stats(self):
+        """The counts of the table, by name."""
+        cdef ldd_table_counts counts
+        ldd_table_stats(self._table, &counts)
+        return counts
 
     def allocate(self, const int64_t[::1] caches):
         """Allocate these caches, which are not there, with their keys; nanoseconds of one."""
@@ -144,7 +180,7 @@ cdef class TableStopwatch:
                     keys[k].kind = KEY_REQ
                     keys[k].id = <uint64_t>(KEYS_PER_CACHE * caches[i]) + k
                     keys[k].model_id = 0
-                status = ldd_table_allocate(self.table.t, self._pool.pool, 1, KEYS_PER_CACHE, 2, 0, keys,
+                status = ldd_table_allocate(self._table, self._pool, 1, KEYS_PER_CACHE, 2, 0, keys,
                                             KEYS_PER_CACHE, &self._cache_ids[caches[i]], NULL, 0, &detail)
                 if status < 0:
                     break
@@ -161,10 +197,10 @@ cdef class TableStopwatch:
         with nogil:
             took_ns = ldd_now_ns()
             for i in range(caches.shape[0]):
-                status = ldd_table_resolve(self.table.t, KEY_REQ, KEYS_PER_CACHE * caches[i], 0, 0, &view, &detail)
+                status = ldd_table_resolve(self._table, KEY_REQ, KEYS_PER_CACHE * caches[i], 0, 0, &view, &detail)
                 if status < 0:
                     break
-                ldd_table_unpin(self.table.t, view.slot, view.generation)
+                ldd_table_unpin(self._table, view.slot, view.generation)
             took_ns = ldd_now_ns() - took_ns
         check(status, &detail, b"resolve")
         return took_ns / max(caches.shape[0], 1)
@@ -178,7 +214,7 @@ cdef class TableStopwatch:
             took_ns = ldd_now_ns()
             for i in range(caches.shape[0]):
                 for k in range(KEYS_PER_CACHE):
-                    status = ldd_table_remove_key(self.table.t, KEY_REQ, KEYS_PER_CACHE * caches[i] + k, 0, 0, &detail)
+                    status = ldd_table_remove_key(self._table, KEY_REQ, KEYS_PER_CACHE * caches[i] + k, 0, 0, &detail)
                     if status < 0:
                         break
             took_ns = ldd_now_ns() - took_ns
@@ -193,7 +229,7 @@ cdef class TableStopwatch:
         with nogil:
             took_ns = ldd_now_ns()
             for i in range(caches.shape[0]):
-                status = ldd_table_deallocate(self.table.t, self._cache_ids[caches[i]], 0, &detail)
+                status = ldd_table_deallocate(self._table, self._cache_ids[caches[i]], 0, &detail)
                 if status < 0:
                     break
             took_ns = ldd_now_ns() - took_ns

@@ -16,11 +16,22 @@ from libc.string cimport memcpy, memset
 
 import os
 
-from llm_datadist.core.base.status cimport LDD_E_FAILED, LDD_E_NO_MEMORY, LDD_OK, ldd_status
-from llm_datadist.core.base.sync cimport (
-    LDD_NEVER, ldd_cond_broadcast, ldd_cond_destroy, ldd_cond_init, ldd_cond_wait_until, ldd_lock, ldd_mutex_destroy,
-    ldd_mutex_init, ldd_now_ns, ldd_unlock,
-)
+from llm_datadist.core.base.status cimport ldd_status
+from llm_datadist.core.base.sync cimport ldd_now_ns
+
+cdef extern from "team.h" nogil:
+    enum:
+        BOUND_MAX_THREADS
+    ctypedef struct bound_desc:
+        uint64_t src
+        uint64_t dst
+        uint64_t length
+    ctypedef struct bound_team:
+        pass
+    ctypedef void (*bound_work)(void* context, int index) noexcept nogil
+    ldd_status bound_team_start(bound_team* team, int num_threads)
+    void bound_team_run(bound_team* team, bound_work work, void* context)
+    void bound_team_stop(bound_team* team)
 
 cdef extern from "<sys/types.h>" nogil:
     ctypedef int pid_t
@@ -36,19 +47,9 @@ cdef extern from "<sys/uio.h>" nogil:
 
 cdef extern from * nogil:
     """
-    #include <signal.h>
     #if defined(__x86_64__)
     #include <immintrin.h>
     #endif
-
-    static int bound_spawn(pthread_t *thread, void *(*main)(void *), void *argument) {
-        sigset_t all, before;
-        sigfillset(&all);
-        pthread_sigmask(SIG_SETMASK, &all, &before);
-        int error = pthread_create(thread, NULL, main, argument);
-        pthread_sigmask(SIG_SETMASK, &before, NULL);
-        return error;
-    }
 
     #if defined(__x86_64__)
     __attribute__((target("avx2"))) static void bound_stream_lines(char *dst, const char *src, size_t n) {
@@ -92,30 +93,13 @@ cdef extern from * nogil:
         memcpy(dst + head + lines, src + head + lines, n - head - lines);
     }
 
-    static inline void bound_relax(void) {
-    #if defined(__x86_64__)
-        __builtin_ia32_pause();
-    #elif defined(__aarch64__)
-        __asm__ volatile("yield");
-    #endif
-    }
     #define bound_claim(counter) __atomic_fetch_add((counter), 1, __ATOMIC_RELAXED)
-    #define bound_leave(counter) __atomic_fetch_sub((counter), 1, __ATOMIC_RELEASE)
-    #define bound_load(counter) __atomic_load_n((counter), __ATOMIC_ACQUIRE)
-    #define bound_store(counter, value) __atomic_store_n((counter), (value), __ATOMIC_RELEASE)
     """
-    int bound_spawn(pthread_t* thread, void* (*main)(void*) noexcept nogil, void* argument)
-    int pthread_join(pthread_t thread, void** result)
     int bound_has_stream()
     void bound_stream_copy(char* dst, const char* src, size_t n)
-    void bound_relax()
     size_t bound_claim(size_t* counter)
-    int bound_leave(int* counter)
-    int bound_load(int* counter)
-    void bound_store(int* counter, int value)
 
 cdef enum:
-    SPIN_NS = 50000                             # waiting for the last member without sleeping
     MIN_PIECE_BYTES = 1 << 18
     MAX_PIECE_BYTES = 1 << 20
     IOVECS = 256                                # per system call; 64 to 1024 make no difference worth having
@@ -164,7 +148,8 @@ cdef class CopyBound:
     num_parts : int, optional
         Cut the rows into as many parts of equal number, each of which is moved on its own.
     """
-    cdef bound_desc* _descs
+    cdef const uint64_t[:, ::1] _rows           # whose memory the descriptors are read from
+    cdef const bound_desc* _descs
     cdef size_t _num_descs
     cdef bound_piece* _pieces
     cdef size_t* _part_ends                     # in pieces
@@ -178,11 +163,19 @@ cdef class CopyBound:
 
     def __init__(self, descs, int num_threads, int pid=0, size_t num_parts=1):
         cdef ldd_status status
-        if self._descs != NULL:
+        cdef size_t i
+        if self._part_ends != NULL:
             raise RuntimeError("a CopyBound is initialised once")
         if not 1 <= num_threads <= BOUND_MAX_THREADS:
             raise ValueError(f"num_threads={num_threads} is not allowed; it must be 1 to {BOUND_MAX_THREADS}")
-        self._descs = bound_descs(descs, &self._num_descs, &self.num_bytes)
+        self._rows = descs
+        self._num_descs = self._rows.shape[0]
+        if self._rows.shape[1] != 3:
+            raise ValueError(f"descriptors have shape ({self._num_descs}, {self._rows.shape[1]}); (n, 3) is needed")
+        self._descs = <const bound_desc*>&self._rows[0, 0] if self._num_descs else NULL
+        self.num_bytes = 0
+        for i in range(self._num_descs):
+            self.num_bytes += self._descs[i].length
         if num_parts < 1 or self._num_descs % num_parts:
             raise ValueError(f"num_parts={num_parts} does not divide {self._num_descs} descriptors")
         self.num_parts = num_parts
@@ -203,7 +196,6 @@ cdef class CopyBound:
             bound_team_stop(&self._team)
         free(self._part_ends)
         free(self._pieces)
-        free(self._descs)
 
     cdef void _cut(self, int num_threads) noexcept:
         """Cut each part into pieces of about equal length, several per thread; one thread takes a part at once."""
@@ -306,23 +298,6 @@ cdef class CopyBound:
             free(took)
 
 
-cdef bound_desc* bound_descs(object rows, size_t* count, uint64_t* total) except NULL:
-    cdef const uint64_t[:, ::1] view = rows
-    cdef size_t i, n = view.shape[0]
-    cdef bound_desc* descs
-    if view.shape[1] != 3:
-        raise ValueError(f"descriptors have shape ({n}, {view.shape[1]}); (n, 3) is needed")
-    descs = <bound_desc*>malloc(max(n, <size_t>1) * sizeof(bound_desc))
-    if descs == NULL:
-        raise MemoryError()
-    count[0] = n
-    total[0] = 0
-    for i in range(n):
-        descs[i].src, descs[i].dst, descs[i].length = view[i, 0], view[i, 1], view[i, 2]
-        total[0] += descs[i].length
-    return descs
-
-
 # ------------------------------------------------------------------------------------------------------ kernels
 
 cdef void _move_pieces(void* context, int index) noexcept nogil:
@@ -379,85 +354,3 @@ cdef void _vm_piece(bound_job* job, const bound_piece* piece) noexcept nogil:
         if moved != <ssize_t>batch:             # a part is as bad as nothing: the time would mean something else
             job.error = errno if moved < 0 else EFAULT
             return
-
-
-# --------------------------------------------------------------------------------------------------- thread team
-
-cdef ldd_status bound_team_start(bound_team* team, int num_threads) noexcept nogil:
-    cdef int i
-    memset(team, 0, sizeof(bound_team))
-    if ldd_mutex_init(&team.lock) < 0:
-        return LDD_E_NO_MEMORY
-    if ldd_cond_init(&team.start) < 0:
-        ldd_mutex_destroy(&team.lock)
-        return LDD_E_NO_MEMORY
-    if ldd_cond_init(&team.done) < 0:
-        ldd_cond_destroy(&team.start)
-        ldd_mutex_destroy(&team.lock)
-        return LDD_E_NO_MEMORY
-    team.num_threads = 1
-    for i in range(1, num_threads):
-        if bound_spawn(&team.threads[i], _team_main, team) != 0:
-            bound_team_stop(team)
-            return LDD_E_FAILED
-        team.num_threads += 1
-    return LDD_OK
-
-
-cdef void* _team_main(void* argument) noexcept nogil:
-    cdef bound_team* team = <bound_team*>argument
-    cdef uint64_t job = 0
-    cdef int index
-    ldd_lock(&team.lock)
-    team.num_started += 1
-    index = team.num_started
-    while True:
-        while team.job == job and not team.stopping:
-            ldd_cond_wait_until(&team.start, &team.lock, LDD_NEVER)
-        if team.stopping:
-            break
-        job = team.job
-        ldd_unlock(&team.lock)
-        team.work(team.context, index)
-        bound_leave(&team.num_running)
-        ldd_lock(&team.lock)
-        if bound_load(&team.num_running) == 0:
-            ldd_cond_broadcast(&team.done)
-    ldd_unlock(&team.lock)
-    return NULL
-
-
-cdef void bound_team_run(bound_team* team, bound_work work, void* context) noexcept nogil:
-    cdef int64_t spin_until
-    ldd_lock(&team.lock)
-    team.work = work
-    team.context = context
-    bound_store(&team.num_running, team.num_threads - 1)
-    team.job += 1
-    ldd_cond_broadcast(&team.start)
-    ldd_unlock(&team.lock)
-    work(context, 0)
-    spin_until = ldd_now_ns() + SPIN_NS
-    while bound_load(&team.num_running) and ldd_now_ns() < spin_until:
-        bound_relax()
-    if bound_load(&team.num_running):
-        ldd_lock(&team.lock)
-        while bound_load(&team.num_running):
-            ldd_cond_wait_until(&team.done, &team.lock, LDD_NEVER)
-        ldd_unlock(&team.lock)
-
-
-cdef void bound_team_stop(bound_team* team) noexcept nogil:
-    cdef int i
-    if team.num_threads == 0:
-        return
-    ldd_lock(&team.lock)
-    team.stopping = True
-    ldd_cond_broadcast(&team.start)
-    ldd_unlock(&team.lock)
-    for i in range(1, team.num_threads):
-        pthread_join(team.threads[i], NULL)
-    ldd_cond_destroy(&team.done)
-    ldd_cond_destroy(&team.start)
-    ldd_mutex_destroy(&team.lock)
-    team.num_threads = 0

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from llm_datadist.core.measure.bound import CopyBound, has_stream_copy
+from llm_datadist.tools.bench.native.bound import CopyBound, has_stream_copy
 
 KIB = 1024
 
