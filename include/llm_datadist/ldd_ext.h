@@ -23,7 +23,7 @@ enum {
     LDD_CAP_WAIT = 1u << 2,              /* LddClientWait                                                             */
     LDD_CAP_CANCEL = 1u << 3,            /* LddClientCancel                                                           */
     LDD_CAP_DROP_PEER = 1u << 4,         /* LddServerDropPeer; client config key "ldd_token" (32 hex digits) is heard */
-    LDD_CAP_FETCH = 1u << 5,             /* LddServerSetFetch, LddClientFetchAsync, LddFetchConfirmed                 */
+    LDD_CAP_FETCH = 1u << 5,             /* LddServerSetFetch, LddClientFetchAsync                                    */
     LDD_CAP_SHARED_MEMORY = 1u << 6      /* processes of one host may share memory: LLM_DATADIST_HOST_PATHS says so   */
 };
 
@@ -76,34 +76,23 @@ enum { LDD_FETCH_MAX_REQUEST_BYTES = 1 << 20, LDD_FETCH_NOT_HERE = 1 };
 typedef struct {
     /*
      * Look up what the request names, of num_bytes in all, and hold it. 0: source is filled, and `end` will follow.
-     * Any other number is the owner's own, and reaches the client with `text`. `fetch` is for LddFetchConfirmed,
-     * valid until `end` returns. Called on threads of the server, as are the others.
+     * Any other number is the owner's own, and reaches the client with `text`. Called on threads of the server, as is
+     * `end`.
      */
     int32_t (*begin)(void *context, const uint8_t token[16], const void *request, size_t request_bytes,
-                     uint64_t num_bytes, void *fetch, LddFetchSource *source, char *text, size_t text_size);
-    /* The client may have confirmed some fetch: ask LddFetchConfirmed. */
-    void (*look)(void *context);
-    /* No byte is read on behalf of this ticket any more. */
-    void (*end)(void *context, void *ticket);
+                     uint64_t num_bytes, LddFetchSource *source, char *text, size_t text_size);
+    /*
+     * No byte is read on behalf of this ticket any more. `confirmed`: the client has said that it has them all; this
+     * is called as soon as that arrives. 0: it went away, or was dropped, without having said so.
+     */
+    void (*end)(void *context, void *ticket, int32_t confirmed);
 } LddFetchHooks;
 
 /*
  * Before the server listens; the hooks are copied. NULL at any time: returns once `end` was called for whatever had
- * begun, which has then been told by LddFetchConfirmed if it was confirmed, and no hook will be called again.
+ * begun, confirmed if its confirmation has arrived, and no hook will be called again.
  */
 HixlStatus LddServerSetFetch(HixlServerHandle server, const LddFetchHooks *hooks, void *context);
-
-/*
- * Whether the client has said that all bytes are in place. Never waits for the client, though it may wait, some
- * milliseconds at most and once, for a thread that has just sent the last of them; one call at a time per fetch. So an
- * owner that asks this before each look at its own books knows of every fetch whose confirmation has reached this host.
- */
-enum {
-    LDD_FETCH_OPEN = 0,
-    LDD_FETCH_CONFIRMED = 1, /* but a thread may read the bytes still */
-    LDD_FETCH_DONE = 2
-};
-int32_t LddFetchConfirmed(void *fetch);
 
 /* The outcome of a batch that completed: 0, or what the server's owner answered instead of bytes. */
 typedef struct {

@@ -77,7 +77,6 @@ extern "C" {
     X(LddServerDropPeer)                                                                                           \
     X(LddServerSetFetch)                                                                                           \
     X(LddClientFetchAsync)                                                                                         \
-    X(LddFetchConfirmed)                                                                                           \
     X(LddClientPaths)
 
 #define LDD_SLOT(fn) __typeof__(&fn) fn;
@@ -202,8 +201,7 @@ static inline ldd_status ldd_provider_fill(ldd_provider *provider, ldd_detail *d
         if (provider->ext.LddServerDropPeer == NULL) {
             provider->caps &= ~(uint32_t)LDD_CAP_DROP_PEER;
         }
-        if (provider->ext.LddServerSetFetch == NULL || provider->ext.LddClientFetchAsync == NULL ||
-            provider->ext.LddFetchConfirmed == NULL) {
+        if (provider->ext.LddServerSetFetch == NULL || provider->ext.LddClientFetchAsync == NULL) {
             provider->caps &= ~(uint32_t)LDD_CAP_FETCH;
         }
     }

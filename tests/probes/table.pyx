@@ -4,7 +4,7 @@ Methods raise what the statuses of the calls below them stand for; none blocks w
 """
 cimport cython
 from libc.stddef cimport size_t
-from libc.stdint cimport UINT64_MAX, int64_t, uint32_t, uint64_t
+from libc.stdint cimport UINT64_MAX, int64_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 
 from llm_datadist.core.base.status cimport LDD_E_TIMEOUT, check, ldd_detail, ldd_fail, ldd_status
@@ -22,6 +22,7 @@ from llm_datadist.core.table.pool cimport (
     LDD_BIN_BITS, LDD_NO_PAGE, LDD_NUM_BINS, LDD_NUM_LEVELS, ldd_page, ldd_pool, ldd_pool_alloc_tensors,
     ldd_pool_create, ldd_pool_destroy, ldd_pool_free, ldd_pool_free_bytes, ldd_pool_largest_bytes, ldd_span,
 )
+from llm_datadist.core.table.shared_table cimport ldd_shared_table_bytes
 
 import contextlib
 from typing import NamedTuple, Optional
@@ -210,8 +211,7 @@ class Pinned(NamedTuple):
 cdef class CacheTable:
     """A cache table of its own.
 
-    Safe from any thread. A method with a timeout first tries the mutex and waits for it without the GIL. `keys` are
-    (batch slot, kind, id, model id).
+    Safe from any thread. `keys` are (batch slot, kind, id, model id).
     """
     cdef ldd_table* t
 
@@ -278,11 +278,10 @@ cdef class CacheTable:
         """Give up the handle of an owned cache."""
         cdef ldd_detail detail
         cdef int64_t deadline = _deadline(timeout_ms)
-        cdef ldd_status st = ldd_table_deallocate(self.t, cache_id, 0, &detail)
-        if st == LDD_E_TIMEOUT:
-            with nogil:
-                st = ldd_table_deallocate(self.t, cache_id, deadline, &detail)
+        cdef ldd_status st
         detail.provider_code = 0
+        with nogil:
+            st = ldd_table_deallocate(self.t, cache_id, deadline, &detail)
         check(st, &detail, b"deallocate cache")
 
     def unregister(self, int64_t cache_id, timeout_ms=1000):
@@ -299,11 +298,10 @@ cdef class CacheTable:
         """Unbind a key."""
         cdef ldd_detail detail
         cdef int64_t deadline = _deadline(timeout_ms)
-        cdef ldd_status st = ldd_table_remove_key(self.t, kind, id, model_id, 0, &detail)
-        if st == LDD_E_TIMEOUT:
-            with nogil:
-                st = ldd_table_remove_key(self.t, kind, id, model_id, deadline, &detail)
+        cdef ldd_status st
         detail.provider_code = 0
+        with nogil:
+            st = ldd_table_remove_key(self.t, kind, id, model_id, deadline, &detail)
         check(st, &detail, b"remove cache key")
 
     def resolve(self, uint32_t kind, uint64_t id, uint64_t model_id=0, uint64_t batch_index=0):
@@ -387,6 +385,13 @@ cdef class CacheTable:
             finally:
                 free(rows)
             capacity = count + (count >> 2)
+
+    def shared_memory(self):
+        """Return (address, bytes, table descriptor, marks descriptor) of what peers see; None where nothing is shared."""
+        if self.t.shared.head == NULL:
+            return None
+        return (<uintptr_t>self.t.shared.head, ldd_shared_table_bytes(), self.t.shared.table_fd,
+                self.t.shared.marks_fd)
 
     @contextlib.contextmanager
     def hold(self):

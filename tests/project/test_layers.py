@@ -191,7 +191,7 @@ def test_the_core_calls_the_provider_through_its_table_alone(path):
 # The tests of modules that are tested by what they are for, with the processes that this takes.
 TESTED_BY = {
     "base/sockets": "links/test_namespaces.py", "base/status": "facade/test_status.py",
-    "table/shared_table": "core/link/test_shared_reader.py",
+    "link/access": "transfers/test_refusals.py",
     "link/accept": "links/test_rank_table_links.py", "link/fork": "links/test_forked_child.py",
     "link/links": "lifetime/test_lifetime.py", "link/open": "links/test_link_clusters.py", "link/region": "transfers",
     "link/replies": "links/test_listener.py", "link/requests": "links/test_link_clusters.py",

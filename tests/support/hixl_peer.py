@@ -30,7 +30,6 @@ RESOURCE_EXHAUSTED = 203900
 FAILED = 503900
 
 WAITING, COMPLETED, STATUS_TIMEOUT, STATUS_FAILED = range(4)
-FETCH_OPEN, FETCH_CONFIRMED, FETCH_DONE = range(3)
 
 
 class ServerDesc(ctypes.Structure):
@@ -65,11 +64,10 @@ class FetchSource(ctypes.Structure):
 
 
 class FetchHooks(ctypes.Structure):
-    BEGIN = ctypes.CFUNCTYPE(c_int32, c_void_p, c_void_p, c_void_p, ctypes.c_size_t, c_uint64, c_void_p,
+    BEGIN = ctypes.CFUNCTYPE(c_int32, c_void_p, c_void_p, c_void_p, ctypes.c_size_t, c_uint64,
                              POINTER(FetchSource), c_void_p, ctypes.c_size_t)
-    LOOK = ctypes.CFUNCTYPE(None, c_void_p)
-    END = ctypes.CFUNCTYPE(None, c_void_p, c_void_p)
-    _fields_ = [("begin", BEGIN), ("look", LOOK), ("end", END)]
+    END = ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_int32)
+    _fields_ = [("begin", BEGIN), ("end", END)]
 
 
 class FetchReply(ctypes.Structure):
@@ -118,13 +116,11 @@ def load(path):
         "LddServerSetFetch": [c_void_p, POINTER(FetchHooks), c_void_p],
         "LddClientFetchAsync": [c_void_p, c_char_p, c_uint32, c_uint32, c_void_p, POINTER(FetchReply),
                                 POINTER(c_void_p)],
-        "LddFetchConfirmed": [c_void_p],
     }
     for name, arguments in signatures.items():
         function = getattr(lib, name)
         function.argtypes = arguments
         function.restype = c_uint32
-    lib.LddFetchConfirmed.restype = c_int32
     return lib
 
 
@@ -353,12 +349,12 @@ class Fetches:
         self.api = api
         self.changed = threading.Condition()
         self.begun = []         # (token, bytes asked for, bytes of the request, its digest)
-        self.open = {}          # ticket -> (fetch, pieces)
-        self.ended = {}         # ticket -> whether each `end` found it confirmed
-        self.hooks = FetchHooks.BEGIN(self.begin), FetchHooks.LOOK(self.look), FetchHooks.END(self.end)
+        self.open = {}          # ticket -> pieces
+        self.ended = {}         # ticket -> what each `end` said: confirmed or not
+        self.hooks = FetchHooks.BEGIN(self.begin), FetchHooks.END(self.end)
         api.check(api.lib.LddServerSetFetch(server, byref(FetchHooks(*self.hooks)), None))
 
-    def begin(self, _, token, request, request_bytes, num_bytes, fetch, source, text, text_size):
+    def begin(self, _, token, request, request_bytes, num_bytes, source, text, text_size):
         body = ctypes.string_at(request, request_bytes)
         try:
             said = json.loads(body)
@@ -376,33 +372,16 @@ class Fetches:
             self.begun.append((ctypes.string_at(token, 16).hex(), num_bytes, request_bytes,
                                hashlib.sha256(body).hexdigest()))
             ticket = len(self.begun)
-            self.open[ticket] = fetch, pieces
+            self.open[ticket] = pieces
             self.changed.notify_all()
         source[0] = FetchSource(pieces, len(pieces), held, ticket)
         return 0
 
-    def look(self, _):
+    def end(self, _, ticket, confirmed):
         with self.changed:
-            for fetch, _ in self.open.values():
-                self.api.lib.LddFetchConfirmed(fetch)
-
-    def end(self, _, ticket):
-        with self.changed:
-            fetch = self.open[ticket][0] if ticket in self.open else None
-            self.ended.setdefault(ticket, []).append(bool(fetch) and self.is_done(fetch))
+            self.ended.setdefault(ticket, []).append(bool(confirmed))
             self.open.pop(ticket, None)
             self.changed.notify_all()
-
-    def is_done(self, fetch):
-        """Whether it is confirmed, and nobody reads its bytes any more."""
-        return self.api.lib.LddFetchConfirmed(fetch) == FETCH_DONE
-
-    def confirmed(self, ticket):
-        """What is known of a fetch at this moment."""
-        with self.changed:
-            if ticket in self.open:
-                return self.is_done(self.open[ticket][0])
-            return self.ended[ticket][0]
 
     def wait(self, condition):
         with self.changed:
@@ -481,8 +460,13 @@ class Owner:
         return [self.fetches.ended.get(ticket, []) for ticket in range(1, len(self.fetches.begun) + 1)]
 
     def confirmed(self):
-        """Whether the latest fetch is confirmed now, or was when it ended."""
-        return self.fetches.confirmed(len(self.fetches.begun))
+        """Whether the latest fetch has ended confirmed by now."""
+        return self.fetches.ended.get(len(self.fetches.begun)) == [True]
+
+    def confirms(self):
+        """Wait until the latest fetch ends, and say whether it was confirmed."""
+        ticket = len(self.fetches.begun)
+        return self.fetches.wait(lambda: ticket in self.fetches.ended) and self.confirmed()
 
     def withdraw(self):
         self.api.check(self.api.lib.LddServerSetFetch(self.handle, None, None))

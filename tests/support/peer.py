@@ -287,6 +287,15 @@ class Process:
         """``LLMDataDist.stats`` of that process."""
         return self.call(_stats)
 
+    def settled(self) -> Dict[str, Any]:
+        """`stats`, once nothing is pinned: what was pulled over TCP is known to be pulled within a moment."""
+        deadline = time.monotonic() + CALL_LIMIT_S
+        found = self.stats()
+        while found["pins"] and time.monotonic() < deadline:
+            time.sleep(0.001)
+            found = self.stats()
+        return found
+
     @property
     def is_running(self) -> bool:
         """Whether the process can be called."""

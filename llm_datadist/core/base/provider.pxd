@@ -81,8 +81,6 @@ cdef extern from "llm_datadist/ldd_ext.h" nogil:
         LDD_CAP_FETCH
         LDD_CAP_SHARED_MEMORY
         LDD_FETCH_MAX_REQUEST_BYTES
-        LDD_FETCH_OPEN
-        LDD_FETCH_DONE
     ctypedef struct LddPiece:
         uint64_t addr
         uint64_t bytes
@@ -93,9 +91,8 @@ cdef extern from "llm_datadist/ldd_ext.h" nogil:
         void* ticket
     ctypedef struct LddFetchHooks:
         int32_t (*begin)(void* context, const uint8_t* token, const void* request, size_t request_bytes,
-            uint64_t num_bytes, void* fetch, LddFetchSource* source, char* text, size_t text_size) noexcept nogil
-        void (*look)(void* context) noexcept nogil
-        void (*end)(void* context, void* ticket) noexcept nogil
+            uint64_t num_bytes, LddFetchSource* source, char* text, size_t text_size) noexcept nogil
+        void (*end)(void* context, void* ticket, int32_t confirmed) noexcept nogil
     ctypedef struct LddFetchReply:
         int32_t status
         char text[320]
@@ -158,7 +155,6 @@ cdef extern from "llm_datadist/ldd_provider.h" nogil:
         HixlStatus (*LddClientFetchAsync)(HixlClientHandle client, const void* request, uint32_t request_bytes,
             uint32_t num_ops, const HixlOneSideOpDesc* ops, LddFetchReply* reply,
             CompleteHandle* out_handle) noexcept nogil
-        int32_t (*LddFetchConfirmed)(void* fetch) noexcept nogil
         HixlStatus (*LddClientPaths)(HixlClientHandle client, char* text, size_t size) noexcept nogil
 
     ctypedef struct ldd_provider:

@@ -165,10 +165,8 @@ cdef class Engine(EngineLinks):
         cdef ldd_status status
         self.require_open()
         start_detail(&detail)
-        status = ldd_table_deallocate(self.table, cache_id, 0, &detail)
-        if status < 0:                          # somebody holds the table: wait without the GIL
-            with nogil:
-                status = ldd_table_deallocate(self.table, cache_id, ldd_now_ns() + self.node.sync_timeout_ns, &detail)
+        with nogil:
+            status = ldd_table_deallocate(self.table, cache_id, ldd_now_ns() + self.node.sync_timeout_ns, &detail)
         self.raise_for(status, &detail, b"deallocate_cache")
 
     def register(self, addrs, uint64_t num_slots, uint64_t tensor_bytes, bint host, bint is_blocks, keys=(),
@@ -222,7 +220,8 @@ cdef class Engine(EngineLinks):
         for addr in addrs:
             with nogil:
                 ldd_regions_remove(&self.node.regions, addr, nbytes)
-        ldd_table_set_epoch(self.table, ldd_regions_epoch(&self.node.regions))
+        with nogil:
+            ldd_table_set_epoch(self.table, ldd_regions_epoch(&self.node.regions))
 
     def remove_key(self, uint32_t kind, uint64_t id, uint64_t model_id):
         """Unbind a key; its cache is freed when nothing else holds it. Unknown keys are no-ops."""
@@ -230,11 +229,9 @@ cdef class Engine(EngineLinks):
         cdef ldd_status status
         self.require_open()
         start_detail(&detail)
-        status = ldd_table_remove_key(self.table, kind, id, model_id, 0, &detail)
-        if status < 0:
-            with nogil:
-                status = ldd_table_remove_key(self.table, kind, id, model_id,
-                                              ldd_now_ns() + self.node.sync_timeout_ns, &detail)
+        with nogil:
+            status = ldd_table_remove_key(self.table, kind, id, model_id, ldd_now_ns() + self.node.sync_timeout_ns,
+                                          &detail)
         self.raise_for(status, &detail, b"remove_cache_key")
 
     @property

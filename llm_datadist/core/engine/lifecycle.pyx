@@ -9,6 +9,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
+from llm_datadist.core.base.atomic cimport ldd_get32, ldd_get64
 from llm_datadist.core.base.provider cimport ACL_MEM_MALLOC_HUGE_FIRST, LDD_CAP_SHARED_MEMORY, aclrtContext
 from llm_datadist.core.base.sockets cimport ldd_socket_listen
 from llm_datadist.core.base.status cimport (
@@ -315,22 +316,26 @@ cdef class EngineCore:
         """What is held right now: caches, keys, pins, pools, links."""
         cdef ldd_table_counts counts
         self.require_open()
-        ldd_table_stats(self.table, &counts)
+        with nogil:
+            ldd_table_stats(self.table, &counts)
         return {
             "caches": counts.num_owned + counts.num_registered, "owned_caches": counts.num_owned,
             "registered_caches": counts.num_registered, "deferred_caches": counts.num_deferred,
             "keys": counts.num_keys, "pins": counts.num_pins,
             "device_pool": self._pool_stats(False), "host_pool": self._pool_stats(True),
-            "links": self.node.num_links, "requests": self.service.num_requests,
-            "rejected_frames": self.service.num_rejected_frames, "provider": self._provider.name,
+            "links": ldd_get32(&self.node.num_links), "requests": ldd_get64(&self.service.num_requests),
+            "rejected_frames": ldd_get64(&self.service.num_rejected_frames), "provider": self._provider.name,
         }
 
     def _pool_stats(self, bint host):
         cdef ldd_pool* pool = self.host_pool if host else self.device_pool
+        cdef uint64_t free_bytes, largest
         if pool == NULL:
             return None
-        return {"bytes": pool.memory_size, "free_bytes": ldd_pool_free_bytes(pool),
-                "largest_free_bytes": ldd_pool_largest_bytes(pool)}
+        with nogil:
+            free_bytes = ldd_pool_free_bytes(pool)
+            largest = ldd_pool_largest_bytes(pool)
+        return {"bytes": pool.memory_size, "free_bytes": free_bytes, "largest_free_bytes": largest}
 
     def caches(self):
         """One dict per live cache: cache_id, bytes, num_tensors, keys, pins, owned, is_blocks, handle."""
@@ -338,13 +343,15 @@ cdef class EngineCore:
         cdef ldd_table_counts counts
         cdef ldd_cache_row* rows
         self.require_open()
-        ldd_table_stats(self.table, &counts)
+        with nogil:
+            ldd_table_stats(self.table, &counts)
         capacity = counts.num_owned + counts.num_registered + 16
         rows = <ldd_cache_row*>calloc(capacity, sizeof(ldd_cache_row))
         if rows == NULL:
             raise MemoryError()
         try:
-            count = min(ldd_table_snapshot(self.table, rows, capacity), capacity)
+            with nogil:
+                count = min(ldd_table_snapshot(self.table, rows, capacity), capacity)
             return [{
                 "cache_id": rows[i].cache_id, "bytes": rows[i].bytes, "num_tensors": rows[i].num_tensors,
                 "keys": rows[i].num_keys, "pins": rows[i].pins, "owned": bool(rows[i].owned),

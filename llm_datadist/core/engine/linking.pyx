@@ -3,6 +3,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
+from llm_datadist.core.base.atomic cimport ldd_get32, ldd_get64
 from llm_datadist.core.base.status cimport (
     LDD_E_INTERRUPTED, LDD_E_LINK_BUSY, LDD_OK, ldd_detail, ldd_fail, ldd_status, start_detail,
 )
@@ -10,7 +11,7 @@ from llm_datadist.core.base.sync cimport ldd_lock, ldd_lock_until, ldd_now_ns, l
 from llm_datadist.core.link.accept cimport ldd_service_accepted, ldd_service_expect, ldd_service_forget
 from llm_datadist.core.link.links cimport (
     ORIGIN_COMM, ORIGIN_LOCAL, ORIGIN_PEER, ldd_link, ldd_link_begin, ldd_link_end, ldd_link_existed, ldd_link_origin,
-    ldd_link_state, ldd_links_drop, ldd_node,
+    ldd_link_state, ldd_link_state_of, ldd_links_drop, ldd_node,
 )
 from llm_datadist.core.link.open cimport ldd_link_close, ldd_link_open
 from llm_datadist.core.link.requests cimport ldd_request_ping
@@ -102,7 +103,7 @@ cdef class EngineLinks(EngineCore):
         cdef uint32_t capacity, count, i
         cdef ldd_link_row* rows
         self.require_open()
-        capacity = self.node.num_links + 16
+        capacity = ldd_get32(&self.node.num_links) + 16
         rows = <ldd_link_row*>malloc(capacity * sizeof(ldd_link_row))
         if rows == NULL:
             raise MemoryError()
@@ -124,7 +125,7 @@ cdef class EngineLinks(EngineCore):
     def num_links(self):
         """How many links there are, broken ones included."""
         self.require_open()
-        return self.node.num_links
+        return ldd_get32(&self.node.num_links)
 
     # ----------------------------------------------------------------------------------- links by rank table
 
@@ -176,14 +177,14 @@ cdef uint32_t _copy_links(ldd_node* node, ldd_link_row* rows, uint32_t capacity)
         row = &rows[count]
         row.cluster_id = link.cluster_id
         row.origin = link.origin
-        row.state = link.state
+        row.state = ldd_link_state_of(link)
         row.comm_id = link.comm_id
         memcpy(row.peer_ip, link.peer_ip, sizeof(row.peer_ip))
         memcpy(row.reason, link.reason, sizeof(row.reason))
         row.ops = link.ops
-        row.pulled_bytes = link.pulled_bytes
-        row.pushed_bytes = link.pushed_bytes
-        row.num_transfers = link.num_transfers
+        row.pulled_bytes = ldd_get64(&link.pulled_bytes)
+        row.pushed_bytes = ldd_get64(&link.pushed_bytes)
+        row.num_transfers = ldd_get64(&link.num_transfers)
         count += 1
         link = link.next
     ldd_unlock(&node.lock)

@@ -8,6 +8,7 @@ from libc.stdio cimport snprintf
 from libc.stdlib cimport realloc
 from libc.string cimport memcmp, memcpy, memset
 
+from llm_datadist.core.base.atomic cimport ldd_add64
 from llm_datadist.core.base.sockets cimport (
     ldd_socket_is_own_user, ldd_socket_local_ip, ldd_socket_peer_ip, ldd_socket_send_files,
 )
@@ -17,7 +18,7 @@ from llm_datadist.core.base.status cimport (
 from llm_datadist.core.base.sync cimport ldd_lock, ldd_unlock
 from llm_datadist.core.link.links cimport (
     LINK_OPENING, ORIGIN_COMM, ORIGIN_PEER, ldd_link, ldd_link_break, ldd_link_new, ldd_link_publish,
-    ldd_links_drop_stale, ldd_node,
+    ldd_link_state_of, ldd_links_drop_stale, ldd_node,
 )
 from llm_datadist.core.link.region cimport ldd_regions_own_endpoint, ldd_regions_serve
 from llm_datadist.core.link.service_conn cimport CONN_SERVING, ldd_conn_forget, ldd_conn_reply, ldd_pending
@@ -137,7 +138,7 @@ cdef ldd_status _activate(ldd_service* service, ldd_conn* reverse, const ldd_hel
     cdef ldd_conn* forward = _find_token(service, hello.token)
     cdef ldd_link* link
     cdef ldd_status status
-    if forward == NULL or forward.link.state != LINK_OPENING:
+    if forward == NULL or ldd_link_state_of(forward.link) != LINK_OPENING:
         return ldd_fail(detail, LDD_E_LINK_FAILED, b"no link is being opened under this token")
     link = forward.link
     if link.origin == ORIGIN_PEER:
@@ -169,7 +170,7 @@ cdef bint _hand_out_table(ldd_service* service, ldd_conn* conn, const ldd_frame_
     cdef int files[3]
     if (serving == NULL or serving.link.lane != NULL or not service.node.shares_table
             or service.node.table.shared.table_fd < 0 or not ldd_socket_is_own_user(conn.fd)):
-        service.num_rejected_frames += 1
+        ldd_add64(&service.num_rejected_frames, 1)
         return False
     lane = ldd_lane_create(&files[2])
     if lane == NULL:
@@ -217,7 +218,7 @@ cdef bint ldd_accept_hello(ldd_service* service, ldd_conn* conn, const ldd_frame
         elif hello.direction == LDD_HELLO_SHARED_TABLE and conn.link == NULL:
             return _hand_out_table(service, conn, header, &hello, &answer)
         else:
-            service.num_rejected_frames += 1
+            ldd_add64(&service.num_rejected_frames, 1)
             return False
     answer.status = status
     snprintf(answer.text, sizeof(answer.text), b"%s", detail.text)

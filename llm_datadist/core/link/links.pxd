@@ -1,6 +1,7 @@
 """The links of this engine and their state, shared by the service thread and user threads; see ``links.pyx``."""
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 
+from llm_datadist.core.base.atomic cimport ldd_load32
 from llm_datadist.core.base.provider cimport HixlClientHandle, aclrtContext, ldd_provider
 from llm_datadist.core.base.status cimport ldd_detail, ldd_status
 from llm_datadist.core.base.sync cimport ldd_cond, ldd_mutex
@@ -47,8 +48,8 @@ ctypedef struct ldd_link:
     ldd_link_origin origin
     int64_t comm_id                             # of ORIGIN_COMM, otherwise 0
     char peer_ip[64]
-    # guarded by node.lock
-    ldd_link_state state
+    # written under node.lock; the state is read without it, see ldd_link_state_of
+    uint32_t state                              # ldd_link_state
     uint32_t refs                               # the set, the service thread and every running operation
     uint32_t ops                                # running operations: while there are any, we may touch peer memory
     char reason[160]                            # why it broke
@@ -73,7 +74,7 @@ ctypedef struct ldd_link:
     uint32_t lease_capacity
     uint32_t next_lease
     ldd_lane* lane                              # what the peer writes while it reads our table
-    # counters, relaxed
+    # counters, atomic
     uint64_t pulled_bytes
     uint64_t pushed_bytes
     uint64_t num_transfers
@@ -96,7 +97,7 @@ ctypedef struct ldd_node:
     ldd_mutex lock                        # guards the set and the fields said above; a leaf lock
     ldd_cond idle                         # signalled when a link's last operation ends
     ldd_link* links
-    uint32_t num_links
+    uint32_t num_links                          # read without the lock too: atomic
     uint32_t num_ops                            # running operations of all links, dropped ones included, and attempts
     bint closing                                # no new link is taken in
     ldd_attempt* attempts                       # of link_clusters, at most one per cluster
@@ -109,6 +110,10 @@ ctypedef struct ldd_node:
 cdef void ldd_node_init(ldd_node* node, const ldd_provider* provider, uint64_t cluster_id) noexcept nogil
 # All links must be gone.
 cdef void ldd_node_destroy(ldd_node* node) noexcept nogil
+
+# The state at this moment. `reason` is there for whoever sees LINK_BROKEN; under node.lock it cannot change.
+cdef inline ldd_link_state ldd_link_state_of(const ldd_link* link) noexcept nogil:
+    return <ldd_link_state>ldd_load32(&link.state)
 
 # A link of nobody's set yet, with one reference.
 cdef ldd_link* ldd_link_new(ldd_node* node, uint64_t cluster_id, ldd_link_origin origin) noexcept nogil

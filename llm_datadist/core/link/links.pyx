@@ -11,6 +11,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcmp, memset, strncpy
 
+from llm_datadist.core.base.atomic cimport ldd_set32, ldd_store32
 from llm_datadist.core.base.sockets cimport ldd_socket_shutdown
 from llm_datadist.core.base.status cimport LDD_E_FAILED, LDD_E_NOT_LINKED, LDD_OK, ldd_fail
 from llm_datadist.core.base.sync cimport (
@@ -48,7 +49,7 @@ cdef ldd_link* ldd_link_new(ldd_node* node, uint64_t cluster_id, ldd_link_origin
     link.node = node
     link.cluster_id = cluster_id
     link.origin = origin
-    link.state = LINK_OPENING
+    ldd_store32(&link.state, LINK_OPENING)
     link.refs = 1
     link.ask_fd = -1
     ldd_mutex_init(&link.lock)
@@ -127,11 +128,11 @@ cdef ldd_status ldd_link_publish(ldd_link* link, ldd_detail* detail) noexcept no
     if node.num_links >= MAX_LINKS:
         ldd_unlock(&node.lock)
         return ldd_fail(detail, LDD_E_FAILED, b"%d links exist, which is the most one engine holds", <int>MAX_LINKS)
-    link.state = LINK_ACTIVE
+    ldd_store32(&link.state, LINK_ACTIVE)
     link.refs += 1
     link.next = node.links
     node.links = link
-    node.num_links += 1
+    ldd_set32(&node.num_links, node.num_links + 1)
     if link.origin != ORIGIN_COMM:
         _remember_locked(node, link.cluster_id)
     ldd_unlock(&node.lock)
@@ -146,7 +147,7 @@ cdef void _start_locked(ldd_link* link) noexcept nogil:
 
 cdef bint ldd_link_resume(ldd_link* link) noexcept nogil:
     ldd_lock(&link.node.lock)
-    cdef bint active = link.state == LINK_ACTIVE
+    cdef bint active = ldd_link_state_of(link) == LINK_ACTIVE
     if active:
         _start_locked(link)
     ldd_unlock(&link.node.lock)
@@ -162,7 +163,7 @@ cdef ldd_status ldd_link_begin(ldd_node* node, uint64_t cluster_id, ldd_link** o
     link = node.links
     while link != NULL:
         if link.cluster_id == cluster_id:
-            if link.state == LINK_ACTIVE:
+            if ldd_link_state_of(link) == LINK_ACTIVE:
                 _start_locked(link)
                 out[0] = link
                 ldd_unlock(&node.lock)
@@ -183,7 +184,7 @@ cdef void ldd_link_end(ldd_link* link) noexcept nogil:
     ldd_lock(&node.lock)
     link.ops -= 1
     node.num_ops -= 1
-    if link.ops == 0 and link.state != LINK_ACTIVE:
+    if link.ops == 0 and ldd_link_state_of(link) != LINK_ACTIVE:
         ldd_socket_shutdown(link.ask_fd)
     if node.num_ops == 0:
         ldd_cond_broadcast(&node.idle)
@@ -192,14 +193,14 @@ cdef void ldd_link_end(ldd_link* link) noexcept nogil:
 
 
 cdef void _leave_locked(ldd_link* link, ldd_link_state state) noexcept nogil:
-    link.state = state
+    ldd_store32(&link.state, state)
     if link.ops == 0:
         ldd_socket_shutdown(link.ask_fd)
 
 
 cdef void ldd_link_break(ldd_link* link, const char* reason) noexcept nogil:
     ldd_lock(&link.node.lock)
-    if link.state == LINK_ACTIVE:
+    if ldd_link_state_of(link) == LINK_ACTIVE:
         strncpy(link.reason, reason, sizeof(link.reason) - 1)
         _leave_locked(link, LINK_BROKEN)
     ldd_unlock(&link.node.lock)
@@ -213,7 +214,7 @@ cdef bint _take_out_locked(ldd_link* link) noexcept nogil:
     if at[0] == NULL:
         return False
     at[0] = link.next
-    link.node.num_links -= 1
+    ldd_set32(&link.node.num_links, link.node.num_links - 1)
     _leave_locked(link, LINK_CLOSED)
     return True
 
@@ -270,7 +271,7 @@ cdef void ldd_links_drop_stale(ldd_node* node, uint64_t cluster_id, const uint8_
         following = link.next
         if link.cluster_id == cluster_id and (
                 link.origin == ORIGIN_PEER or (link.origin == ORIGIN_LOCAL and (
-                    link.state != LINK_ACTIVE or memcmp(link.instance, instance, 16) != 0))):
+                    ldd_link_state_of(link) != LINK_ACTIVE or memcmp(link.instance, instance, 16) != 0))):
             _move_out_locked(link, &dropped)
         link = following
     ldd_unlock(&node.lock)

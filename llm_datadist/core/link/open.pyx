@@ -17,7 +17,7 @@ from llm_datadist.core.base.sync cimport ldd_cond_broadcast, ldd_cond_wait_until
 from llm_datadist.core.base.wait cimport ldd_lock_interruptible
 from llm_datadist.core.link.links cimport (
     LINK_ACTIVE, LINK_CLOSED, ORIGIN_COMM, ORIGIN_LOCAL, ldd_attempt, ldd_link, ldd_link_drop, ldd_link_end,
-    ldd_link_new, ldd_link_publish, ldd_link_unref,
+    ldd_link_new, ldd_link_publish, ldd_link_state_of, ldd_link_unref,
 )
 from llm_datadist.core.link.region cimport ldd_regions_own_endpoint, ldd_regions_serve
 from llm_datadist.core.link.requests cimport ldd_exchange, ldd_link_ready, ldd_request_unlink
@@ -52,7 +52,7 @@ cdef ldd_status _already_linked_locked(ldd_node* node, uint64_t cluster_id, ldd_
         link = link.next
     if link == NULL:
         return LDD_OK
-    if link.state == LINK_ACTIVE:
+    if ldd_link_state_of(link) == LINK_ACTIVE:
         return ldd_fail(detail, LDD_E_ALREADY_LINKED, b"cluster %llu is linked already",
                         <unsigned long long>cluster_id)
     return ldd_fail(detail, LDD_E_ALREADY_LINKED,
@@ -253,7 +253,7 @@ cdef ldd_status ldd_link_close(ldd_node* node, const char* ip, int port, uint64_
             ldd_link_end(link)
             return status
         status = LDD_OK
-        if link.state == LINK_ACTIVE:
+        if ldd_link_state_of(link) == LINK_ACTIVE:
             if link.client != NULL:             # before the peer hears of the end: what it confirms last arrives first
                 node.provider.hixl.HixlCSClientDestroy(link.client)
                 link.client = NULL
@@ -274,6 +274,6 @@ cdef bint _link_closed(ldd_link* link) noexcept nogil:
     """Whether the peer's own unlink, or another thread's, has closed it."""
     cdef bint closed
     ldd_lock(&link.node.lock)
-    closed = link.state == LINK_CLOSED
+    closed = ldd_link_state_of(link) == LINK_CLOSED
     ldd_unlock(&link.node.lock)
     return closed

@@ -8,11 +8,14 @@ from libc.stdio cimport snprintf
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memset, strlen
 
+from llm_datadist.core.base.atomic cimport ldd_add64
 from llm_datadist.core.base.status cimport (
     LDD_E_NOT_LINKED, LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_OK, ldd_detail, ldd_fail, ldd_status,
 )
+from llm_datadist.core.link.access cimport ldd_check_access
 from llm_datadist.core.link.links cimport (
-    LINK_ACTIVE, ORIGIN_PEER, ldd_lease, ldd_link, ldd_link_break, ldd_link_drop, ldd_link_unref, ldd_node, ldd_pin,
+    LINK_ACTIVE, ORIGIN_PEER, ldd_lease, ldd_link, ldd_link_break, ldd_link_drop, ldd_link_state_of,
+    ldd_link_unref, ldd_node, ldd_pin,
 )
 from llm_datadist.core.link.region cimport ldd_regions_drop_peer, ldd_regions_epoch
 from llm_datadist.core.link.service_conn cimport ldd_conn_forget, ldd_conn_reply
@@ -100,18 +103,12 @@ cdef ldd_status ldd_reply_find(ldd_node* node, const ldd_resolve* request, ldd_c
     if request.kind > KEY_BY_ID or request.access > LDD_ACCESS_WRITE:
         return ldd_fail(detail, LDD_E_PARAM, b"unknown key kind %u or access %u", <uint32_t>request.kind,
                         <uint32_t>request.access)
-    # A write names its slot as an argument, a read looks a slot up: the API wants different codes for a bad one.
     status = ldd_table_resolve(node.table, request.kind, request.id, request.model_id,
                                0 if write else request.batch_index, view, detail)
     if status < 0:
         return status
-    if write and request.batch_index >= view.num_slots:
-        status = ldd_fail(detail, LDD_E_PARAM, b"batch index %u is outside cache %lld of %llu", request.batch_index,
-                          <long long>view.cache_id, <unsigned long long>view.num_slots)
-    elif node.mode & LDD_MODE_REMOTE_ACCESSIBLE and not view.remote_accessible:
-        status = ldd_fail(detail, LDD_E_PARAM, b"cache %lld is not remote accessible", <long long>view.cache_id)
-    elif write and not node.mode & LDD_MODE_REMOTE_ACCESSIBLE:
-        status = ldd_fail(detail, LDD_E_PARAM, b"remote access to caches is not enabled here")
+    status = ldd_check_access(node.mode, request.kind, write, view.cache_id, view.num_slots, view.is_blocks,
+                              view.remote_accessible, request.batch_index, detail)
     if status < 0:
         ldd_table_unpin(node.table, view.slot, view.generation)
     return status
@@ -128,7 +125,7 @@ cdef ldd_status _on_resolve(ldd_service* service, ldd_conn* conn, uint32_t reque
     cdef ldd_status status
     memset(&answer, 0, sizeof(answer))
     detail.text[0] = 0
-    if conn.link.state != LINK_ACTIVE:
+    if ldd_link_state_of(conn.link) != LINK_ACTIVE:
         status = ldd_fail(&detail, LDD_E_NOT_LINKED, b"the link was closed here")
     else:
         status = ldd_reply_find(node, request, &view, &detail)
@@ -201,7 +198,7 @@ cdef ldd_status _on_ranges(ldd_service* service, ldd_conn* conn, uint32_t reques
     cdef uint32_t i
     memset(&answer, 0, sizeof(answer))
     detail.text[0] = 0
-    if conn.link.state != LINK_ACTIVE:
+    if ldd_link_state_of(conn.link) != LINK_ACTIVE:
         status = ldd_fail(&detail, LDD_E_NOT_LINKED, b"the link was closed here")
     else:
         lease = _new_lease(conn.link)
@@ -245,7 +242,7 @@ cdef bint ldd_reply(ldd_service* service, ldd_conn* conn, const ldd_frame_header
     cdef ldd_resolve resolve
     cdef ldd_release release
     cdef ldd_ack ack
-    service.num_requests += 1
+    ldd_add64(&service.num_requests, 1)
     if header.type == LDD_FRAME_RESOLVE and header.length == sizeof(resolve):
         memcpy(&resolve, payload, sizeof(resolve))
         return _on_resolve(service, conn, header.request_id, &resolve) == LDD_OK
@@ -257,7 +254,7 @@ cdef bint ldd_reply(ldd_service* service, ldd_conn* conn, const ldd_frame_header
                          header.length // <uint32_t>sizeof(ldd_range)) == LDD_OK
     if (header.type == LDD_FRAME_UNLINK or header.type == LDD_FRAME_PING) and header.length == 0:
         memset(&ack, 0, sizeof(ack))
-        if conn.link.state != LINK_ACTIVE and header.type == LDD_FRAME_PING:
+        if ldd_link_state_of(conn.link) != LINK_ACTIVE and header.type == LDD_FRAME_PING:
             ack.status = LDD_E_NOT_LINKED
         ldd_table_take_in(service.node.table)   # a peer with a full lane pings to have it read
         if header.type == LDD_FRAME_UNLINK:

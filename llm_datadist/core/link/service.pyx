@@ -12,6 +12,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memcpy, memset, strerror
 
+from llm_datadist.core.base.atomic cimport ldd_add64
 from llm_datadist.core.base.sockets cimport ldd_socket_tune
 from llm_datadist.core.base.status cimport LDD_E_FAILED, LDD_OK, ldd_fail
 from llm_datadist.core.base.sync cimport (
@@ -120,7 +121,7 @@ cdef bint _on_readable(ldd_service* service, ldd_conn* conn) noexcept nogil:
         count = recv(conn.fd, chunk, sizeof(chunk), 0)
         if count == 0:
             if conn.inbox.length:
-                service.num_rejected_frames += 1        # it ends in the middle of a frame
+                ldd_add64(&service.num_rejected_frames, 1)        # it ends in the middle of a frame
             return False
         if count < 0:
             return errno == EAGAIN or errno == EINTR
@@ -130,7 +131,7 @@ cdef bint _on_readable(ldd_service* service, ldd_conn* conn) noexcept nogil:
         while conn.inbox.length - at >= sizeof(header):
             memcpy(&header, conn.inbox.data + at, sizeof(header))
             if not _frame_fits(conn, &header):
-                service.num_rejected_frames += 1
+                ldd_add64(&service.num_rejected_frames, 1)
                 return False
             if conn.inbox.length - at < sizeof(header) + header.length:
                 break
@@ -139,12 +140,12 @@ cdef bint _on_readable(ldd_service* service, ldd_conn* conn) noexcept nogil:
                 if not ldd_accept_hello(service, conn, &header, conn.inbox.data + at + sizeof(header)):
                     return False
                 if header.version != LDD_WIRE_VERSION:
-                    service.num_rejected_frames += 1
+                    ldd_add64(&service.num_rejected_frames, 1)
                 elif not ldd_conn_is_listed(service, conn):
                     return True                 # the connection is the link's now, and `conn` is gone
             elif (conn.outbox.length > MAX_UNREAD_BYTES         # it asks on and on, and reads nothing
                     or not ldd_reply(service, conn, &header, conn.inbox.data + at + sizeof(header))):
-                service.num_rejected_frames += 1
+                ldd_add64(&service.num_rejected_frames, 1)
                 return False
             at += sizeof(header) + header.length
         ldd_bytes_consume(&conn.inbox, at)

@@ -1,11 +1,10 @@
-"""Looking up, pinning and releasing a peer's caches in its shared table, without asking.
+"""Looking up, pinning and releasing a peer's caches in its shared table, without asking; see ``docs/protocol.md``.
 
-The reader copies what it needs under the table's sequence lock, publishes a hazard (the cache it is about to touch) in
-its lane, and looks once more: if nothing changed in between, the owner will see the hazard before it frees the cache.
-A released key is queued in the lane, from where the owner takes it in before its next own look at the table, and
-marked among the owner's release marks, which makes it invisible to every reader at once. So counts are exact to every
-observer though nobody waits. Where the table cannot tell (a change in progress, addresses without a pattern, layered
-releases), the peer's service thread is asked instead.
+The reader copies what it needs under the table's sequence, publishes a hazard (the cache it is about to touch) in its
+lane, and looks once more: if nothing changed in between, the owner will see the hazard before it frees the cache. A
+released key is queued in the lane, from where the owner takes it in before its next own look at the table, and marked
+among the owner's release marks, which sends every other reader to the owner. Where the table cannot tell (a change in
+progress, a mark, addresses without a pattern, layered releases), the peer's service thread is asked instead.
 """
 from libc.stddef cimport size_t
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
@@ -13,25 +12,30 @@ from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
+from llm_datadist.core.base.atomic cimport (
+    ldd_fence, ldd_get32, ldd_get64, ldd_load32, ldd_raise, ldd_ring, ldd_set32, ldd_store32, ldd_store64,
+)
 from llm_datadist.core.base.sockets cimport (
     ldd_socket_connect, ldd_socket_is_own_user, ldd_socket_recv_files, ldd_socket_send,
 )
 from llm_datadist.core.base.status cimport (
-    LDD_E_FAILED, LDD_E_INTERRUPTED, LDD_E_NOT_EXIST, LDD_E_PARAM, LDD_OK, ldd_fail,
+    LDD_E_FAILED, LDD_E_INTERRUPTED, LDD_E_NOT_EXIST, LDD_OK, ldd_fail,
 )
+from llm_datadist.core.link.access cimport ldd_check_access
 from llm_datadist.core.link.links cimport ldd_link_break
 from llm_datadist.core.link.requests cimport ldd_reply_room, ldd_request_ping
 from llm_datadist.core.link.wire cimport (
     LDD_DESC_BLOCKS, LDD_DESC_EVEN, LDD_DESC_HOST, LDD_DESC_OWNED, LDD_DESC_REMOTE_ACCESSIBLE, LDD_FRAME_HELLO,
-    LDD_HELLO_FRAME_BYTES, LDD_HELLO_SHARED_TABLE, LDD_MODE_REMOTE_ACCESSIBLE, LDD_WELCOME_FRAME_BYTES, LDD_WIRE_MAGIC,
-    LDD_WIRE_MAX_PAYLOAD, LDD_WIRE_VERSION, ldd_frame_header, ldd_hello, ldd_welcome,
+    LDD_HELLO_FRAME_BYTES, LDD_HELLO_SHARED_TABLE, LDD_WELCOME_FRAME_BYTES, LDD_WIRE_MAGIC, LDD_WIRE_MAX_PAYLOAD,
+    LDD_WIRE_VERSION, ldd_frame_header, ldd_hello, ldd_welcome,
 )
-from llm_datadist.core.table.cache_life cimport ldd_cache, ldd_kind_name
-from llm_datadist.core.table.key_index cimport KEY_BY_ID, KEY_REQ, LDD_NO_KEY, ldd_cell, ldd_key, ldd_keys_find_shared
+from llm_datadist.core.table.cache_life cimport ldd_kind_name
+from llm_datadist.core.table.key_index cimport KEY_BY_ID, KEY_REQ, LDD_NO_KEY, ldd_keys_find_shared
 from llm_datadist.core.table.shared_table cimport (
-    LDD_LANE_RING, LDD_MAX_CACHES, LDD_MAX_CELLS, LDD_MAX_KEYS, ldd_claim32, ldd_lane_map, ldd_load32, ldd_load32_last,
-    ldd_ring, ldd_seq_read, ldd_seq_unchanged, ldd_shared_reader, ldd_shared_table_destroy, ldd_shared_table_map,
-    ldd_store32, ldd_store64,
+    LDD_LANE_RING, LDD_MAX_CACHES, LDD_MAX_CELLS, LDD_SHOWN_BLOCKS, LDD_SHOWN_HOST, LDD_SHOWN_OWNED,
+    LDD_SHOWN_PUBLISHED, LDD_SHOWN_REMOTE_ACCESSIBLE, ldd_lane, ldd_lane_map, ldd_seq_read, ldd_seq_unchanged,
+    ldd_shared_cache, ldd_shared_cache_read, ldd_shared_key, ldd_shared_key_read, ldd_shared_reader,
+    ldd_shared_table_destroy, ldd_shared_table_map,
 )
 
 cdef extern from "<unistd.h>" nogil:
@@ -107,8 +111,7 @@ cdef ldd_status ldd_reader_attach(ldd_link* link, int64_t deadline_ns) noexcept 
     if status < 0:
         return LDD_OK
     reader = <ldd_shared_reader*>calloc(1, sizeof(ldd_shared_reader))
-    if reader != NULL and ldd_shared_table_map(&reader.shared, files[0], files[1], sizeof(ldd_cell), sizeof(ldd_key),
-                                      sizeof(ldd_cache), &ignored) == LDD_OK:
+    if reader != NULL and ldd_shared_table_map(&reader.shared, files[0], files[1], &ignored) == LDD_OK:
         reader.lane = ldd_lane_map(files[2])
         if reader.lane == NULL:
             ldd_shared_table_destroy(&reader.shared)
@@ -123,37 +126,33 @@ cdef ldd_status ldd_reader_attach(ldd_link* link, int64_t deadline_ns) noexcept 
 
 
 cdef int _read_entry(ldd_shared_reader* reader, uint32_t kind, uint64_t id, uint64_t model_id, uint32_t* key_index,
-                     ldd_key* key,
-                    ldd_cache* cache) noexcept nogil:
+                     ldd_shared_key* key, ldd_shared_cache* cache) noexcept nogil:
     """Copy the key and its cache and publish the hazard: 1 found, 0 there is none, -1 undecided."""
-    cdef const ldd_key* entries = <const ldd_key*>reader.shared.entries
-    cdef const ldd_cell* cells
-    cdef const ldd_cache* caches = <const ldd_cache*>reader.shared.caches
-    cdef uint64_t seq
+    cdef uint64_t* seq = &reader.shared.head.seq
+    cdef uint64_t before
     cdef uint32_t mask, at
     cdef int _attempt
     for _attempt in range(ATTEMPTS):
-        seq = ldd_seq_read(&reader.shared.head.seq)
-        if seq & 1:
+        before = ldd_seq_read(seq)
+        if before & 1:
             continue
-        mask = reader.shared.head.mask
-        if mask >= LDD_MAX_CELLS:
+        mask = ldd_get32(&reader.shared.head.mask)
+        if mask >= LDD_MAX_CELLS:                   # LDD_NOT_SHARED, for one
             return -1
-        cells = <const ldd_cell*>reader.shared.cells[reader.shared.head.which_cells & 1]
-        at = ldd_keys_find_shared(cells, mask, entries, LDD_MAX_KEYS, kind, id, model_id)
+        at = ldd_keys_find_shared(reader.shared.cells, mask, reader.shared.keys, kind, id, model_id)
         if at == LDD_NO_KEY:
-            if ldd_seq_unchanged(&reader.shared.head.seq, seq):
+            if ldd_seq_unchanged(seq, before):
                 return 0
             continue
-        key[0] = entries[at]
+        ldd_shared_key_read(&reader.shared.keys[at], key)
         if key.cache_slot >= LDD_MAX_CACHES:
             continue
-        cache[0] = caches[key.cache_slot]
-        ldd_store64(&reader.lane.hazards[0], <uint64_t>cache.generation << 32 | (key.cache_slot + 1))
-        if ldd_seq_unchanged(&reader.shared.head.seq, seq):
+        ldd_shared_cache_read(&reader.shared.caches[key.cache_slot], cache)
+        ldd_store64(&reader.lane.hazard, <uint64_t>cache.generation << 32 | (key.cache_slot + 1))
+        if ldd_seq_unchanged(seq, before) and not ldd_get32(&reader.lane.closed):
             key_index[0] = at
             return 1
-        ldd_store64(&reader.lane.hazards[0], 0)
+        ldd_store64(&reader.lane.hazard, 0)
     return -1
 
 
@@ -167,29 +166,18 @@ cdef ldd_status _missing(ldd_link* link, uint32_t kind, uint64_t id, uint64_t mo
                     <unsigned long long>model_id)
 
 
-cdef ldd_status _check_access(ldd_link* link, const ldd_cache* cache, uint32_t kind, uint64_t batch_index, bint write,
-                             ldd_detail* detail) noexcept nogil:
-    """The owner's own rules, in its own order and words; see ``replies.pyx``."""
-    cdef uint64_t batch = 1 if cache.is_blocks else cache.num_slots
-    cdef unsigned long long cluster_id = link.cluster_id
-    cdef bint remote_mode = (link.node.mode & LDD_MODE_REMOTE_ACCESSIBLE) != 0
-    if kind == KEY_BY_ID and not write and batch_index >= batch:
-        return ldd_fail(detail, LDD_E_NOT_EXIST, b"cluster %llu: batch index %llu of cache %lld is out of range; its "
-                        b"batch size is %llu", cluster_id, <unsigned long long>batch_index, <long long>cache.cache_id,
-                        <unsigned long long>batch)
-    if write and batch_index >= cache.num_slots:
-        return ldd_fail(detail, LDD_E_PARAM, b"cluster %llu: batch index %llu is outside cache %lld of %llu",
-                        cluster_id, <unsigned long long>batch_index, <long long>cache.cache_id,
-                        <unsigned long long>cache.num_slots)
-    if remote_mode and not cache.remote_accessible:
-        return ldd_fail(detail, LDD_E_PARAM, b"cluster %llu: cache %lld is not remote accessible", cluster_id,
-                        <long long>cache.cache_id)
-    if write and not remote_mode:
-        return ldd_fail(detail, LDD_E_PARAM, b"cluster %llu: remote access to caches is not enabled there", cluster_id)
-    return LDD_OK
+cdef ldd_status _check_access(ldd_link* link, const ldd_shared_cache* cache, uint32_t kind, uint64_t batch_index,
+                              bint write, ldd_detail* detail) noexcept nogil:
+    cdef ldd_detail found
+    cdef ldd_status status = ldd_check_access(
+        link.node.mode, kind, write, <int64_t>cache.cache_id, cache.num_slots, (cache.flags & LDD_SHOWN_BLOCKS) != 0,
+        (cache.flags & LDD_SHOWN_REMOTE_ACCESSIBLE) != 0, batch_index, &found)
+    if status < 0:
+        ldd_fail(detail, status, b"cluster %llu: %s", <unsigned long long>link.cluster_id, <const char*>found.text)
+    return status
 
 
-cdef bint _fill_addrs(ldd_shared_reader* reader, ldd_link* link, const ldd_cache* cache,
+cdef bint _fill_addrs(ldd_shared_reader* reader, ldd_link* link, const ldd_shared_cache* cache,
                       ldd_remote_cache* out) noexcept nogil:
     cdef uint32_t i
     if cache.num_tensors == 0 or cache.num_tensors > LDD_WIRE_MAX_PAYLOAD // 8 or cache.num_slots == 0:
@@ -201,7 +189,7 @@ cdef bint _fill_addrs(ldd_shared_reader* reader, ldd_link* link, const ldd_cache
         for i in range(cache.num_tensors):
             out.addrs[i] = cache.base + i * cache.step
         return True
-    if reader.known_id == cache.cache_id and reader.known_count == cache.num_tensors:
+    if reader.known_id == <int64_t>cache.cache_id and reader.known_count == cache.num_tensors:
         memcpy(out.addrs, reader.known_addrs, 8 * <size_t>cache.num_tensors)
         return True
     return False
@@ -210,8 +198,8 @@ cdef bint _fill_addrs(ldd_shared_reader* reader, ldd_link* link, const ldd_cache
 cdef ldd_status ldd_reader_resolve(ldd_link* link, uint32_t kind, uint64_t id, uint64_t model_id, uint64_t batch_index,
                                  bint write, bint release, ldd_remote_cache* out, ldd_detail* detail) noexcept nogil:
     cdef ldd_shared_reader* reader = link.reader
-    cdef ldd_key key
-    cdef ldd_cache cache
+    cdef ldd_shared_key key
+    cdef ldd_shared_cache cache
     cdef uint32_t key_index = LDD_NO_KEY
     cdef ldd_status status
     cdef int found
@@ -225,8 +213,10 @@ cdef ldd_status ldd_reader_resolve(ldd_link* link, uint32_t kind, uint64_t id, u
     if found == 0:
         return _missing(link, kind, id, model_id, detail)
     status = LDD_OK
-    if not cache.published or (kind == KEY_REQ and ldd_load32(&reader.shared.marks.marks[key_index]) == key.generation):
+    if not cache.flags & LDD_SHOWN_PUBLISHED:
         status = _missing(link, kind, id, model_id, detail)
+    elif kind == KEY_REQ and <int32_t>(ldd_load32(&reader.shared.marks.marks[key_index]) - key.generation) >= 0:
+        status = LDD_READER_ASK                   # somebody says it is released: the owner knows
     elif kind == KEY_BY_ID and cache.num_keys and release:
         status = LDD_READER_ASK                   # the slot may have a key to release, which the owner looks up
     else:
@@ -234,57 +224,58 @@ cdef ldd_status ldd_reader_resolve(ldd_link* link, uint32_t kind, uint64_t id, u
         if status == LDD_OK and not _fill_addrs(reader, link, &cache, out):
             status = LDD_READER_ASK
     if status != LDD_OK:
-        ldd_store64(&reader.lane.hazards[0], 0)
+        ldd_store64(&reader.lane.hazard, 0)
         return status
     memset(&out.desc, 0, sizeof(out.desc))
-    out.desc.cache_id = cache.cache_id
+    out.desc.cache_id = <int64_t>cache.cache_id
     out.desc.num_tensors = cache.num_tensors
-    out.desc.flags = ((LDD_DESC_BLOCKS if cache.is_blocks else 0) | (LDD_DESC_HOST if cache.host else 0)
-                      | (LDD_DESC_OWNED if cache.owned else 0)
-                      | (LDD_DESC_REMOTE_ACCESSIBLE if cache.remote_accessible else 0))
+    out.desc.flags = ((LDD_DESC_BLOCKS if cache.flags & LDD_SHOWN_BLOCKS else 0)
+                      | (LDD_DESC_HOST if cache.flags & LDD_SHOWN_HOST else 0)
+                      | (LDD_DESC_OWNED if cache.flags & LDD_SHOWN_OWNED else 0)
+                      | (LDD_DESC_REMOTE_ACCESSIBLE if cache.flags & LDD_SHOWN_REMOTE_ACCESSIBLE else 0))
     out.desc.num_slots = cache.num_slots
     out.desc.tensor_bytes = cache.tensor_bytes
     out.desc.stride_bytes = cache.tensor_bytes // cache.num_slots
     out.desc.batch_index = <uint32_t>(batch_index if kind == KEY_BY_ID else key.batch_slot)
-    out.desc.region_epoch = reader.shared.head.region_epoch
-    reader.key_index = key_index if kind == KEY_REQ and cache.owned else LDD_NO_KEY
+    out.desc.region_epoch = ldd_get64(&reader.shared.head.region_epoch)
+    reader.key_index = key_index if kind == KEY_REQ and cache.flags & LDD_SHOWN_OWNED else LDD_NO_KEY
     reader.key_generation = key.generation
     return LDD_OK
 
 
 cdef ldd_status _release_key(ldd_link* link, int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
-    """Queue the key, then hide it from other readers: dying in between leaves a key that the owner takes in."""
+    """Queue the key, then mark it for other readers: dying in between leaves a key that the owner takes in.
+
+    It is queued whatever the marks say: another reader may have been first, and then the owner finds it gone.
+    """
     cdef ldd_shared_reader* reader = link.reader
-    cdef uint32_t* at = &reader.shared.marks.marks[reader.key_index]
-    cdef uint32_t mark = ldd_load32(at), head = reader.lane.ring_head
+    cdef ldd_lane* lane = reader.lane
+    cdef uint32_t head = ldd_get32(&lane.ring_head)
     cdef ldd_status status
-    if mark == reader.key_generation:
-        return LDD_OK                               # another reader's release came first
-    if head - ldd_load32(&reader.lane.ring_tail) >= LDD_LANE_RING:
+    if head - ldd_load32(&lane.ring_tail) >= LDD_LANE_RING:
         ldd_ring(&reader.shared.marks.doorbell)
         status = ldd_request_ping(link, deadline_ns, detail)        # its answer says that the ring was taken in
         if status < 0:
             return status
-    reader.lane.ring[head % LDD_LANE_RING].key_index = reader.key_index
-    reader.lane.ring[head % LDD_LANE_RING].key_generation = reader.key_generation
-    ldd_store32(&reader.lane.ring_head, head + 1)
+    ldd_set32(&lane.ring[head % LDD_LANE_RING].key_index, reader.key_index)
+    ldd_set32(&lane.ring[head % LDD_LANE_RING].key_generation, reader.key_generation)
+    ldd_store32(&lane.ring_head, head + 1)
     ldd_ring(&reader.shared.marks.doorbell)
-    # The entry may have been reused and marked anew meanwhile: marks only ever rise.
-    while <int32_t>(reader.key_generation - mark) > 0 and not ldd_claim32(at, mark, reader.key_generation):
-        mark = ldd_load32(at)
+    ldd_raise(&reader.shared.marks.marks[reader.key_index], reader.key_generation)
     return LDD_OK
 
 
 cdef ldd_status ldd_reader_done(ldd_link* link, bint take, int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
     cdef ldd_shared_reader* reader = link.reader
     cdef ldd_status status = LDD_OK
-    if ldd_load32_last(&reader.lane.closed):
+    ldd_fence()                                     # the bytes were read before, see "Hazards" in docs/protocol.md
+    if ldd_get32(&reader.lane.closed):
         status = ldd_fail(detail, LDD_E_FAILED, b"cluster %llu went away during the transfer",
                           <unsigned long long>link.cluster_id)
         ldd_link_break(link, detail.text)
     elif take and reader.key_index != LDD_NO_KEY:
         status = _release_key(link, deadline_ns, detail)
-    ldd_store64(&reader.lane.hazards[0], 0)
+    ldd_store64(&reader.lane.hazard, 0)
     return status
 
 

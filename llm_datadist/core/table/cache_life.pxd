@@ -1,5 +1,5 @@
 """What a cache table is made of, and the life of one cache in it; see ``cache_life.pyx``."""
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from llm_datadist.core.base.status cimport ldd_detail, ldd_status
 from llm_datadist.core.base.sync cimport ldd_cond, ldd_mutex
@@ -42,6 +42,7 @@ ctypedef struct ldd_cache_view:
     uint8_t host
     uint8_t remote_accessible
 
+# The owner's own record, which no peer sees; ldd_shared_cache is what is shown of it.
 ctypedef struct ldd_cache:
     int64_t cache_id                # 0: free slot
     uint32_t generation
@@ -54,30 +55,17 @@ ctypedef struct ldd_cache:
     uint8_t remote_accessible
     uint8_t handle_ref              # until deallocate or unregister
     uint8_t published               # may be found and pinned; once False it is freed with its last pin
-    uint8_t awaits_readers                  # only a peer's hazard keeps it
+    uint8_t awaits_readers          # only a peer's hazard keeps it
     uint32_t num_tensors
     uint32_t num_key_slots
     uint64_t num_slots
     uint64_t tensor_bytes
     uint64_t step
-    uint64_t base                   # first byte of the first tensor, for peers
     uint64_t* addrs                 # one block: addrs[num_tensors], then slot_keys[num_key_slots]
     uint32_t* slot_keys             # batch slot -> key index
     ldd_pool* pool
     ldd_span span
     uint32_t link                   # live: position in ldd_table.ranges; free: next free slot
-
-# Bytes on their way to a peer over the network. Once the peer has them all a key may go; the pin goes when nobody reads
-# them here any more.
-ctypedef struct ldd_delivery:
-    ldd_delivery* next
-    bint pending                    # in the table's list
-    int32_t (*confirmed)(void* fetch) noexcept nogil    # LddFetchConfirmed
-    void* fetch
-    uint32_t slot
-    uint32_t generation
-    uint32_t key_index              # LDD_NO_KEY: none
-    uint32_t key_generation
 
 # A peer's lane, and how far its ring was read.
 ctypedef struct ldd_lane_reader:
@@ -105,15 +93,15 @@ ctypedef struct ldd_table:
     uint64_t owned_bytes
     uint64_t registered_bytes
     int64_t next_id
-    ldd_shared_table shared                 # holds caches and keys; peers on this host read it
+    ldd_shared_table shared         # what peers on this host see of all this
     ldd_lane_reader* lanes
     uint32_t num_lanes
     uint32_t lane_capacity
     uint32_t* retired               # slots
     uint32_t num_retired
     uint32_t retired_capacity
+    const uint64_t* doorbell        # what peers ring
     uint64_t seen_doorbell
-    ldd_delivery* deliveries
 
 cdef extern from *:
     """
@@ -153,4 +141,7 @@ cdef uint64_t ldd_cache_count_hazards(ldd_table* table) noexcept nogil
 # The tensor that contains [addr, last], or num_tensors.
 cdef uint32_t ldd_cache_tensor_of(const ldd_cache* cache, uint64_t addr, uint64_t last) noexcept nogil
 
+# Needs no lock. LDD_E_NOT_EXIST: a cache found by its id has no such slot.
+cdef ldd_status ldd_cache_check_index(int64_t cache_id, bint is_blocks, uint64_t num_slots, uint64_t batch_index,
+                                      ldd_detail* detail) noexcept nogil
 cdef const char* ldd_kind_name(uint32_t kind) noexcept nogil

@@ -14,17 +14,24 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memset
 
-from llm_datadist.core.base.status cimport LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_OK, ldd_detail, ldd_fail, ldd_status
+from llm_datadist.core.base.atomic cimport ldd_load64
+from llm_datadist.core.base.status cimport (
+    LDD_E_NOT_EXIST, LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_OK, ldd_detail, ldd_fail, ldd_status,
+)
 from llm_datadist.core.base.sync cimport ldd_cond_broadcast
 from llm_datadist.core.table.key_index cimport (
     KEY_BLOCKS, KEY_BY_ID, KEY_PREFIX, KEY_REQ, LDD_NO_KEY, ldd_keys_add, ldd_keys_find, ldd_keys_remove,
-    ldd_keys_reserve,
+    ldd_keys_reserve, ldd_keys_share,
 )
 from llm_datadist.core.table.pool cimport LDD_NO_PAGE, ldd_pool_free
-from llm_datadist.core.table.shared_table cimport LDD_LANE_HAZARDS, LDD_MAX_CACHES, ldd_load64
+from llm_datadist.core.table.shared_table cimport (
+    LDD_MAX_CACHES, LDD_SHOWN_BLOCKS, LDD_SHOWN_HOST, LDD_SHOWN_OWNED, LDD_SHOWN_PUBLISHED, LDD_SHOWN_REMOTE_ACCESSIBLE,
+    ldd_shared_cache, ldd_shared_cache_write,
+)
 
 cdef enum:
     MIN_CACHES = 16
+    MAX_CACHES = 1 << 24
     MAX_BATCH = 1 << 30         # batch slots that can have a key
 
 
@@ -102,11 +109,17 @@ cdef void ldd_cache_leave(ldd_table* table, uint32_t slot) noexcept nogil:
 cdef ldd_status _reserve_slot(ldd_table* table) noexcept nogil:
     cdef uint32_t capacity, i
     cdef ldd_range* ranges
+    cdef ldd_cache* caches
     if table.first_free != LDD_NO_SLOT:
         return LDD_OK
-    capacity = max(table.cache_capacity * 2, <uint32_t>MIN_CACHES)
-    if capacity > LDD_MAX_CACHES:
+    if table.cache_capacity > MAX_CACHES // 2:
         return LDD_E_NO_MEMORY
+    capacity = max(table.cache_capacity * 2, <uint32_t>MIN_CACHES)
+    caches = <ldd_cache*>realloc(table.caches, capacity * sizeof(ldd_cache))
+    if caches == NULL:
+        return LDD_E_NO_MEMORY
+    table.caches = caches
+    memset(&caches[table.cache_capacity], 0, (capacity - table.cache_capacity) * sizeof(ldd_cache))
     ranges = <ldd_range*>realloc(table.ranges, capacity * sizeof(ldd_range))
     if ranges == NULL:
         return LDD_E_NO_MEMORY
@@ -115,6 +128,8 @@ cdef ldd_status _reserve_slot(ldd_table* table) noexcept nogil:
         table.caches[i].link = i + 1 if i + 1 < capacity else LDD_NO_SLOT
     table.first_free = table.cache_capacity
     table.cache_capacity = capacity
+    if capacity > LDD_MAX_CACHES:
+        ldd_keys_share(&table.keys, NULL, NULL)
     return LDD_OK
 
 
@@ -147,12 +162,15 @@ cdef ldd_status _bind(ldd_table* table, uint32_t slot, const ldd_key_spec* spec,
 
 
 cdef void _unbind(ldd_table* table, uint32_t key) noexcept nogil:
-    cdef ldd_cache* cache = &table.caches[table.keys.entries[key].cache_slot]
+    cdef uint32_t slot = table.keys.entries[key].cache_slot
+    cdef ldd_cache* cache = &table.caches[slot]
     cache.slot_keys[table.keys.entries[key].batch_slot] = LDD_NO_KEY
     cache.num_keys -= 1
     if cache.owned and not cache.is_blocks:
         cache.num_refs -= 1
     ldd_keys_remove(&table.keys, key)
+    if cache.published:
+        _show(table, slot)
 
 
 cdef void _unbind_all(ldd_table* table, uint32_t slot) noexcept nogil:
@@ -176,7 +194,6 @@ cdef int64_t ldd_cache_publish(ldd_table* table, uint32_t slot) noexcept nogil:
         if cache.addrs[i] - cache.addrs[i - 1] != step:
             step = 0
     cache.step = step
-    cache.base = cache.addrs[0]
     cache.cache_id = table.next_id
     cache.published = True
     cache.link = table.num_caches
@@ -186,12 +203,33 @@ cdef int64_t ldd_cache_publish(ldd_table* table, uint32_t slot) noexcept nogil:
     ldd_keys_add(&table.keys, KEY_BY_ID, <uint64_t>cache.cache_id, 0, slot, 0)
     table.next_id += 1
     table.num_caches += 1
+    _show(table, slot)
     if cache.owned:
         table.num_owned += 1
         table.owned_bytes += cache.num_tensors * cache.tensor_bytes
     else:
         table.registered_bytes += cache.num_tensors * cache.tensor_bytes
     return cache.cache_id
+
+
+cdef void _show(ldd_table* table, uint32_t slot) noexcept nogil:
+    """Have peers see what has become of a cache."""
+    cdef const ldd_cache* cache = &table.caches[slot]
+    cdef ldd_shared_cache shown
+    if table.shared.head == NULL or slot >= LDD_MAX_CACHES:
+        return
+    shown.cache_id = <uint64_t>cache.cache_id
+    shown.num_slots = cache.num_slots
+    shown.tensor_bytes = cache.tensor_bytes
+    shown.step = cache.step
+    shown.base = cache.addrs[0]
+    shown.generation = cache.generation
+    shown.num_tensors = cache.num_tensors
+    shown.num_keys = cache.num_keys
+    shown.flags = ((LDD_SHOWN_PUBLISHED if cache.published else 0) | (LDD_SHOWN_OWNED if cache.owned else 0)
+                   | (LDD_SHOWN_BLOCKS if cache.is_blocks else 0) | (LDD_SHOWN_HOST if cache.host else 0)
+                   | (LDD_SHOWN_REMOTE_ACCESSIBLE if cache.remote_accessible else 0))
+    ldd_shared_cache_write(&table.shared.caches[slot], &shown)
 
 
 cdef void ldd_cache_close(ldd_table* table, uint32_t slot, bint force) noexcept nogil:
@@ -215,6 +253,7 @@ cdef void _retire(ldd_table* table, uint32_t slot) noexcept nogil:
     cdef ldd_cache* cache = &table.caches[slot]
     cache.published = False
     _unbind_all(table, slot)
+    _show(table, slot)
     ldd_cache_free_unused(table, slot)
 
 
@@ -254,22 +293,20 @@ cdef void ldd_cache_free_retired(ldd_table* table) noexcept nogil:
 
 
 cdef bint _has_hazard(ldd_table* table, uint32_t slot, uint32_t generation) noexcept nogil:
-    """Whether a peer says that it touches this cache. What hides the cache comes before, see ldd_seq_begin."""
+    """Whether a peer says that it touches this cache. The fence of ldd_seq_begin lies before the first look."""
     cdef uint64_t wanted = <uint64_t>generation << 32 | (slot + 1)
-    cdef uint32_t i, j
+    cdef uint32_t i
     for i in range(table.num_lanes):
-        for j in range(LDD_LANE_HAZARDS):
-            if ldd_load64(&table.lanes[i].lane.hazards[j]) == wanted:
-                return True
+        if ldd_load64(&table.lanes[i].lane.hazard) == wanted:
+            return True
     return False
 
 
 cdef uint64_t ldd_cache_count_hazards(ldd_table* table) noexcept nogil:
     cdef uint64_t count = 0
-    cdef uint32_t i, j
+    cdef uint32_t i
     for i in range(table.num_lanes):
-        for j in range(LDD_LANE_HAZARDS):
-            count += ldd_load64(&table.lanes[i].lane.hazards[j]) != 0
+        count += ldd_load64(&table.lanes[i].lane.hazard) != 0
     return count
 
 
@@ -348,6 +385,15 @@ cdef uint32_t ldd_cache_tensor_of(const ldd_cache* cache, uint64_t addr, uint64_
             return i
         i += 1
     return cache.num_tensors
+
+
+cdef ldd_status ldd_cache_check_index(int64_t cache_id, bint is_blocks, uint64_t num_slots, uint64_t batch_index,
+                                      ldd_detail* detail) noexcept nogil:
+    cdef uint64_t batch = 1 if is_blocks else num_slots
+    if batch_index < batch:
+        return LDD_OK
+    return ldd_fail(detail, LDD_E_NOT_EXIST, b"batch index %llu of cache %lld is out of range; its batch size is %llu",
+                    <unsigned long long>batch_index, <long long>cache_id, <unsigned long long>batch)
 
 
 cdef const char* ldd_kind_name(uint32_t kind) noexcept nogil:

@@ -4,8 +4,8 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from llm_datadist.core.base.status cimport ldd_detail, ldd_status
 from llm_datadist.core.table.cache_life cimport (
-    LDD_CACHE_BLOCKS, LDD_CACHE_HOST, LDD_CACHE_LAST_KEY_WINS, LDD_CACHE_REMOTE, ldd_cache_view, ldd_delivery,
-    ldd_key_spec, ldd_table,
+    LDD_CACHE_BLOCKS, LDD_CACHE_HOST, LDD_CACHE_LAST_KEY_WINS, LDD_CACHE_REMOTE, ldd_cache_view, ldd_key_spec,
+    ldd_table,
 )
 from llm_datadist.core.table.pool cimport ldd_pool
 from llm_datadist.core.table.shared_table cimport ldd_lane
@@ -33,10 +33,8 @@ ctypedef struct ldd_cache_row:
     uint8_t published
 
 # Every function may be called from any thread, with or without the GIL. A deadline (CLOCK_MONOTONIC, ns) bounds the
-# wait for the table's mutex; LDD_E_TIMEOUT then means nothing was changed. A deadline of 0 tries once: a caller that
-# holds the GIL may do that first and release the GIL only for the second attempt. Functions without a deadline hold
-# the mutex, as all do, for well under the time of a system call, unless bytes are on their way over the network: then
-# for one for each such pull. The table's mutex comes before a pool's, and before those of the provider.
+# wait for the table's mutex; LDD_E_TIMEOUT then means nothing was changed. All hold the mutex for well under the time of
+# a system call, and none waits for a peer with it. The table's mutex comes before a pool's.
 
 cdef ldd_status ldd_table_create(ldd_table** out, ldd_detail* detail) noexcept nogil
 # Frees all memory of the table itself; call ldd_table_clear first. NULL is allowed.
@@ -84,11 +82,10 @@ cdef void ldd_table_unpin(ldd_table* table, uint32_t slot, uint32_t generation) 
 cdef ldd_status ldd_table_take(ldd_table* table, uint32_t key_index, uint32_t key_generation, uint32_t first_tensor,
                                uint32_t num_tensors) noexcept nogil
 
-# The bytes of a pinned cache go to a peer: the table has the pin from now on, until the peer has confirmed them. That
-# is found out before each look at the table, so that a peer whose confirmation has come holds nothing here.
-cdef void ldd_table_deliver(ldd_table* table, ldd_delivery* delivery) noexcept nogil
-# Nobody reads those bytes any more. Without a confirmation by now the key stays.
-cdef void ldd_table_end_delivery(ldd_table* table, ldd_delivery* delivery) noexcept nogil
+# A peer has all bytes of a pinned cache, and nobody reads them here any more: release the key (LDD_NO_KEY: none) and
+# drop the pin, so that nobody sees the one without the other. What is stale is left alone.
+cdef void ldd_table_settle(ldd_table* table, uint32_t slot, uint32_t generation, uint32_t key_index,
+                           uint32_t key_generation) noexcept nogil
 
 # Free everything, waiting for pins. LDD_E_TIMEOUT names a pinned cache; all is unpublished by then, call again.
 cdef ldd_status ldd_table_clear(ldd_table* table, int64_t deadline_ns, ldd_detail* detail) noexcept nogil

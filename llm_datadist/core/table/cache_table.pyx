@@ -2,17 +2,18 @@
 
 Called by user threads, and by the service thread and those of the data servers, which never hold the GIL. One mutex
 covers the table: no operation scans caches or keys (but for pushes to given addresses, statistics and the end). None
-makes a system call under the mutex except through the allocator, and for each pull whose bytes are on their way over
-the network, to see whether they have arrived; that is also the one wait, of milliseconds at most and hardly ever, but
-for ``unregister`` and ``clear``, which wait on a condition. Lock order: GIL, table, pool or the provider's own. The
-transitions themselves are in ``cache_life.pyx``.
+makes a system call under the mutex except through the allocator, and none waits with it but ``unregister`` and
+``clear``, on a condition. Lock order: GIL, table, pool. The transitions themselves are in ``cache_life.pyx``; what
+peers see meanwhile, and write, is in ``docs/protocol.md``.
 """
 from libc.stddef cimport size_t
-from libc.stdint cimport UINT64_MAX, int32_t, int64_t, uint32_t, uint64_t
+from libc.stdint cimport UINT64_MAX, int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy
 
-from llm_datadist.core.base.provider cimport LDD_FETCH_DONE, LDD_FETCH_OPEN
+from llm_datadist.core.base.atomic cimport (
+    ldd_fence, ldd_get32, ldd_get64, ldd_load32, ldd_load64, ldd_set32, ldd_set64, ldd_store32,
+)
 from llm_datadist.core.base.status cimport (
     LDD_E_NOT_EXIST, LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_OK, ldd_detail, ldd_fail, ldd_status,
 )
@@ -21,18 +22,18 @@ from llm_datadist.core.base.sync cimport (
     ldd_now_ns, ldd_unlock,
 )
 from llm_datadist.core.table.cache_life cimport (
-    LDD_NO_SLOT, ldd_cache, ldd_cache_close, ldd_cache_count_hazards, ldd_cache_describe, ldd_cache_enter,
+    LDD_NO_SLOT, ldd_cache, ldd_cache_check_index, ldd_cache_close, ldd_cache_count_hazards, ldd_cache_describe, ldd_cache_enter,
     ldd_cache_find, ldd_cache_free_retired, ldd_cache_leave, ldd_cache_pin, ldd_cache_publish, ldd_cache_release_key,
-    ldd_cache_tensor_of, ldd_cache_unpin, ldd_delivery, ldd_kind_name, ldd_lane_reader, ldd_range,
+    ldd_cache_tensor_of, ldd_cache_unpin, ldd_kind_name, ldd_lane_reader, ldd_range,
 )
 from llm_datadist.core.table.key_index cimport (
-    KEY_BLOCKS, KEY_BY_ID, KEY_REQ, LDD_NO_KEY, ldd_cell, ldd_key, ldd_keys_bytes, ldd_keys_destroy, ldd_keys_find,
-    ldd_keys_init, ldd_keys_max_probe, ldd_keys_place, ldd_keys_take,
+    KEY_BLOCKS, KEY_BY_ID, KEY_REQ, LDD_NO_KEY, ldd_key, ldd_keys_bytes, ldd_keys_destroy, ldd_keys_find, ldd_keys_init,
+    ldd_keys_max_probe, ldd_keys_share, ldd_keys_take,
 )
 from llm_datadist.core.table.pool cimport ldd_pool, ldd_pool_alloc_tensors
 from llm_datadist.core.table.shared_table cimport (
-    LDD_LANE_RING, LDD_MAX_CELLS, LDD_MAX_KEYS, ldd_lane, ldd_load32, ldd_load64, ldd_seq_begin, ldd_seq_end,
-    ldd_shared_table_create, ldd_shared_table_destroy, ldd_store32,
+    LDD_LANE_RING, LDD_NOT_SHARED, ldd_lane, ldd_seq_begin, ldd_seq_end, ldd_shared_table_create,
+    ldd_shared_table_destroy,
 )
 
 cdef enum:
@@ -49,15 +50,11 @@ cdef ldd_status ldd_table_create(ldd_table** out, ldd_detail* detail) noexcept n
         ldd_mutex_destroy(&table.mutex)
         free(table)
         return ldd_fail(detail, LDD_E_NO_MEMORY, b"no room for a cache table")
-    if ldd_shared_table_create(&table.shared, sizeof(ldd_cell), sizeof(ldd_key), sizeof(ldd_cache), detail) != LDD_OK:
-        ldd_cond_destroy(&table.drained)
-        ldd_mutex_destroy(&table.mutex)
-        free(table)
-        return LDD_E_NO_MEMORY
+    ldd_shared_table_create(&table.shared)
     ldd_keys_init(&table.keys)
-    ldd_keys_place(&table.keys, <ldd_cell*>table.shared.cells[0], <ldd_cell*>table.shared.cells[1], LDD_MAX_CELLS,
-                   <ldd_key*>table.shared.entries, LDD_MAX_KEYS)
-    table.caches = <ldd_cache*>table.shared.caches
+    ldd_keys_share(&table.keys, table.shared.cells, table.shared.keys)
+    # Without a shared table nobody rings: compared with itself the number never changes.
+    table.doorbell = &table.shared.marks.doorbell if table.shared.head != NULL else &table.seen_doorbell
     table.first_free = LDD_NO_SLOT
     table.next_id = 1
     out[0] = table
@@ -72,6 +69,7 @@ cdef void ldd_table_destroy(ldd_table* table) noexcept nogil:
         free(table.caches[table.ranges[i].slot].addrs)
     ldd_keys_destroy(&table.keys)
     ldd_shared_table_destroy(&table.shared)
+    free(table.caches)
     free(table.ranges)
     free(table.lanes)
     free(table.retired)
@@ -377,36 +375,33 @@ cdef inline ldd_status _lock(ldd_table* table, int64_t deadline_ns, ldd_detail* 
     cdef ldd_status st = ldd_lock_until(&table.mutex, deadline_ns)
     if st != LDD_OK:
         return ldd_fail(detail, st, b"the cache table was busy until the deadline")
-    if table.deliveries != NULL:
-        _take_in_deliveries(table)
-    if ldd_load64(&table.shared.marks.doorbell) != table.seen_doorbell or table.num_retired:
+    if ldd_load64(table.doorbell) != table.seen_doorbell or table.num_retired:
         _take_in(table)
     return LDD_OK
 
 
 cdef inline void _lock_now(ldd_table* table) noexcept nogil:
     ldd_lock(&table.mutex)
-    if table.deliveries != NULL:
-        _take_in_deliveries(table)
-    if ldd_load64(&table.shared.marks.doorbell) != table.seen_doorbell or table.num_retired:
+    if ldd_load64(table.doorbell) != table.seen_doorbell or table.num_retired:
         _take_in(table)
 
 
 cdef inline void _begin(ldd_table* table) noexcept nogil:
     """Something that peers read is about to change."""
-    ldd_seq_begin(&table.shared.head.seq)
+    if table.shared.head != NULL:
+        ldd_seq_begin(&table.shared.head.seq)
 
 
 cdef inline void _end(ldd_table* table) noexcept nogil:
-    table.shared.head.which_cells = table.keys.which
-    table.shared.head.mask = table.keys.mask
-    ldd_seq_end(&table.shared.head.seq)
+    if table.shared.head != NULL:
+        ldd_set32(&table.shared.head.mask, table.keys.mask if table.keys.shared_cells != NULL else LDD_NOT_SHARED)
+        ldd_seq_end(&table.shared.head.seq)
 
 
 cdef void _take_in(ldd_table* table) noexcept nogil:
     """Release the keys that peers say they pulled, and free what their hazards kept."""
     cdef uint32_t i
-    table.seen_doorbell = ldd_load64(&table.shared.marks.doorbell)
+    table.seen_doorbell = ldd_load64(table.doorbell)
     _begin(table)
     for i in range(table.num_lanes):
         _read_ring(table, &table.lanes[i])
@@ -415,46 +410,14 @@ cdef void _take_in(ldd_table* table) noexcept nogil:
     _end(table)
 
 
-cdef void _take_in_deliveries(ldd_table* table) noexcept nogil:
-    cdef ldd_delivery** at = &table.deliveries
-    cdef ldd_delivery* delivery
-    cdef int32_t state
-    while at[0] != NULL:
-        delivery = at[0]
-        state = delivery.confirmed(delivery.fetch)
-        if state != LDD_FETCH_OPEN and delivery.key_index != LDD_NO_KEY:
-            _begin(table)
-            _release(table, delivery.key_index, delivery.key_generation)
-            _end(table)
-            delivery.key_index = LDD_NO_KEY
-        if state == LDD_FETCH_DONE:
-            at[0] = delivery.next
-            _settle(table, delivery)
-        else:
-            at = &delivery.next
-
-
-cdef void _settle(ldd_table* table, ldd_delivery* delivery) noexcept nogil:
-    delivery.pending = False
-    _unpin(table, delivery.slot, delivery.generation)
-
-
-cdef void ldd_table_deliver(ldd_table* table, ldd_delivery* delivery) noexcept nogil:
+cdef void ldd_table_settle(ldd_table* table, uint32_t slot, uint32_t generation, uint32_t key_index,
+                           uint32_t key_generation) noexcept nogil:
     _lock_now(table)
-    delivery.pending = True
-    delivery.next = table.deliveries
-    table.deliveries = delivery
-    ldd_unlock(&table.mutex)
-
-
-cdef void ldd_table_end_delivery(ldd_table* table, ldd_delivery* delivery) noexcept nogil:
-    cdef ldd_delivery** at = &table.deliveries
-    _lock_now(table)                                # asks whether it is confirmed, the last time
-    if delivery.pending:
-        while at[0] != delivery:
-            at = &at[0].next
-        at[0] = delivery.next
-        _settle(table, delivery)
+    if key_index != LDD_NO_KEY:
+        _begin(table)
+        _release(table, key_index, key_generation)
+        _end(table)
+    _unpin(table, slot, generation)
     ldd_unlock(&table.mutex)
 
 
@@ -474,7 +437,7 @@ cdef void _read_ring(ldd_table* table, ldd_lane_reader* reader) noexcept nogil:
     while reader.tail != head:
         at = reader.tail % LDD_LANE_RING
         reader.tail += 1
-        _release(table, reader.lane.ring[at].key_index, reader.lane.ring[at].key_generation)
+        _release(table, ldd_get32(&reader.lane.ring[at].key_index), ldd_get32(&reader.lane.ring[at].key_generation))
     ldd_store32(&reader.lane.ring_tail, reader.tail)
 
 
@@ -504,7 +467,8 @@ cdef void ldd_table_remove_lane(ldd_table* table, ldd_lane* lane) noexcept nogil
     for i in range(table.num_lanes):
         if table.lanes[i].lane == lane:
             _read_ring(table, &table.lanes[i])
-            ldd_store32(&lane.closed, 1)            # before anything is freed
+            ldd_set32(&lane.closed, 1)
+            ldd_fence()                             # a reader that does not see it yet has read nothing newer
             table.num_lanes -= 1
             table.lanes[i] = table.lanes[table.num_lanes]
             break
@@ -521,9 +485,9 @@ cdef void ldd_table_take_in(ldd_table* table) noexcept nogil:
 
 cdef void ldd_table_set_epoch(ldd_table* table, uint64_t region_epoch) noexcept nogil:
     ldd_lock(&table.mutex)
-    if region_epoch > table.shared.head.region_epoch:        # callers come in any order
-        _begin(table)
-        table.shared.head.region_epoch = region_epoch
+    if table.shared.head != NULL and region_epoch > ldd_get64(&table.shared.head.region_epoch):
+        _begin(table)                               # only ever up: callers come in any order
+        ldd_set64(&table.shared.head.region_epoch, region_epoch)
         _end(table)
     ldd_unlock(&table.mutex)
 
@@ -531,17 +495,15 @@ cdef void ldd_table_set_epoch(ldd_table* table, uint64_t region_epoch) noexcept 
 cdef ldd_status _pin_by_id(ldd_table* table, uint64_t cache_id, uint64_t batch_index, ldd_cache_view* view,
                            ldd_detail* detail) noexcept nogil:
     cdef uint32_t slot
-    cdef uint64_t batch = 0
+    cdef ldd_status st
     _lock_now(table)
     slot = ldd_cache_find(table, <int64_t>cache_id)
-    if slot != LDD_NO_SLOT and table.caches[slot].published:
-        batch = 1 if table.caches[slot].is_blocks else table.caches[slot].num_slots
-        if batch_index < batch:
+    if slot == LDD_NO_SLOT or not table.caches[slot].published:
+        st = ldd_fail(detail, LDD_E_NOT_EXIST, b"there is no cache %lld", <long long>cache_id)
+    else:
+        st = ldd_cache_check_index(<int64_t>cache_id, table.caches[slot].is_blocks, table.caches[slot].num_slots,
+                                   batch_index, detail)
+        if st == LDD_OK:
             ldd_cache_pin(table, slot, batch_index, view)
     ldd_unlock(&table.mutex)
-    if batch == 0:
-        return ldd_fail(detail, LDD_E_NOT_EXIST, b"there is no cache %lld", <long long>cache_id)
-    if batch_index >= batch:
-        return ldd_fail(detail, LDD_E_NOT_EXIST, b"batch index %llu of cache %lld is out of range; its batch size is "
-                        b"%llu", <unsigned long long>batch_index, <long long>cache_id, <unsigned long long>batch)
-    return LDD_OK
+    return st

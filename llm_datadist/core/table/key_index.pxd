@@ -2,6 +2,7 @@
 from libc.stdint cimport uint32_t, uint64_t
 
 from llm_datadist.core.base.status cimport ldd_status
+from llm_datadist.core.table.shared_table cimport ldd_shared_key
 
 cdef enum:
     KEY_REQ = 0
@@ -37,20 +38,17 @@ ctypedef struct ldd_keys:
     uint32_t num_entries        # entries ever used
     uint32_t entry_capacity
     uint32_t first_free
-    # Memory that peers read: two homes for the cells, which take turns when the index grows. NULL: the C heap.
-    ldd_cell* homes[2]
-    uint32_t which
-    uint32_t max_cells
-    uint32_t max_entries
+    # Copies of cells and entries that peers read. NULL: nobody does, or there are more than fit.
+    uint64_t* shared_cells
+    ldd_shared_key* shared_keys
 
 # No locking: the cache table calls these under its mutex. A zeroed ldd_keys with first_free = LDD_NO_KEY is empty.
 cdef void ldd_keys_init(ldd_keys* keys) noexcept nogil
-# Live in given, zeroed memory instead of the C heap. Right after ldd_keys_init.
-cdef void ldd_keys_place(ldd_keys* keys, ldd_cell* first_home, ldd_cell* second_home, uint32_t max_cells,
-                         ldd_key* entries, uint32_t max_entries) noexcept nogil
-# The same search over cells and entries that another process changes meanwhile: bounded, never outside them.
-cdef uint32_t ldd_keys_find_shared(const ldd_cell* cells, uint32_t mask, const ldd_key* entries, uint32_t max_entries,
-                            uint32_t kind, uint64_t id, uint64_t model_id) noexcept nogil
+# Keep copies for peers in given, zeroed memory, LDD_MAX_CELLS and LDD_MAX_KEYS long. Right after ldd_keys_init.
+cdef void ldd_keys_share(ldd_keys* keys, uint64_t* cells, ldd_shared_key* entries) noexcept nogil
+# The search over such copies, which another process changes meanwhile: bounded, never outside them.
+cdef uint32_t ldd_keys_find_shared(const uint64_t* cells, uint32_t mask, const ldd_shared_key* entries, uint32_t kind,
+                                   uint64_t id, uint64_t model_id) noexcept nogil
 cdef void ldd_keys_destroy(ldd_keys* keys) noexcept nogil
 # Make room for `count` more keys, so that as many ldd_keys_add cannot fail. LDD_E_NO_MEMORY: nothing changed.
 cdef ldd_status ldd_keys_reserve(ldd_keys* keys, uint32_t count) noexcept nogil

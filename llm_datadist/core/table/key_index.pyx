@@ -6,19 +6,25 @@ dense, reused, and carry a generation, so that a handle kept across a transfer s
 Caches are found by id through the same index (kind ``KEY_BY_ID``).
 
 Cost: 48 bytes per entry and 8 per cell at 37 to 75 % load, with growth by half and by doubling, is at most 94 bytes a
-key; nothing shrinks. In memory given by ``ldd_keys_place`` entries stay where they are and the two homes of the cells
-take turns, which costs no more. Growing rehashes all cells from their stored hashes (about 10 ns a key); every other
-operation is constant. The cache table calls this under its mutex.
+key, and the copies for peers take 32 and 8 more of each; nothing shrinks. Growing rehashes all cells from their stored
+hashes (about 10 ns a key); every other operation is constant. The cache table calls this under its mutex, and between
+the two ends of its sequence what peers read; nothing is ever read back from the copies.
 """
 from libc.stdint cimport UINT32_MAX, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memset
 
+from llm_datadist.core.base.atomic cimport ldd_get32, ldd_get64, ldd_set64
 from llm_datadist.core.base.status cimport LDD_E_NO_MEMORY, LDD_OK, ldd_status
+from llm_datadist.core.table.shared_table cimport (
+    LDD_MAX_CELLS, LDD_MAX_KEYS, ldd_shared_cell, ldd_shared_key, ldd_shared_key_write,
+)
 
 cdef enum:
     MIN_CELLS = 64
     MIN_ENTRIES = 32
+
+cdef ldd_cell _EMPTY = [0, LDD_NO_KEY]
 
 
 cdef void ldd_keys_init(ldd_keys* keys) noexcept nogil:
@@ -30,19 +36,14 @@ cdef void ldd_keys_destroy(ldd_keys* keys) noexcept nogil:
     cdef uint32_t i
     for i in range(keys.num_entries):
         free(keys.entries[i].taken)
-    if keys.homes[0] == NULL:
-        free(keys.entries)
-        free(keys.cells)
+    free(keys.entries)
+    free(keys.cells)
     ldd_keys_init(keys)
 
 
-cdef void ldd_keys_place(ldd_keys* keys, ldd_cell* first_home, ldd_cell* second_home, uint32_t max_cells,
-                         ldd_key* entries, uint32_t max_entries) noexcept nogil:
-    keys.homes[0] = first_home
-    keys.homes[1] = second_home
-    keys.max_cells = max_cells
-    keys.entries = entries
-    keys.max_entries = max_entries
+cdef void ldd_keys_share(ldd_keys* keys, uint64_t* cells, ldd_shared_key* entries) noexcept nogil:
+    keys.shared_cells = cells
+    keys.shared_keys = entries
 
 
 cdef ldd_status ldd_keys_reserve(ldd_keys* keys, uint32_t count) noexcept nogil:
@@ -52,18 +53,13 @@ cdef ldd_status ldd_keys_reserve(ldd_keys* keys, uint32_t count) noexcept nogil:
     if wanted > keys.entry_capacity:
         capacity = keys.entry_capacity + (keys.entry_capacity >> 1)
         capacity = max(max(capacity, wanted), <uint64_t>MIN_ENTRIES)
-        if keys.homes[0] != NULL:
-            if wanted > keys.max_entries:
-                return LDD_E_NO_MEMORY
-            keys.entry_capacity = <uint32_t>min(capacity, <uint64_t>keys.max_entries)
-        else:
-            if capacity >= LDD_NO_KEY:
-                return LDD_E_NO_MEMORY
-            entries = <ldd_key*>realloc(keys.entries, capacity * sizeof(ldd_key))
-            if entries == NULL:
-                return LDD_E_NO_MEMORY
-            keys.entries = entries
-            keys.entry_capacity = <uint32_t>capacity
+        if capacity >= LDD_NO_KEY:
+            return LDD_E_NO_MEMORY
+        entries = <ldd_key*>realloc(keys.entries, capacity * sizeof(ldd_key))
+        if entries == NULL:
+            return LDD_E_NO_MEMORY
+        keys.entries = entries
+        keys.entry_capacity = <uint32_t>capacity
     if wanted * 4 > num_cells * 3:
         num_cells = max(num_cells, <uint64_t>MIN_CELLS)
         while wanted * 4 > num_cells * 3:
@@ -91,19 +87,19 @@ cdef uint32_t ldd_keys_find(const ldd_keys* keys, uint32_t kind, uint64_t id, ui
         distance += 1
 
 
-cdef uint32_t ldd_keys_find_shared(const ldd_cell* cells, uint32_t mask, const ldd_key* entries, uint32_t max_entries,
-                            uint32_t kind, uint64_t id, uint64_t model_id) noexcept nogil:
+cdef uint32_t ldd_keys_find_shared(const uint64_t* cells, uint32_t mask, const ldd_shared_key* entries, uint32_t kind,
+                                   uint64_t id, uint64_t model_id) noexcept nogil:
     cdef uint32_t hash = _hash(kind, id, model_id)
     cdef uint32_t at = hash & mask, distance, key
-    cdef ldd_cell cell
+    cdef uint64_t cell
     for distance in range(mask):
-        cell = cells[at]
-        if cell.key == LDD_NO_KEY or ((at - cell.hash) & mask) < distance:
+        cell = ldd_get64(&cells[at])                # hash and key in one access, or they need not belong together
+        key = <uint32_t>(cell >> 32)
+        if key == LDD_NO_KEY or ((at - <uint32_t>cell) & mask) < distance:
             return LDD_NO_KEY
-        if cell.hash == hash and cell.key < max_entries:
-            key = cell.key
-            if entries[key].id == id and entries[key].model_id == model_id and entries[key].kind == kind:
-                return key
+        if (<uint32_t>cell == hash and key < LDD_MAX_KEYS and ldd_get64(&entries[key].id) == id
+                and ldd_get64(&entries[key].model_id) == model_id and ldd_get32(&entries[key].kind) == kind):
+            return key
         at = (at + 1) & mask
     return LDD_NO_KEY
 
@@ -129,7 +125,11 @@ cdef uint32_t ldd_keys_add(ldd_keys* keys, uint32_t kind, uint64_t id, uint64_t 
     entry.batch_slot = batch_slot
     entry.generation += 1
     keys.num_keys += 1
-    _place(keys.cells, keys.mask, _hash(kind, id, model_id), key)
+    if key >= LDD_MAX_KEYS:
+        ldd_keys_share(keys, NULL, NULL)
+    if keys.shared_keys != NULL:
+        _show(&keys.shared_keys[key], entry)
+    _place(keys.cells, keys.shared_cells, keys.mask, _hash(kind, id, model_id), key)
     return key
 
 
@@ -143,9 +143,9 @@ cdef void ldd_keys_remove(ldd_keys* keys, uint32_t key) noexcept nogil:
         next = (at + 1) & mask
         if keys.cells[next].key == LDD_NO_KEY or ((next - keys.cells[next].hash) & mask) == 0:
             break
-        keys.cells[at] = keys.cells[next]
+        _set_cell(keys.cells, keys.shared_cells, at, keys.cells[next])
         at = next
-    keys.cells[at].key = LDD_NO_KEY
+    _set_cell(keys.cells, keys.shared_cells, at, _EMPTY)
     free(entry.taken)
     entry.taken = NULL
     entry.generation += 1
@@ -183,7 +183,10 @@ cdef uint32_t ldd_keys_max_probe(const ldd_keys* keys) noexcept nogil:
 
 cdef uint64_t ldd_keys_bytes(const ldd_keys* keys) noexcept nogil:
     cdef uint64_t num_cells = <uint64_t>keys.mask + 1 if keys.cells != NULL else 0
-    return num_cells * sizeof(ldd_cell) + <uint64_t>keys.entry_capacity * sizeof(ldd_key)
+    cdef uint64_t nbytes = num_cells * sizeof(ldd_cell) + <uint64_t>keys.entry_capacity * sizeof(ldd_key)
+    if keys.shared_cells != NULL:
+        nbytes += num_cells * sizeof(uint64_t) + <uint64_t>keys.num_entries * sizeof(ldd_shared_key)
+    return nbytes
 
 
 cdef inline uint32_t _hash(uint32_t kind, uint64_t id, uint64_t model_id) noexcept nogil:
@@ -196,7 +199,24 @@ cdef inline uint32_t _hash(uint32_t kind, uint64_t id, uint64_t model_id) noexce
     return <uint32_t>(x >> 32)
 
 
-cdef void _place(ldd_cell* cells, uint32_t mask, uint32_t hash, uint32_t key) noexcept nogil:
+cdef inline void _set_cell(ldd_cell* cells, uint64_t* shared, uint32_t at, ldd_cell cell) noexcept nogil:
+    cells[at] = cell
+    if shared != NULL:
+        ldd_set64(&shared[at], ldd_shared_cell(cell.hash, cell.key))
+
+
+cdef inline void _show(ldd_shared_key* at, const ldd_key* entry) noexcept nogil:
+    cdef ldd_shared_key key
+    key.id = entry.id
+    key.model_id = entry.model_id
+    key.kind = entry.kind
+    key.generation = entry.generation
+    key.cache_slot = entry.cache_slot
+    key.batch_slot = entry.batch_slot
+    ldd_shared_key_write(at, &key)
+
+
+cdef void _place(ldd_cell* cells, uint64_t* shared, uint32_t mask, uint32_t hash, uint32_t key) noexcept nogil:
     """Put a cell where it belongs: whoever is closer to home makes room."""
     cdef ldd_cell moving, other
     cdef uint32_t at = hash & mask, distance = 0, others
@@ -206,12 +226,12 @@ cdef void _place(ldd_cell* cells, uint32_t mask, uint32_t hash, uint32_t key) no
         others = (at - cells[at].hash) & mask
         if others < distance:
             other = cells[at]
-            cells[at] = moving
+            _set_cell(cells, shared, at, moving)
             moving = other
             distance = others
         at = (at + 1) & mask
         distance += 1
-    cells[at] = moving
+    _set_cell(cells, shared, at, moving)
 
 
 cdef ldd_status _rehash(ldd_keys* keys, uint64_t num_cells) noexcept nogil:
@@ -219,22 +239,20 @@ cdef ldd_status _rehash(ldd_keys* keys, uint64_t num_cells) noexcept nogil:
     cdef uint32_t mask = <uint32_t>(num_cells - 1), at
     if num_cells - 1 > UINT32_MAX >> 1:
         return LDD_E_NO_MEMORY
-    if keys.homes[0] != NULL:
-        if num_cells > keys.max_cells:
-            return LDD_E_NO_MEMORY
-        cells = keys.homes[1 - keys.which]
-    else:
-        cells = <ldd_cell*>malloc(num_cells * sizeof(ldd_cell))
-        if cells == NULL:
-            return LDD_E_NO_MEMORY
+    cells = <ldd_cell*>malloc(num_cells * sizeof(ldd_cell))
+    if cells == NULL:
+        return LDD_E_NO_MEMORY
     memset(cells, 0xff, num_cells * sizeof(ldd_cell))       # LDD_NO_KEY everywhere
     if keys.cells != NULL:
         for at in range(keys.mask + 1):
             if keys.cells[at].key != LDD_NO_KEY:
-                _place(cells, mask, keys.cells[at].hash, keys.cells[at].key)
-    if keys.homes[0] == NULL:
-        free(keys.cells)
-    keys.which = 1 - keys.which
+                _place(cells, NULL, mask, keys.cells[at].hash, keys.cells[at].key)
+    free(keys.cells)
+    if num_cells > LDD_MAX_CELLS:
+        ldd_keys_share(keys, NULL, NULL)
+    if keys.shared_cells != NULL:
+        for at in range(mask + 1):
+            ldd_set64(&keys.shared_cells[at], ldd_shared_cell(cells[at].hash, cells[at].key))
     keys.cells = cells
     keys.mask = mask
     return LDD_OK

@@ -1,9 +1,9 @@
 """The cache table as peers on this host see it: the shared files and their layout.
 
-Three kinds of sparse, sealed memory files, passed over a Unix socket: the table itself, which peers map read-only and
-read under a sequence lock; one file of release marks per owner, where peers say that they released a key; and one lane
-per link, where its peer publishes which cache it touches (a hazard) and queues the keys it released. A hazard that a
-dead peer left goes with its lane, so no count can leak. What peers write is only ever a hint that the owner checks.
+Three kinds of sparse, sealed memory files, passed over a Unix socket: the table, which peers map read-only and which
+nobody but the owner's own mapping can write; one file of release marks per owner; and one lane per link. What the
+owner acts on is private to it: the table's file is a copy for readers, and what peers write into marks and lanes is
+only ever a hint that the owner checks. The protocol is ``docs/protocol.md``.
 """
 from libc.stddef cimport size_t
 from libc.stdint cimport uint32_t, uint64_t
@@ -27,19 +27,29 @@ cdef extern from * nogil:
     #define F_SEAL_SHRINK 2
     #define F_SEAL_GROW 4
     #endif
+    #ifndef F_SEAL_FUTURE_WRITE
+    #define F_SEAL_FUTURE_WRITE 16              /* Linux 5.1 */
+    #endif
 
-    /* A sparse file of this size that nobody can resize. */
-    static int ldd_shared_file(const char *name, size_t size) {
+    /* A sparse file of this size that nobody can resize, mapped for writing; NULL without one. */
+    static void *ldd_shared_file(const char *name, size_t size, mode_t mode, int more_seals, int *out) {
+        void *at = MAP_FAILED;
         int fd = memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING);
-        if (fd < 0) return -1;
-        if (ftruncate(fd, (off_t)size) < 0 || fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) < 0) {
-            close(fd);
-            return -1;
+        *out = -1;
+        if (fd < 0) return NULL;
+        if (fchmod(fd, mode) == 0 && ftruncate(fd, (off_t)size) == 0)
+            at = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
+        if (at != MAP_FAILED &&
+            fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL | more_seals) == 0) {
+            *out = fd;
+            return at;
         }
-        return fd;
+        if (at != MAP_FAILED) munmap(at, size);
+        close(fd);
+        return NULL;
     }
 
-    /* The same file, opened for reading only: a peer cannot make more of it. */
+    /* The same file, opened for reading only. */
     static int ldd_shared_read_only(int fd) {
         char path[64];
         snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
@@ -58,7 +68,8 @@ cdef extern from * nogil:
         return fstat(fd, &status) == 0 && (uint64_t)status.st_size == size && seals >= 0 && (seals & F_SEAL_SHRINK);
     }
     """
-    int ldd_shared_file(const char* name, size_t size)
+    int F_SEAL_FUTURE_WRITE
+    void* ldd_shared_file(const char* name, size_t size, unsigned int mode, int more_seals, int* out)
     int ldd_shared_read_only(int fd)
     void* ldd_shared_mmap(int fd, size_t size, int writable)
     bint ldd_shared_fits(int fd, size_t size)
@@ -67,63 +78,102 @@ cdef extern from * nogil:
 
 cdef enum:
     HEAD_BYTES = 4096
-    DESK_HEAD_BYTES = 4096
     LANE_BYTES = 4096
 
 
-cdef uint64_t _layout_magic(size_t cell_bytes, size_t key_bytes, size_t cache_bytes) noexcept nogil:
-    """Changes with every size that both sides must agree on."""
-    return (<uint64_t>0x3142444c << 32) ^ (<uint64_t>cell_bytes << 24) ^ (<uint64_t>key_bytes << 12) ^ cache_bytes \
-        ^ (<uint64_t>LDD_MAX_KEYS << 5) ^ (<uint64_t>sizeof(ldd_lane) << 40)
+cdef uint64_t _layout() noexcept nogil:
+    """A hash of every size and offset that both sides must agree on, so that builds that differ do not meet."""
+    cdef ldd_shared_head head
+    cdef ldd_shared_key key
+    cdef ldd_shared_cache cache
+    cdef ldd_release_marks marks
+    cdef ldd_lane lane
+    cdef uint64_t facts[36]
+    cdef uint64_t value = <uint64_t>0xcbf29ce484222325
+    cdef int i
+    facts[0] = LDD_MAX_KEYS
+    facts[1] = LDD_MAX_CELLS
+    facts[2] = LDD_MAX_CACHES
+    facts[3] = LDD_LANE_RING
+    facts[4] = sizeof(head)
+    facts[5] = <size_t>&head.magic - <size_t>&head
+    facts[6] = <size_t>&head.seq - <size_t>&head
+    facts[7] = <size_t>&head.region_epoch - <size_t>&head
+    facts[8] = <size_t>&head.mask - <size_t>&head
+    facts[9] = sizeof(key)
+    facts[10] = <size_t>&key.id - <size_t>&key
+    facts[11] = <size_t>&key.model_id - <size_t>&key
+    facts[12] = <size_t>&key.kind - <size_t>&key
+    facts[13] = <size_t>&key.generation - <size_t>&key
+    facts[14] = <size_t>&key.cache_slot - <size_t>&key
+    facts[15] = <size_t>&key.batch_slot - <size_t>&key
+    facts[16] = sizeof(cache)
+    facts[17] = <size_t>&cache.cache_id - <size_t>&cache
+    facts[18] = <size_t>&cache.num_slots - <size_t>&cache
+    facts[19] = <size_t>&cache.tensor_bytes - <size_t>&cache
+    facts[20] = <size_t>&cache.step - <size_t>&cache
+    facts[21] = <size_t>&cache.base - <size_t>&cache
+    facts[22] = <size_t>&cache.generation - <size_t>&cache
+    facts[23] = <size_t>&cache.num_tensors - <size_t>&cache
+    facts[24] = <size_t>&cache.num_keys - <size_t>&cache
+    facts[25] = <size_t>&cache.flags - <size_t>&cache
+    facts[26] = <size_t>&marks.doorbell - <size_t>&marks
+    facts[27] = <size_t>&marks.marks[0] - <size_t>&marks
+    facts[28] = sizeof(lane)
+    facts[29] = <size_t>&lane.hazard - <size_t>&lane
+    facts[30] = <size_t>&lane.ring_head - <size_t>&lane
+    facts[31] = <size_t>&lane.ring_tail - <size_t>&lane
+    facts[32] = <size_t>&lane.closed - <size_t>&lane
+    facts[33] = <size_t>&lane.ring[0] - <size_t>&lane
+    facts[34] = <size_t>&lane.ring[0].key_index - <size_t>&lane.ring[0]
+    facts[35] = <size_t>&lane.ring[0].key_generation - <size_t>&lane.ring[0]
+    for i in range(36):
+        value = (value ^ facts[i]) * <uint64_t>0x100000001b3
+    return value
 
 
-cdef size_t _table_bytes(size_t cell_bytes, size_t key_bytes, size_t cache_bytes) noexcept nogil:
-    return (HEAD_BYTES + 2 * <size_t>LDD_MAX_CELLS * cell_bytes + <size_t>LDD_MAX_KEYS * key_bytes
-            + <size_t>LDD_MAX_CACHES * cache_bytes)
+cdef size_t ldd_shared_table_bytes() noexcept nogil:
+    return (HEAD_BYTES + <size_t>LDD_MAX_CELLS * sizeof(uint64_t) + <size_t>LDD_MAX_KEYS * sizeof(ldd_shared_key)
+            + <size_t>LDD_MAX_CACHES * sizeof(ldd_shared_cache))
 
 
 cdef size_t _marks_bytes() noexcept nogil:
-    return DESK_HEAD_BYTES + <size_t>LDD_MAX_KEYS * sizeof(uint32_t)
+    return LDD_CACHE_LINE + <size_t>LDD_MAX_KEYS * sizeof(uint32_t)
 
 
-cdef void _place(ldd_shared_table* shared, void* table, size_t cell_bytes, size_t key_bytes) noexcept nogil:
+cdef void _place(ldd_shared_table* shared, void* table) noexcept nogil:
     cdef char* at = <char*>table + HEAD_BYTES
     shared.head = <ldd_shared_head*>table
-    shared.cells[0] = at
-    shared.cells[1] = at + LDD_MAX_CELLS * cell_bytes
-    shared.entries = at + 2 * <size_t>LDD_MAX_CELLS * cell_bytes
-    shared.caches = at + 2 * <size_t>LDD_MAX_CELLS * cell_bytes + <size_t>LDD_MAX_KEYS * key_bytes
+    shared.cells = <uint64_t*>at
+    at += <size_t>LDD_MAX_CELLS * sizeof(uint64_t)
+    shared.keys = <ldd_shared_key*>at
+    shared.caches = <ldd_shared_cache*>(at + <size_t>LDD_MAX_KEYS * sizeof(ldd_shared_key))
 
 
-cdef ldd_status ldd_shared_table_create(ldd_shared_table* shared, size_t cell_bytes, size_t key_bytes,
-                                        size_t cache_bytes,
-                                 ldd_detail* detail) noexcept nogil:
-    cdef size_t size = _table_bytes(cell_bytes, key_bytes, cache_bytes)
-    cdef int fd = ldd_shared_file(b"llm_datadist-table", size)
+cdef void ldd_shared_table_create(ldd_shared_table* shared) noexcept nogil:
+    cdef int fd = -1
     cdef void* table
     memset(shared, 0, sizeof(ldd_shared_table))
     shared.table_fd = shared.marks_fd = -1
-    shared.cache_bytes = cache_bytes
-    if fd < 0:
-        return ldd_fail(detail, LDD_E_NO_MEMORY, b"cannot make a memory file for the cache table")
-    table = ldd_shared_mmap(fd, size, True)
-    shared.table_fd = ldd_shared_read_only(fd)        # -1 without /proc: the table is then not shared
+    # No other mapping can write from now on, whoever opens the file anew. A kernel that cannot promise this shares
+    # nothing.
+    table = ldd_shared_file(b"llm_datadist-table", ldd_shared_table_bytes(), 0o400, F_SEAL_FUTURE_WRITE, &fd)
+    if table == NULL:
+        return
+    _place(shared, table)
+    shared.table_fd = ldd_shared_read_only(fd)
     close(fd)
-    shared.marks_fd = ldd_shared_file(b"llm_datadist-marks", _marks_bytes())
-    if shared.marks_fd >= 0:
-        shared.marks = <ldd_release_marks*>ldd_shared_mmap(shared.marks_fd, _marks_bytes(), True)
-    if table != NULL:
-        _place(shared, table, cell_bytes, key_bytes)
-        shared.head.magic = _layout_magic(cell_bytes, key_bytes, cache_bytes)
-    if table == NULL or shared.marks == NULL:
-        ldd_shared_unmap(shared, size)
-        return ldd_fail(detail, LDD_E_NO_MEMORY, b"cannot map %zu bytes of address space for the cache table", size)
-    return LDD_OK
+    shared.marks = <ldd_release_marks*>ldd_shared_file(b"llm_datadist-marks", _marks_bytes(), 0o600, 0,
+                                                       &shared.marks_fd)
+    if shared.table_fd < 0 or shared.marks == NULL:
+        ldd_shared_table_destroy(shared)
+        return
+    shared.head.magic = _layout()
 
 
-cdef void ldd_shared_unmap(ldd_shared_table* shared, size_t size) noexcept nogil:
+cdef void ldd_shared_table_destroy(ldd_shared_table* shared) noexcept nogil:
     if shared.head != NULL:
-        munmap(shared.head, size)
+        munmap(shared.head, ldd_shared_table_bytes())
     if shared.marks != NULL:
         munmap(shared.marks, _marks_bytes())
     if shared.table_fd >= 0:
@@ -134,47 +184,29 @@ cdef void ldd_shared_unmap(ldd_shared_table* shared, size_t size) noexcept nogil
     shared.table_fd = shared.marks_fd = -1
 
 
-cdef void ldd_shared_table_destroy(ldd_shared_table* shared) noexcept nogil:
-    cdef size_t size
-    if shared.head == NULL:
-        return
-    size = <size_t>shared.caches + <size_t>LDD_MAX_CACHES * shared.cache_bytes - <size_t>shared.head
-    ldd_shared_unmap(shared, size)
-
-
-cdef ldd_status ldd_shared_table_map(ldd_shared_table* shared, int table_fd, int marks_fd, size_t cell_bytes,
-                                     size_t key_bytes,
-                              size_t cache_bytes, ldd_detail* detail) noexcept nogil:
-    cdef size_t size = _table_bytes(cell_bytes, key_bytes, cache_bytes)
+cdef ldd_status ldd_shared_table_map(ldd_shared_table* shared, int table_fd, int marks_fd,
+                                     ldd_detail* detail) noexcept nogil:
     cdef void* table
     memset(shared, 0, sizeof(ldd_shared_table))
     shared.table_fd = shared.marks_fd = -1
-    shared.cache_bytes = cache_bytes
-    if not ldd_shared_fits(table_fd, size) or not ldd_shared_fits(marks_fd, _marks_bytes()):
+    if not ldd_shared_fits(table_fd, ldd_shared_table_bytes()) or not ldd_shared_fits(marks_fd, _marks_bytes()):
         return ldd_fail(detail, LDD_E_FAILED, b"the peer's table has another size than this build's")
-    table = ldd_shared_mmap(table_fd, size, False)
-    shared.marks = <ldd_release_marks*>ldd_shared_mmap(marks_fd, _marks_bytes(), True)
+    table = ldd_shared_mmap(table_fd, ldd_shared_table_bytes(), False)
     if table != NULL:
-        _place(shared, table, cell_bytes, key_bytes)
+        _place(shared, table)
+    shared.marks = <ldd_release_marks*>ldd_shared_mmap(marks_fd, _marks_bytes(), True)
     if table == NULL or shared.marks == NULL:
-        ldd_shared_unmap(shared, size)
-        return ldd_fail(detail, LDD_E_NO_MEMORY, b"cannot map %zu bytes of address space for a peer's table", size)
-    if shared.head.magic != _layout_magic(cell_bytes, key_bytes, cache_bytes):
-        ldd_shared_unmap(shared, size)
+        ldd_shared_table_destroy(shared)
+        return ldd_fail(detail, LDD_E_NO_MEMORY, b"cannot map %zu bytes of address space for a peer's table",
+                        ldd_shared_table_bytes())
+    if shared.head.magic != _layout():
+        ldd_shared_table_destroy(shared)
         return ldd_fail(detail, LDD_E_FAILED, b"the peer's table has another layout than this build's")
     return LDD_OK
 
 
 cdef ldd_lane* ldd_lane_create(int* fd) noexcept nogil:
-    cdef ldd_lane* lane
-    fd[0] = ldd_shared_file(b"llm_datadist-lane", LANE_BYTES)
-    if fd[0] < 0:
-        return NULL
-    lane = <ldd_lane*>ldd_shared_mmap(fd[0], LANE_BYTES, True)
-    if lane == NULL:
-        close(fd[0])
-        fd[0] = -1
-    return lane
+    return <ldd_lane*>ldd_shared_file(b"llm_datadist-lane", LANE_BYTES, 0o600, 0, fd)
 
 
 cdef ldd_lane* ldd_lane_map(int fd) noexcept nogil:

@@ -5,17 +5,14 @@ breaks the link.
 """
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
+from llm_datadist.core.base.atomic cimport ldd_add64
 from llm_datadist.core.base.provider cimport LDD_CAP_CANCEL, CompleteHandle
 from llm_datadist.core.base.status cimport (
     LDD_E_INTERRUPTED, LDD_E_NOT_LINKED, LDD_E_PARAM, LDD_E_TIMEOUT, LDD_OK, ldd_fail,
 )
 from llm_datadist.core.base.sync cimport ldd_now_ns, ldd_unlock
 from llm_datadist.core.base.wait cimport ldd_hixl_result, ldd_lock_interruptible, ldd_wait_interruptible
-from llm_datadist.core.link.links cimport LINK_ACTIVE, ldd_link_break
-
-cdef extern from * nogil:
-    int __ATOMIC_RELAXED
-    uint64_t __atomic_add_fetch(uint64_t* counter, uint64_t by, int order)
+from llm_datadist.core.link.links cimport LINK_ACTIVE, ldd_link_break, ldd_link_state_of
 
 
 cdef aclrtContext ldd_context_enter(ldd_node* node) noexcept nogil:
@@ -36,7 +33,7 @@ cdef ldd_status ldd_link_lock(ldd_link* link, ldd_detail* detail) noexcept nogil
     if status == LDD_E_TIMEOUT:
         return ldd_fail(detail, status, b"other transfers kept the link to cluster %llu busy for %lld ms",
                         <unsigned long long>link.cluster_id, <long long>(link.node.sync_timeout_ns // 1000000))
-    if status == LDD_OK and link.state != LINK_ACTIVE:
+    if status == LDD_OK and ldd_link_state_of(link) != LINK_ACTIVE:
         ldd_unlock(&link.lock)
         return ldd_fail(detail, LDD_E_NOT_LINKED, b"the link to cluster %llu went away (%s)",
                         <unsigned long long>link.cluster_id,
@@ -62,8 +59,8 @@ cdef ldd_status ldd_batch_run(ldd_link* link, bint put, int64_t deadline_ns, ldd
 
 
 cdef void ldd_batch_count(ldd_link* link, bint put) noexcept nogil:
-    __atomic_add_fetch(&link.pushed_bytes if put else &link.pulled_bytes, link.descs.bytes, __ATOMIC_RELAXED)
-    __atomic_add_fetch(&link.num_transfers, 1, __ATOMIC_RELAXED)
+    ldd_add64(&link.pushed_bytes if put else &link.pulled_bytes, link.descs.bytes)
+    ldd_add64(&link.num_transfers, 1)
 
 
 cdef ldd_status ldd_batch_finish(ldd_link* link, ldd_status submitted, CompleteHandle handle, int64_t deadline_ns,

@@ -4,11 +4,11 @@ Runs on the data server's threads, which never hold the GIL. A request is answer
 there is no such cache: where anything about it does not fit, the peer goes step by step, and finds out what is wrong
 in words of its own. Nothing a peer sends is believed: every run is checked against the cache it is taken from.
 
-The pin becomes a delivery of the table, which takes the key and drops the pin once the peer has confirmed that all
-bytes are in place; a peer that goes away before leaves the key where it is.
+The pin lasts until the peer has confirmed that all bytes are in place, which takes the key too. That is done by the
+thread that receives the confirmation, as it arrives; a peer that goes away before leaves the key where it is.
 """
 from libc.stddef cimport size_t
-from libc.stdint cimport int32_t, uint8_t, uint64_t
+from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy, memset
@@ -17,15 +17,13 @@ from llm_datadist.core.base.checked_math cimport ldd_add_overflows
 from llm_datadist.core.base.provider cimport LddFetchSource, LddPiece
 from llm_datadist.core.base.status cimport LDD_E_NOT_LINKED, LDD_E_NO_MEMORY, LDD_OK, ldd_detail, ldd_fail, ldd_status
 from llm_datadist.core.base.sync cimport ldd_lock, ldd_unlock
-from llm_datadist.core.link.links cimport LINK_ACTIVE, ldd_link, ldd_node
+from llm_datadist.core.link.links cimport LINK_ACTIVE, ldd_link, ldd_link_state_of, ldd_node
 from llm_datadist.core.link.replies cimport ldd_reply_find
 from llm_datadist.core.link.wire cimport (
     LDD_ACCESS_READ, LDD_FETCH_ASK, LDD_FETCH_BLOCKS, LDD_FETCH_MAX_PIECES, LDD_FETCH_RESHAPE, LDD_FETCH_TAKE,
     LDD_FETCH_TO_HOST, ldd_fetch_request, ldd_fetch_run,
 )
-from llm_datadist.core.table.cache_table cimport (
-    ldd_cache_view, ldd_delivery, ldd_table_deliver, ldd_table_end_delivery, ldd_table_take_in, ldd_table_unpin,
-)
+from llm_datadist.core.table.cache_table cimport ldd_cache_view, ldd_table_settle, ldd_table_unpin
 from llm_datadist.core.table.key_index cimport LDD_NO_KEY
 from llm_datadist.core.transfer.fitting cimport (
     SHAPE_BLOCKS, SHAPE_SLOT, SHAPE_SLOT_TO_BLOCKS, ldd_end, ldd_end_here, ldd_fit, ldd_fit_ends, ldd_transfer,
@@ -33,7 +31,10 @@ from llm_datadist.core.transfer.fitting cimport (
 
 # The ticket of one fetch.
 ctypedef struct ldd_served:
-    ldd_delivery delivery
+    uint32_t slot                   # of the pinned cache
+    uint32_t generation
+    uint32_t key_index              # what a confirmation takes; LDD_NO_KEY: nothing
+    uint32_t key_generation
     LddPiece* pieces
     size_t num_pieces
 
@@ -44,7 +45,7 @@ cdef bint _is_linked(ldd_node* node, const uint8_t* token) noexcept nogil:
     ldd_lock(&node.lock)
     link = node.links
     while link != NULL and not found:
-        found = link.state == LINK_ACTIVE and memcmp(link.token, token, sizeof(link.token)) == 0
+        found = ldd_link_state_of(link) == LINK_ACTIVE and memcmp(link.token, token, sizeof(link.token)) == 0
         link = link.next
     ldd_unlock(&node.lock)
     return found
@@ -106,8 +107,7 @@ cdef ldd_status _cut(const ldd_fetch_request* request, const uint8_t* runs, cons
 
 
 cdef int32_t _on_begin(void* context, const uint8_t* token, const void* words, size_t num_words_bytes,
-                      uint64_t num_bytes, void* fetch, LddFetchSource* source, char* text,
-                      size_t text_size) noexcept nogil:
+                      uint64_t num_bytes, LddFetchSource* source, char* text, size_t text_size) noexcept nogil:
     cdef ldd_node* node = <ldd_node*>context
     cdef ldd_fetch_request request
     cdef ldd_cache_view view
@@ -138,13 +138,10 @@ cdef int32_t _on_begin(void* context, const uint8_t* token, const void* words, s
         free(served)
         snprintf(text, text_size, b"%s", detail.text)
         return status
-    served.delivery.confirmed = node.provider.ext.LddFetchConfirmed
-    served.delivery.fetch = fetch
-    served.delivery.slot = view.slot
-    served.delivery.generation = view.generation
-    served.delivery.key_index = view.key_index if request.flags & LDD_FETCH_TAKE else LDD_NO_KEY
-    served.delivery.key_generation = view.key_generation
-    ldd_table_deliver(node.table, &served.delivery)
+    served.slot = view.slot
+    served.generation = view.generation
+    served.key_index = view.key_index if request.flags & LDD_FETCH_TAKE else LDD_NO_KEY
+    served.key_generation = view.key_generation
     source.pieces = served.pieces
     source.num_pieces = served.num_pieces
     source.never_unmapped = view.owned
@@ -152,19 +149,15 @@ cdef int32_t _on_begin(void* context, const uint8_t* token, const void* words, s
     return LDD_OK
 
 
-cdef void _on_look(void* context) noexcept nogil:
-    ldd_table_take_in((<ldd_node*>context).table)
-
-
-cdef void _on_end(void* context, void* ticket) noexcept nogil:
+cdef void _on_end(void* context, void* ticket, int32_t confirmed) noexcept nogil:
     cdef ldd_served* served = <ldd_served*>ticket
-    ldd_table_end_delivery((<ldd_node*>context).table, &served.delivery)
+    ldd_table_settle((<ldd_node*>context).table, served.slot, served.generation,
+                     served.key_index if confirmed else LDD_NO_KEY, served.key_generation)
     free(served.pieces)
     free(served)
 
 
 cdef void ldd_serve_pull(ldd_node* node) noexcept nogil:
     node.regions.fetch_hooks.begin = _on_begin
-    node.regions.fetch_hooks.look = _on_look
     node.regions.fetch_hooks.end = _on_end
     node.regions.fetch_context = node

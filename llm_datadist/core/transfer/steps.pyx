@@ -12,7 +12,9 @@ from libc.stdint cimport int64_t, uint32_t
 from llm_datadist.core.base.provider cimport aclrtContext
 from llm_datadist.core.base.status cimport LDD_E_PARAM, LDD_OK, ldd_fail
 from llm_datadist.core.base.sync cimport ldd_now_ns, ldd_unlock
-from llm_datadist.core.link.links cimport LINK_ACTIVE, ldd_link, ldd_link_begin, ldd_link_end
+from llm_datadist.core.link.links cimport (
+    LINK_ACTIVE, ldd_link, ldd_link_begin, ldd_link_end, ldd_link_state_of,
+)
 from llm_datadist.core.link.requests cimport ldd_link_ready, ldd_remote_cache, ldd_request_release, ldd_request_resolve
 from llm_datadist.core.link.shared_reader cimport (
     LDD_READER_ASK, ldd_reader_attach, ldd_reader_done, ldd_reader_remember, ldd_reader_resolve,
@@ -83,7 +85,7 @@ cdef ldd_status _run_locked(ldd_node* node, const ldd_transfer* what, ldd_link* 
         released = ldd_reader_done(link, what.release and status == LDD_OK, ldd_now_ns() + node.sync_timeout_ns,
                                  detail if status == LDD_OK else &ignored)
         return released if status == LDD_OK else status
-    if link.state != LINK_ACTIVE and status < 0:
+    if ldd_link_state_of(link) != LINK_ACTIVE and status < 0:
         return status                           # the lease ends with the connection
     # The bytes have arrived; what is left is bookkeeping on the owner, which gets its own time.
     released = ldd_request_release(link, remote.desc.lease, what.release and status == LDD_OK, fit.remote_first,

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 from support.peer import engine_options, engine_options_v1
+from support.scripts import output_of
 
 from llm_datadist import CacheDesc, DataType, LLMDataDist, LLMException, LLMRole, LLMStatusCode
 from llm_datadist_probes.table import hold_table
@@ -45,6 +46,23 @@ def test_a_call_that_cannot_get_the_table_ends_with_the_timeout_status(dist, cal
     assert dist.stats() == before                   # nothing changed, and the handle is still good
     manager.deallocate_cache(cache)
     assert dist.stats()["caches"] == 0
+
+
+@pytest.mark.parametrize("call", ["stats", "caches", "deallocate", "remove_key"])
+def test_who_waits_for_the_table_holds_up_no_other_thread(call):
+    """In a program of its own: otherwise this thread never gets to give the table back."""
+    assert output_of("""
+        engine = start(1, timeout_ms=60000)
+        calls = {"stats": (), "caches": (), "deallocate": (1,), "remove_key": (0, 7, 0)}
+        arguments = calls[sys.argv[1]]
+        with engine._engine.hold_table():
+            waiting = threading.Thread(target=getattr(engine._engine, sys.argv[1]), args=arguments)
+            waiting.start()
+            waiting.join(0.2)
+            print("waits" if waiting.is_alive() else "is back")
+        waiting.join()
+        engine.finalize()
+    """, call).strip() == "waits"
 
 
 def test_deallocating_is_a_no_op_the_second_time(dist):

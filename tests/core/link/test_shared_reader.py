@@ -1,4 +1,6 @@
 """The shared table between real processes: exact releases, exact pins, and never a byte of another cache."""
+import contextlib
+import ctypes
 import random
 import threading
 import time
@@ -199,3 +201,67 @@ def test_a_killed_reader_keeps_nothing(peers):
         assert time.monotonic() < limit, owner.call(stats)
         time.sleep(0.01)
     assert owner.call(stats)["pins"] == 0
+
+
+# --------------------------------------------------------------------------------------------- what a linked peer may do
+
+def overwrite(node, name, pattern, from_byte=0):
+    """Fill a mapping of this process that it may write, which a peer or the engine itself has made."""
+    found = 0
+    with open("/proc/self/maps", encoding="ascii") as maps:
+        for line in maps:
+            if f"llm_datadist-{name}" in line and "rw-s" in line:
+                first, last = (int(number, 16) for number in line.split()[0].split("-"))
+                for at in range(first + from_byte, last, 1 << 20):
+                    ctypes.memmove(at, pattern * (1 << 18), min(1 << 20, last - at))
+                found += 1
+    return found
+
+
+def test_marks_of_a_peer_hide_no_key_from_others(peers):
+    """Whatever it writes there, others pull every key once, and nothing stays with the owner."""
+    owner, here, other = peers.start(OWNER), peers.here(2), peers.start(3)
+    for reader in (here, other):
+        peers.link(reader, owner)
+        owner.call(offer, 0, 1)
+        assert reader.call(pull_all, 0, 1, 1) == 1
+    for first, pattern in ((0, b"\xff\xff\xff\x7f"), (1000, b"\x01\x00\x00\x00"), (2000, b"\xff\xff\xff\xff")):
+        owner.call(offer, first, 50)
+        assert here.call(overwrite, "marks", pattern, 64) == 1
+        assert other.call(pull_all, first, 50, 1) == 50
+        assert other.call(pull_all, first, 50, 1) == 0
+    counts = owner.call(stats)
+    assert (counts["keys"], counts["caches"], counts["pins"]) == (0, 0, 0)
+
+
+def test_a_lane_full_of_nonsense_releases_nothing(peers):
+    """A ring of entries that were never keys, and a hazard on nothing: both go with the link."""
+    owner, here = peers.start(OWNER), peers.here(2)
+    peers.link(here, owner)
+    owner.call(offer, 0, 20)
+    assert here.call(pull_all, 0, 1, 1) == 1
+    for pattern in (b"\xff\xff\xff\xff", b"\x01\x00\x00\x00", b"\x07\x00\x00\x00"):
+        assert here.call(overwrite, "lane", pattern) == 1
+        assert owner.call(stats)["caches"] >= 18    # an entry (1, 1) may name a key
+    peers.unlink(here, owner)
+    owner.call(churn, 1, 20, 1)
+    counts = owner.call(stats)
+    assert (counts["keys"], counts["caches"], counts["pins"]) == (0, 0, 0)
+
+
+def test_an_owner_whose_table_is_overwritten_keeps_its_counts(peers):
+    """It acts on its own records; a reader finds nothing, or asks, or is refused, and lives."""
+    owner, here = peers.start(OWNER), peers.here(2)
+    peers.link(here, owner)
+    owner.call(offer, 0, 30)
+    assert here.call(pull_all, 0, 1, 1) == 1
+    for pattern in (b"\xff\xff\xff\xff", b"\x01\x00\x00\x00"):
+        assert owner.call(overwrite, "table", pattern, 32) == 1
+        for number in range(1, 30):
+            with contextlib.suppress(LLMException):
+                here.call(pull_all, number, 1, 1)
+    peers.unlink(here, owner)
+    owner.call(churn, 1, 30, 1)
+    counts = owner.call(stats)
+    assert (counts["keys"], counts["caches"], counts["pins"]) == (0, 0, 0)
+    assert counts["device_pool"]["free_bytes"] == counts["device_pool"]["bytes"]

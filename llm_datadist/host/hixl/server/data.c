@@ -192,18 +192,6 @@ static bool is_readable(const data_session *session, hixl_error *error) {
     return true;
 }
 
-static bool wait_for_room(data_session *session) {
-    bool ready;
-    if (session->fetch != NULL) {
-        hixl_fetch_stall(session->conn->server, session->fetch, true);
-    }
-    ready = wait_conn(session, POLLOUT, STALL_NS) == MOVE_READY;
-    if (session->fetch != NULL) {
-        hixl_fetch_stall(session->conn->server, session->fetch, false);
-    }
-    return ready;
-}
-
 static bool serve_get(data_session *session, hixl_wire_reply *reply) {
     struct iovec iov[1 + SLICE_IOVECS];
     struct msghdr message = {.msg_iov = iov};
@@ -231,7 +219,7 @@ static bool serve_get(data_session *session, hixl_wire_reply *reply) {
             left -= (uint64_t)sent - header;
             advance(session, &cursor, (uint64_t)sent - header);
         } else if (errno == EAGAIN) {
-            if (!wait_for_room(session)) {
+            if (wait_conn(session, POLLOUT, STALL_NS) != MOVE_READY) {
                 return false;
             }
         } else if (errno != EINTR) { /* the peer has gone, or memory has since the look above */
@@ -323,7 +311,7 @@ static bool aim(data_session *session, const LddFetchSource *source, uint64_t of
 }
 
 /*
- * After part 0: stay until the client has confirmed and the other parts are over, then let the owner know. There is no
+ * After part 0: stay until the other parts are over and the client has confirmed, then let the owner know. There is no
  * limit but the end of the connection, or of its session: until then the client may yet confirm what it has.
  */
 static bool conclude(data_session *session, bool ok) {
@@ -336,15 +324,15 @@ static bool conclude(data_session *session, bool ok) {
         if (progress == HIXL_FETCH_BROKEN) {
             broken = true;
         } else if (progress == HIXL_FETCH_AWAITS_PARTS) {
-            hixl_fetch_wait(server, LOOK_UP_MS * HIXL_MS_NS);
+            hixl_fetch_wait(server, fetch, LOOK_UP_MS * HIXL_MS_NS);
             broken = must_leave(session, false) || poll(&entry, 1, 0) != 0;
         } else {
             move_state state = wait_conn(session, POLLIN, LOOK_UP_MS * HIXL_MS_NS);
             broken = state == MOVE_BROKEN;
             if (state == MOVE_READY) {
-                server->fetch_hooks.look(server->fetch_context);
-                if (hixl_fetch_look(server, fetch) == HIXL_FETCH_AWAITS_CLIENT) {
-                    hixl_fetch_wait(server, HIXL_MS_NS); /* a part of the frame: the rest is on its way */
+                hixl_fetch_take_confirmation(fetch);
+                if (!fetch->confirmed && !fetch->broken) {
+                    poll(NULL, 0, 1); /* a part of the frame: the rest is on its way */
                 }
             }
         }

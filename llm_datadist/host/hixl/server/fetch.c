@@ -9,11 +9,6 @@
 #include "base/deadline.h"
 #include "acl/memory.h"
 
-/*
- * Between the last byte sent and the thread's saying so lie a few instructions; but the client that this byte wakes may
- * take the processor from it there, and be back with its confirmation, and more, before it runs again.
- */
-#define SETTLE_NS (20 * HIXL_MS_NS)
 /* The confirmation is one small frame: a part of it is followed by the rest. */
 #define PARTIAL_NS HIXL_SECOND_NS
 
@@ -52,7 +47,7 @@ static void ask(hixl_fetch *fetch, const void *body, size_t bytes) {
         return;
     }
     fetch->refusal =
-        server->fetch_hooks.begin(server->fetch_context, fetch->lead->session->token, body, bytes, fetch->total, fetch,
+        server->fetch_hooks.begin(server->fetch_context, fetch->lead->session->token, body, bytes, fetch->total,
                                   &fetch->source, fetch->text, sizeof fetch->text);
     if (fetch->refusal != 0) {
         leave_hooks(server);
@@ -61,7 +56,7 @@ static void ask(hixl_fetch *fetch, const void *body, size_t bytes) {
 
 static void drop(hixl_server *server, hixl_fetch *fetch) {
     if (fetch->refusal == 0) {
-        server->fetch_hooks.end(server->fetch_context, fetch->source.ticket);
+        server->fetch_hooks.end(server->fetch_context, fetch->source.ticket, fetch->confirmed);
         leave_hooks(server);
     }
 }
@@ -126,93 +121,67 @@ void hixl_fetch_wake(hixl_server *server) {
     pthread_mutex_unlock(&server->fetch_lock);
 }
 
-void hixl_fetch_stall(hixl_server *server, hixl_fetch *fetch, bool stalled) {
-    if (stalled) {
-        atomic_fetch_add(&fetch->num_stalled, 1);
-        hixl_fetch_wake(server);
-    } else {
-        atomic_fetch_sub(&fetch->num_stalled, 1);
-    }
-}
-
 void hixl_fetch_leave(hixl_server *server, hixl_fetch *fetch) {
     atomic_fetch_sub(&fetch->num_moving, 1); /* the fetch may be gone now */
     hixl_fetch_wake(server);
 }
 
-/* Take the confirmation out of the lead's socket, if it is there as a whole. Locked. */
-static bool take_confirmation(hixl_fetch *fetch) {
+void hixl_fetch_take_confirmation(hixl_fetch *fetch) {
     hixl_wire_request frame;
     ssize_t got = recv(fetch->lead->fd, &frame, sizeof frame, MSG_PEEK | MSG_DONTWAIT);
     if (got > 0 && got < (ssize_t)sizeof frame) {
         int64_t now = hixl_now_ns();
         fetch->partial_ns = fetch->partial_ns == 0 ? now : fetch->partial_ns;
         fetch->broken = now - fetch->partial_ns > PARTIAL_NS;
-        return false;
+    } else if (got == sizeof frame) {
+        fetch->broken = frame.magic != HIXL_WIRE_REQUEST_MAGIC || frame.op != HIXL_OP_CONFIRM ||
+                        frame.sequence != fetch->sequence || frame.argument != fetch->exchange ||
+                        frame.reserved != 0 || frame.count != 0 || frame.bytes != 0;
+        fetch->confirmed =
+            !fetch->broken && recv(fetch->lead->fd, &frame, sizeof frame, MSG_DONTWAIT) == sizeof frame;
     }
-    if (got != sizeof frame) {
-        return false;
-    }
-    if (frame.magic != HIXL_WIRE_REQUEST_MAGIC || frame.op != HIXL_OP_CONFIRM || frame.sequence != fetch->sequence ||
-        frame.argument != fetch->exchange || frame.reserved != 0 || frame.count != 0 || frame.bytes != 0) {
-        fetch->broken = true;
-        return false;
-    }
-    return recv(fetch->lead->fd, &frame, sizeof frame, MSG_DONTWAIT) == sizeof frame;
 }
 
-LDD_EXPORT int32_t LddFetchConfirmed(void *handle) {
-    hixl_fetch *fetch = handle;
-    hixl_server *server = fetch->lead->server;
-    struct timespec until = hixl_timespec(hixl_now_ns() + SETTLE_NS);
-    int32_t result;
-    pthread_mutex_lock(&server->fetch_lock);
-    /* While a part waits to be taken the client cannot have it all: whatever it says then is none of our time. */
-    if (!fetch->confirmed && !fetch->broken && fetch->num_joined == fetch->num_parts &&
-        atomic_load(&fetch->num_stalled) == 0) {
-        fetch->confirmed = take_confirmation(fetch);
-    }
-    if (fetch->confirmed && !fetch->waited) {
-        fetch->waited = true;
-        while (atomic_load(&fetch->num_moving) > 0 && atomic_load(&fetch->num_stalled) == 0 &&
-               pthread_cond_timedwait(&server->fetch_changed, &server->fetch_lock, &until) != ETIMEDOUT) {
-        }
-    }
-    result = !fetch->confirmed                        ? LDD_FETCH_OPEN
-             : atomic_load(&fetch->num_moving) == 0 ? LDD_FETCH_DONE
-                                                      : LDD_FETCH_CONFIRMED;
-    pthread_mutex_unlock(&server->fetch_lock);
-    return result;
+/* Whether all parts have come, and none is sent any more: earlier the client cannot have all bytes. Locked. */
+static bool is_sent(const hixl_fetch *fetch) {
+    return fetch->num_joined == fetch->num_parts && atomic_load(&fetch->num_moving) == 0;
 }
 
 hixl_fetch_progress hixl_fetch_look(hixl_server *server, hixl_fetch *fetch) {
-    hixl_fetch_progress progress = HIXL_FETCH_AWAITS_CLIENT;
-    pthread_mutex_lock(&server->fetch_lock);
+    bool sent;
     if (fetch->broken) {
-        progress = HIXL_FETCH_BROKEN;
-    } else if (fetch->confirmed || fetch->refusal != 0) {
-        progress = fetch->num_joined == fetch->num_parts && atomic_load(&fetch->num_moving) == 0
-                       ? HIXL_FETCH_DONE
-                       : HIXL_FETCH_AWAITS_PARTS;
+        return HIXL_FETCH_BROKEN;
     }
+    pthread_mutex_lock(&server->fetch_lock);
+    sent = is_sent(fetch);
     pthread_mutex_unlock(&server->fetch_lock);
-    return progress;
+    if (!sent) {
+        return HIXL_FETCH_AWAITS_PARTS;
+    }
+    return fetch->confirmed || fetch->refusal != 0 ? HIXL_FETCH_DONE : HIXL_FETCH_AWAITS_CLIENT;
 }
 
-void hixl_fetch_wait(hixl_server *server, int64_t limit_ns) {
+void hixl_fetch_wait(hixl_server *server, hixl_fetch *fetch, int64_t limit_ns) {
     struct timespec until = hixl_timespec(hixl_now_ns() + limit_ns);
     pthread_mutex_lock(&server->fetch_lock);
-    pthread_cond_timedwait(&server->fetch_changed, &server->fetch_lock, &until);
+    if (!is_sent(fetch)) {
+        pthread_cond_timedwait(&server->fetch_changed, &server->fetch_lock, &until);
+    }
     pthread_mutex_unlock(&server->fetch_lock);
 }
 
 void hixl_fetch_end(hixl_server *server, hixl_fetch *fetch) {
+    bool sent;
     pthread_mutex_lock(&server->fetch_lock);
     atomic_store(&fetch->over, true);
     while (atomic_load(&fetch->num_moving) > 0) {
         pthread_cond_wait(&server->fetch_changed, &server->fetch_lock);
     }
+    sent = is_sent(fetch);
     pthread_mutex_unlock(&server->fetch_lock);
+    if (sent && fetch->refusal == 0 && !fetch->confirmed && !fetch->broken) {
+        hixl_fetch_take_confirmation(fetch); /* of a client that said so and went */
+    }
     drop(server, fetch);
     pthread_mutex_lock(&server->fetch_lock);
     TAILQ_REMOVE(&server->fetches, fetch, entry);
@@ -244,8 +213,8 @@ LDD_EXPORT HixlStatus LddServerSetFetch(HixlServerHandle handle, const LddFetchH
         withdraw_hooks(server);
         return HIXL_SUCCESS;
     }
-    if (hooks->begin == NULL || hooks->look == NULL || hooks->end == NULL) {
-        return hixl_fail(error, HIXL_PARAM_INVALID, "hooks lack begin, look or end");
+    if (hooks->begin == NULL || hooks->end == NULL) {
+        return hixl_fail(error, HIXL_PARAM_INVALID, "hooks lack begin or end");
     }
     if (server->listening) {
         return hixl_fail(error, HIXL_FAILED, "the server listens already");

@@ -109,7 +109,7 @@ def test_others_are_served_meanwhile(api, peer, raw, local, how):
         for size in (10, MIB):
             assert client.fetch(hixl.fetch_request([[peer.addr, size]]), [(local, size)]) == (0, "")
             assert ctypes.string_at(local, size) == CONTENT[:size]
-            assert peer.call("confirmed")
+            assert peer.call("confirms")
 
 
 @pytest.mark.parametrize("how", HOLDS)
@@ -228,4 +228,4 @@ def test_wait_that_runs_out_keeps_the_fetch(api, own_peer, local):
         assert client.wait(batch)[:2] == (hixl.SUCCESS, hixl.COMPLETED)
         assert reply.status == 0
         assert ctypes.string_at(local, MIB) == CONTENT[:MIB]
-        assert own_peer.call("confirmed")
+        assert own_peer.call("confirms")

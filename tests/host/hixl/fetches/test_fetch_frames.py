@@ -65,7 +65,7 @@ def test_confirmed_and_asked_again_in_one_write(peer, raw):
         wire.send(confirmation(exchange - 1) + frame(50, hixl.fetch_request([[peer.addr, 50]]), exchange))
         take(wire, 50)
     wire.send(confirmation(19))
-    assert peer.call("confirmed")
+    assert peer.call("confirms")
     wire.sock.close()
     assert peer.call("ended")[since:] == [[True]] * 19
 
@@ -78,7 +78,7 @@ def test_confirmation_in_pieces(peer, raw):
         wire.send(confirmation()[begin:end])
         assert peer.call("confirmed") is False
     wire.send(confirmation()[31:])
-    assert peer.call("confirmed")
+    assert peer.call("confirms")
     fetch_by_hand(wire, peer, 50, exchange=2)
     wire.send(confirmation(2)[:31])
     wire.sock.close()
@@ -147,7 +147,7 @@ def test_confirmation_on_another_connection_closes_that(peer, raw):
     assert other.closed()
     assert peer.call("confirmed") is False
     wire.send(confirmation())
-    assert peer.call("confirmed")
+    assert peer.call("confirms")
 
 
 def test_refusal_is_not_confirmed(peer, raw):
@@ -159,7 +159,7 @@ def test_refusal_is_not_confirmed(peer, raw):
             assert wire.reply() == (hixl.FAILED, "go away", 0, number % BIG)
     fetch_by_hand(wire, peer)
     wire.send(confirmation())
-    assert peer.call("confirmed")
+    assert peer.call("confirms")
 
 
 # -------------------------------------------------------------------------------------------------------- the parts
@@ -176,7 +176,7 @@ def test_parts_in_any_order(peer, raw):
         take(wire, size, offset)
     assert peer.call("confirmed") is False
     wires[0].send(confirmation(9))
-    assert peer.call("confirmed")
+    assert peer.call("confirms")
 
 
 def test_refusal_of_every_part(peer, raw):
@@ -214,7 +214,7 @@ def test_part_of_another_client_does_not_join(peer, raw):
         assert peer.call("confirmed") is False
         second.send(frame(50, b"", 1, 50, 100, 1, 2))
         take(second, 50, 50)
-        assert peer.call("confirmed")
+        assert peer.call("confirms")
         theirs.sock.setblocking(False)
         with pytest.raises(BlockingIOError):
             theirs.sock.recv(1)
@@ -327,7 +327,7 @@ def test_parts_that_tell_another_story_close(peer, raw, fields):
     third.send(frame(50, b"", 1, 50, 100, 1, 2))
     assert third.closed()
     wire.send(confirmation())
-    assert peer.call("confirmed")
+    assert peer.call("confirms")
 
 
 @pytest.mark.parametrize("total", [BIG - 1, 2**63, 101])
