@@ -281,14 +281,14 @@ def pattern(size, seed=0):
 
 
 class Peer:
-    """A server in a process of its own; a context manager that leaves no process behind."""
+    """A server in a process of its own, which calls `before` first; a context manager that leaves no process behind."""
 
-    def __init__(self, env=None, port=None, fetches=False):
+    def __init__(self, env=None, port=None, fetches=False, before=None):
         self.port = port or free_port()
         self.process = subprocess.Popen([sys.executable, __file__, library_path(), str(self.port),
                                          *(["fetches"] if fetches else [])],
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        env={**os.environ, **(env or {})})
+                                        env={**os.environ, **(env or {})}, preexec_fn=before)
         try:
             self.read()
         except BaseException:
@@ -477,9 +477,13 @@ class Owner:
 
     def unmap(self, addr, size):
         """Take pages away from private memory."""
+        self.protect(addr, size, 0)
+
+    def protect(self, addr, size, protection):
+        """Say what may be done with pages of private memory."""
         libc = ctypes.CDLL(None)
         libc.mprotect.argtypes = [c_void_p, ctypes.c_size_t, c_int]
-        assert libc.mprotect(addr, size, 0) == 0
+        assert libc.mprotect(addr, size, protection) == 0
 
     def limit_descriptors(self, spare):
         """Leave this process `spare` descriptors to open."""

@@ -10,6 +10,7 @@ import time
 
 import pytest
 import support.hixl_peer as hixl
+from support.denied import in_child
 from support.hixl_peer import fails
 
 # Forking with the provider's threads running is what some of these tests are about.
@@ -479,26 +480,6 @@ def test_signals_leave_waits_alone(api, peer, local, tcp):
         for _ in range(3):
             with fails(hixl.NOT_CONNECTED, hixl.FAILED):
                 client.put([(peer.addr, local, 10)])
-
-
-def in_child(work):
-    """Run `work` in a forked child: limits set there do not bind this process. Its text, or "" when it is fine."""
-    read_end, write_end = os.pipe()
-    child = os.fork()
-    if child == 0:
-        text = "the child ended early"
-        try:
-            text = work() or ""
-        except BaseException as error:
-            text = repr(error)
-        finally:
-            os.write(write_end, text.encode())
-            os._exit(0)
-    os.close(write_end)
-    with os.fdopen(read_end) as pipe:
-        text = pipe.read()
-    os.waitpid(child, 0)
-    return text
 
 
 def test_no_address_space_for_a_mapping(api, peer, monkeypatch):

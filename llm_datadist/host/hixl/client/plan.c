@@ -3,16 +3,19 @@
 #include <errno.h>
 #include <inttypes.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
 #include "hixl/client/client.h"
 #include "acl/memory.h"
+#include "base/probe.h"
 
 enum {
-    PROBE_OPS = 16, /* checked by one system call; more than these are first tried as one range */
+    PROBE_OPS = 16, /* both ends of so many are checked by one system call */
 };
+static_assert(2 * (int)PROBE_OPS <= (int)BASE_PROBE_MAX, "both ends fit a question");
 
 static void *grown(void *items, size_t *capacity, size_t item_bytes) {
     size_t wanted = *capacity == 0 ? 64 : 2 * *capacity;
@@ -62,40 +65,48 @@ static bool add_tcp_op(hixl_batch *batch, uint64_t local, uint64_t region, uint6
 }
 
 /*
- * Whether the first and last byte of each range can be read, or for a get written, as the kernel sees it: asking it
- * cannot fault. What is written is what the get will put there, so that nobody sees a byte that was not asked for.
+ * Whether the first and last byte of each range can be read, or for a get written, as the kernel sees it. What is
+ * written is what the get will put there, so that nobody sees a byte that was not asked for.
  */
-static HixlStatus probe_local(const hixl_segment *segments, size_t count, bool is_put, hixl_error *error) {
-    struct iovec here[2 * PROBE_OPS], asked[2 * PROBE_OPS];
-    uint8_t bytes[2 * PROBE_OPS];
+static HixlStatus probe_ends(base_probe *probe, const hixl_segment *segments, size_t count, bool is_put,
+                             hixl_error *error) {
+    struct iovec from[2 * PROBE_OPS], asked[2 * PROBE_OPS];
     size_t i;
-    ssize_t got;
+    int good;
     for (i = 0; i < 2 * count; i++) {
         const hixl_segment *segment = &segments[i / 2];
         const uint64_t offset = i % 2 ? segment->bytes - 1 : 0;
-        here[i].iov_base = is_put ? &bytes[i] : (void *)(uintptr_t)(segment->remote + offset);
-        asked[i].iov_base = (void *)(uintptr_t)(segment->local + offset);
-        here[i].iov_len = asked[i].iov_len = 1;
+        from[i] = (struct iovec){.iov_base = (void *)(uintptr_t)(segment->remote + offset), .iov_len = 1};
+        asked[i] = (struct iovec){.iov_base = (void *)(uintptr_t)(segment->local + offset), .iov_len = 1};
     }
-    got = is_put ? process_vm_readv(getpid(), here, 2 * count, asked, 2 * count, 0)
-                 : process_vm_writev(getpid(), here, 2 * count, asked, 2 * count, 0);
-    if (got == (ssize_t)(2 * count) || (got < 0 && errno != EFAULT)) { /* forbidden by a filter: nothing learnt */
+    good = is_put ? base_probe_readable(probe, asked, 2 * count) : base_probe_writable(probe, from, asked, 2 * count);
+    if (good == (int)(2 * count)) {
         return HIXL_SUCCESS;
     }
-    i = got < 0 ? 0 : (size_t)got;
+    if (good < 0) {
+        return hixl_fail(error, HIXL_RESOURCE_EXHAUSTED, "ask whether local memory is there: %s", strerror(errno));
+    }
     return hixl_fail(error, HIXL_PARAM_INVALID, "local memory [0x%" PRIx64 ", +%" PRIu64 ") is not %s at %p",
-                     segments[i / 2].local, segments[i / 2].bytes, is_put ? "mapped" : "mapped and writable",
-                     asked[i].iov_base);
+                     segments[good / 2].local, segments[good / 2].bytes, is_put ? "mapped" : "mapped and writable",
+                     asked[good].iov_base);
 }
 
-static HixlStatus probe_all(const hixl_segments *segments, bool is_put, hixl_error *error) {
-    HixlStatus status = HIXL_SUCCESS;
+/* Asynchronous msync does nothing but look whether the whole range is mapped. */
+static bool is_mapped(uint64_t first, uint64_t end) {
+    const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE), start = first & ~(page - 1);
+    return msync((void *)(uintptr_t)start, end - start, MS_ASYNC) == 0;
+}
+
+static HixlStatus check_segments(base_probe *probe, const hixl_segment *segments, size_t count, bool all_mapped,
+                                 bool is_put, hixl_error *error) {
     size_t i;
-    for (i = 0; i < segments->count && status == HIXL_SUCCESS; i += PROBE_OPS) {
-        size_t left = segments->count - i;
-        status = probe_local(segments->items + i, left < PROBE_OPS ? left : PROBE_OPS, is_put, error);
+    for (i = 0; i < count && !all_mapped; i++) {
+        if (!is_mapped(segments[i].local, segments[i].local + segments[i].bytes)) {
+            return hixl_fail(error, HIXL_PARAM_INVALID, "local memory [0x%" PRIx64 ", +%" PRIu64 ") is not all mapped",
+                             segments[i].local, segments[i].bytes);
+        }
     }
-    return status;
+    return probe_ends(probe, segments, count, is_put, error);
 }
 
 static void remember_good(hixl_client *client, uint64_t first, uint64_t end, bool is_put) {
@@ -104,16 +115,42 @@ static void remember_good(hixl_client *client, uint64_t first, uint64_t end, boo
     client->good_to_write = !is_put;
 }
 
-/*
- * Copies through a mapping touch local memory with the CPU, where a bad address ends the process. Allocations of
- * this provider are known to be there; for other memory ask the kernel once and remember the range.
- */
-static HixlStatus check_local(hixl_client *client, const hixl_segments *segments, bool is_put, hixl_error *error) {
-    uint64_t first = UINT64_MAX, end = 0, page = (uint64_t)sysconf(_SC_PAGESIZE);
+/* Skip what lies in allocations of this provider, check the rest in groups. */
+static HixlStatus check_unknown(base_probe *probe, const hixl_segments *segments, bool all_mapped, bool is_put,
+                                hixl_error *error) {
     ldd_host_allocation allocation = {0};
     hixl_segment unknown[PROBE_OPS];
     HixlStatus status = HIXL_SUCCESS;
     size_t i, num_unknown = 0;
+    for (i = 0; i < segments->count && status == HIXL_SUCCESS; i++) {
+        const hixl_segment *segment = &segments->items[i];
+        if ((segment->local >= allocation.base &&
+             segment->local + segment->bytes <= allocation.base + allocation.size) ||
+            ldd_host_find_allocation(segment->local, segment->bytes, &allocation) == 0) {
+            continue;
+        }
+        unknown[num_unknown++] = *segment;
+        if (num_unknown == PROBE_OPS) {
+            status = check_segments(probe, unknown, num_unknown, all_mapped, is_put, error);
+            num_unknown = 0;
+        }
+    }
+    return status == HIXL_SUCCESS && num_unknown > 0
+               ? check_segments(probe, unknown, num_unknown, all_mapped, is_put, error)
+               : status;
+}
+
+/*
+ * Copies through a mapping touch local memory with the CPU, where a bad address ends the process. Allocations of
+ * this provider are known to be there; for other memory ask the kernel and remember the range, if all of it is mapped.
+ */
+static HixlStatus check_local(hixl_client *client, const hixl_segments *segments, bool is_put, hixl_error *error) {
+    uint64_t first = UINT64_MAX, end = 0;
+    ldd_host_allocation allocation;
+    base_probe probe = {0};
+    HixlStatus status;
+    bool all_mapped;
+    size_t i;
 
     for (i = 0; i < segments->count; i++) {
         const hixl_segment *segment = &segments->items[i];
@@ -124,34 +161,10 @@ static HixlStatus check_local(hixl_client *client, const hixl_segments *segments
         ldd_host_find_allocation(first, end - first, &allocation) == 0) {
         return HIXL_SUCCESS;
     }
-    /* Asynchronous msync does nothing but look whether the whole range is mapped. */
-    if (segments->count > PROBE_OPS &&
-        msync((void *)(uintptr_t)(first & ~(page - 1)), end - (first & ~(page - 1)), MS_ASYNC) == 0) {
-        status = is_put ? HIXL_SUCCESS : probe_all(segments, false, error);
-        if (status == HIXL_SUCCESS) {
-            remember_good(client, first, end, is_put);
-        }
-        return status;
-    }
-    for (i = 0; i < segments->count && status == HIXL_SUCCESS; i++) {
-        const hixl_segment *segment = &segments->items[i];
-        if (segment->local >= allocation.base &&
-            segment->local + segment->bytes <= allocation.base + allocation.size) {
-            continue;
-        }
-        if (ldd_host_find_allocation(segment->local, segment->bytes, &allocation) == 0) {
-            continue;
-        }
-        unknown[num_unknown++] = *segment;
-        if (num_unknown == PROBE_OPS) {
-            status = probe_local(unknown, num_unknown, is_put, error);
-            num_unknown = 0;
-        }
-    }
-    if (status == HIXL_SUCCESS && num_unknown > 0) {
-        status = probe_local(unknown, num_unknown, is_put, error);
-    }
-    if (status == HIXL_SUCCESS && segments->count == 1) {
+    all_mapped = is_mapped(first, end);
+    status = check_unknown(&probe, segments, all_mapped, is_put, error);
+    base_probe_close(&probe);
+    if (status == HIXL_SUCCESS && all_mapped) {
         remember_good(client, first, end, is_put);
     }
     return status;

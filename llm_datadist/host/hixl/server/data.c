@@ -16,12 +16,14 @@
 #include "hixl/server/fetch.h"
 #include "hixl/server/server.h"
 #include "base/deadline.h"
+#include "base/probe.h"
 
 enum {
     SLICE_IOVECS = 64,
     SLICE_BYTES = 1 << 20,
     LOOK_UP_MS = 100, /* between two looks at the flags while a peer is silent */
 };
+static_assert((int)SLICE_IOVECS <= (int)BASE_PROBE_MAX, "a slice fits a question");
 #define IDLE_NS HIXL_SECOND_NS       /* without a request: hand the connection back to the service thread */
 #define STALL_NS (60 * HIXL_SECOND_NS) /* a peer that neither takes nor gives bytes this long has lost interest */
 
@@ -162,34 +164,32 @@ static bool may_be_unmapped(const data_session *session, const hixl_target *targ
 }
 
 /*
- * Once a reply promises bytes it cannot be taken back, so look whether private memory is there first: its owner
- * may have unmapped it. Reading the ends of each range across our own process asks the kernel, and cannot fault.
+ * Once a reply promises bytes it cannot be taken back, so ask first whether private memory is there: its owner
+ * may have unmapped it. The ends of each range are enough to tell; a hole between them ends the connection.
  */
 static bool is_readable(const data_session *session, hixl_error *error) {
-    struct iovec local[SLICE_IOVECS], remote[SLICE_IOVECS];
-    uint8_t bytes[SLICE_IOVECS];
+    struct iovec asked[SLICE_IOVECS];
+    base_probe probe = {0};
+    bool readable = true;
     size_t i, n = 0;
-    for (i = 0; i <= session->num_targets; i++) {
+    for (i = 0; i <= session->num_targets && readable; i++) {
         bool last = i == session->num_targets;
         if ((last && n > 0) || n + 2 > SLICE_IOVECS) {
-            ssize_t got = process_vm_readv(getpid(), local, n, remote, n, 0);
-            if (got != (ssize_t)n && (got >= 0 || errno == EFAULT)) {
-                hixl_fail(error, HIXL_FAILED, "registered memory near %p is not mapped",
-                          remote[got < 0 ? 0 : got].iov_base);
-                return false;
+            int good = base_probe_readable(&probe, asked, n);
+            if (good >= 0 && good < (int)n) {
+                hixl_fail(error, HIXL_FAILED, "registered memory near %p is not mapped", asked[good].iov_base);
+                readable = false;
             }
             n = 0;
         }
         if (!last && may_be_unmapped(session, &session->targets[i])) {
             const hixl_target *target = &session->targets[i];
-            size_t end;
-            for (end = 0; end < 2; end++, n++) {
-                local[n] = (struct iovec){.iov_base = &bytes[n], .iov_len = 1};
-                remote[n] = (struct iovec){.iov_base = target->address + (end ? target->bytes - 1 : 0), .iov_len = 1};
-            }
+            asked[n++] = (struct iovec){.iov_base = target->address, .iov_len = 1};
+            asked[n++] = (struct iovec){.iov_base = target->address + target->bytes - 1, .iov_len = 1};
         }
     }
-    return true;
+    base_probe_close(&probe);
+    return readable;
 }
 
 static bool serve_get(data_session *session, hixl_wire_reply *reply) {
