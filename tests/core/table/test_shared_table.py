@@ -10,8 +10,7 @@ import textwrap
 import pytest
 from support.scripts import output_of
 
-from llm_datadist.core.table.cache_object import CacheTable
-from llm_datadist.core.table.pool import PagePool
+from llm_datadist_probes.table import CacheTable, PagePool
 
 KEY_REQ, KEY_PREFIX, KEY_BLOCKS, KEY_BY_ID = range(4)
 BASE = 1 << 40
@@ -140,8 +139,8 @@ def test_engine_without_room_for_a_shared_table():
     """A limit on address space turns sharing off, and nothing else."""
     assert output_of("""
         import resource
-        from llm_datadist.core.table.cache_object import CacheTable
-        from llm_datadist.core.table.pool import PagePool
+        from llm_datadist_probes.table import CacheTable
+        from llm_datadist_probes.table import PagePool
         used = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize"))
         resource.setrlimit(resource.RLIMIT_AS, ((used << 10) + (24 << 20),) * 2)
         table, pool = CacheTable(), PagePool(1 << 40, 64 << 9, 9)
