@@ -4,6 +4,8 @@
 #   make test   run the tests against an installed package
 #   make bench  measure transfers against what the machine does itself
 #   make lint   run the linters
+#   make churn  a million pulls from an owner that reuses its memory, every byte checked
+#   make tsan   run the tests of the table, the shared table and the copy threads under ThreadSanitizer
 #   make clean  remove everything made by these
 #
 # DEMO_ARGS, PYTEST_ARGS and BENCH_ARGS are passed on, e.g. make demo DEMO_ARGS="--text README.md", make test
@@ -22,7 +24,7 @@ SOURCES := $(shell find include llm_datadist llm_datadist_v1 tools -type f -not 
 
 PROBES := $(wildcard tests/probes/*.py*)
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench lint churn tsan clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -34,6 +36,28 @@ test: $(VENV)/.tested
 
 bench: $(VENV)/.tested
 	$(BIN)/llm-datadist bench $(BENCH_ARGS)
+
+churn: $(VENV)/.tested
+	cd tests && LDD_CHURN_PULLS=1000000 ../$(BIN)/python -m pytest lifetime/test_churn.py $(PYTEST_ARGS)
+
+# In a tree and an environment of its own. Memory layout is not randomised: the runtime knows some address ranges alone.
+TSAN := build/tsan
+TSAN_TESTS ?= core/table core/link/test_shared_reader.py core/transfer/test_local_copy.py host/acl/test_memory.py
+TSAN_LIBRARY = $(shell $(or $(CC),cc) -print-file-name=libtsan.so)
+tsan: $(TSAN)/.tested
+	rm -f $(TSAN)/report.*
+	cd tests && LD_PRELOAD=$(TSAN_LIBRARY) \
+	  TSAN_OPTIONS="suppressions=$(CURDIR)/tests/tsan.supp log_path=$(CURDIR)/$(TSAN)/report die_after_fork=0" \
+	  setarch $(shell uname -m) -R ../$(TSAN)/venv/bin/python -m pytest $(TSAN_TESTS) $(PYTEST_ARGS)
+	@if ls $(TSAN)/report.* 2>/dev/null; then head -50 $(TSAN)/report.*; exit 1; fi
+
+$(TSAN)/.tested: $(SOURCES) $(PROBES)
+	mkdir -p $(TSAN)/source/tests
+	cp -Rp tests/probes $(TSAN)/source/tests
+	cp -Rp include llm_datadist llm_datadist_v1 tools setup.py pyproject.toml README.md LICENSE MANIFEST.in $(TSAN)/source
+	$(PYTHON) -m venv $(TSAN)/venv
+	LDD_WITH=tests LDD_SANITIZE=thread $(TSAN)/venv/bin/python -m pip install --quiet '$(TSAN)/source[test]'
+	touch $@
 
 lint: $(VENV)/.linted
 	$(BIN)/ruff check .

@@ -387,7 +387,7 @@ cdef class CacheTable:
             capacity = count + (count >> 2)
 
     def shared_memory(self):
-        """Return (address, bytes, table descriptor, marks descriptor) of what peers see; None where nothing is shared."""
+        """Return (address, bytes, table and marks descriptor) of what peers see; None where nothing is shared."""
         if self.t.shared.head == NULL:
             return None
         return (<uintptr_t>self.t.shared.head, ldd_shared_table_bytes(), self.t.shared.table_fd,

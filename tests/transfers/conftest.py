@@ -50,4 +50,4 @@ def scene(mode_pair):
     with mode_pair.scene() as scene:
         yield scene
         for process in (mode_pair.here, mode_pair.there):
-            assert process.stats()["pins"] == 0
+            assert process.settled()["pins"] == 0

@@ -50,7 +50,7 @@ class Owner:
 
     def held(self) -> Tuple[int, int, int]:
         """Caches, keys, pages in use; nothing may be pinned between calls."""
-        stats = self.process.stats()
+        stats = self.process.settled()
         assert stats["pins"] == 0
         pool = stats["device_pool"]
         return stats["caches"], stats["keys"], (pool["bytes"] - pool["free_bytes"]) // PAGE_BYTES

@@ -53,7 +53,7 @@ class Stage:
 
     @staticmethod
     def counts(process):
-        stats = process.stats()
+        stats = process.settled()
         return {name: stats[name] for name in ("caches", "keys", "pins", "links", "device_pool")}
 
     def by_id(self, name, slot=0, cluster=None):

@@ -68,7 +68,7 @@ def test_pulls_in_both_directions(pair):
         pair.here.call(pull_from_threads, *sources[pair.there])
         finish()
         for process in (pair.here, pair.there):
-            assert process.stats()["pins"] == 0
+            assert process.settled()["pins"] == 0
     finally:
         for process in (pair.here, pair.there):
             for number in range(3):
@@ -103,7 +103,7 @@ def test_every_kind_at_once(pair):
         assert pair.here.call(contents, "for slots") == SPEC.fill()
         assert pair.here.call(contents, "for blocks") == SPEC._replace(seed=1).fill()
         assert pair.there.call(contents, "receiver") == SPEC._replace(seed=3).fill()
-        assert pair.here.stats()["pins"] == pair.there.stats()["pins"] == 0
+        assert pair.here.settled()["pins"] == pair.there.settled()["pins"] == 0
     finally:
         for name in ("sender", "for slots", "for blocks"):
             pair.here.call(drop, name)
@@ -137,7 +137,7 @@ def test_each_key_is_released_once(pair):
 
     in_threads(race)
     assert all(won)
-    stats = pair.there.stats()
+    stats = pair.there.settled()
     assert (stats["caches"], stats["keys"], stats["pins"]) == (2, 0, 0)     # the guards of what was raced for
     pair.there.call(drop, "raced for")
 

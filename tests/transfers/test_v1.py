@@ -87,7 +87,7 @@ def test_pull_cache(pair, data):
             taken = layers_of_model(arguments)["src_layers"]
             has_all = taken is None or len(taken) * arguments.get("tensor_num_per_layer", 2) == num_src
             keeps = not has_all or set(offsets.values()) != {None}
-            assert pair.there.stats()["keys"] == keeps
+            assert pair.there.settled()["keys"] == keeps
 
 
 @examples
@@ -106,7 +106,7 @@ def test_pull_blocks(pair, data):
         pair.here.call(invoke, "pull_blocks", key, Named("dst"), src_blocks, dst_blocks, **arguments)
         reference.copy_blocks(target, dst_blocks, source, src_blocks, **layers_of_model(arguments))
         scene.check()
-        assert pair.there.stats()["keys"] == 1
+        assert pair.there.settled()["keys"] == 1
 
 
 @examples
@@ -162,9 +162,9 @@ def test_offsets_that_are_given_keep_the_key(pair, scene, offsets, by_id):
         key = CacheKeyByIdAndIndex(pair.there.cluster_id, made.cache_id)
     for _ in range(2):
         pair.here.call(invoke, "pull_cache", key, Named("dst"), **offsets)
-        assert pair.there.stats()["keys"] == 1
+        assert pair.there.settled()["keys"] == 1
     pair.here.call(invoke, "pull_cache", key, Named("dst"), src_cache_offset=None, dst_cache_offset=None)
-    assert pair.there.stats()["keys"] == 0
+    assert pair.there.settled()["keys"] == 0
 
 
 @pytest.mark.parametrize("kind, releases", [("req", True), ("prefix", False), ("id of req", True),
@@ -183,7 +183,7 @@ def test_which_pulls_release(pair, scene, kind, releases):
     assert used_pages(there) == pages
     pair.here.call(invoke, "pull_cache", key, Named("dst"))
     reference.copy_slot(target, 0, source, 0, POOL_PAGE)
-    assert there.stats()["keys"] == len(keys) - releases
+    assert there.settled()["keys"] == len(keys) - releases
     assert used_pages(there) == pages - (6 if releases else 0)
     scene.lose("src")
     scene.check()
@@ -202,14 +202,14 @@ def test_deallocate_twice_is_a_no_op(pair, scene):
     pair.there.call(deallocate, "src")
     before = pair.there.stats()
     pair.there.call(deallocate, "src")
-    assert pair.there.stats()["caches"] == before["caches"]
+    assert pair.there.settled()["caches"] == before["caches"]
     assert used_pages(pair.there) == 16          # the two guards around it
 
 
 def test_the_last_of_equal_keys_counts(pair, scene):
     key = CacheKey(pair.there.cluster_id, REQ)
     _, source = scene.make(pair.there, "src", SPEC._replace(keys=(key, key, CacheKey(1, NONE))))
-    assert pair.there.stats()["keys"] == 1
+    assert pair.there.settled()["keys"] == 1
     _, target = scene.make(pair.here, "dst", SPEC._replace(seed=1))
     pair.here.call(invoke, "pull_cache", key, Named("dst"))
     reference.copy_slot(target, 0, source, 1, POOL_PAGE)
@@ -223,17 +223,17 @@ def test_layers_release_once_all_were_taken(pair, scene):
     scene.make(pair.here, "dst", SPEC)
     for count, layer in ((2, 2), (2, 0), (2, 2), (1, 1)):
         pair.here.call(invoke, "pull_cache", key, Named("dst"), src_layer_range=range(layer, layer + 1))
-        assert pair.there.stats()["keys"] == count
+        assert pair.there.settled()["keys"] == count
 
 
 def test_a_handle_that_is_collected_deallocates(pair):
     """Its keys keep the memory as they would after an explicit call."""
     there = pair.there
     there.call(forget_handle, (CacheKey(1, REQ),))
-    assert (there.stats()["caches"], there.stats()["keys"], used_pages(there)) == (1, 1, 2)
+    assert (there.settled()["caches"], there.stats()["keys"], used_pages(there)) == (1, 1, 2)
     there.call(invoke, "remove_cache_key", CacheKey(1, REQ))
     there.call(forget_handle, ())
-    assert (there.stats()["caches"], used_pages(there)) == (0, 0)
+    assert (there.settled()["caches"], used_pages(there)) == (0, 0)
 
 
 def forget_handle(node, keys):
@@ -281,7 +281,7 @@ def refuses(pair, scene, code, names, method, *args, process=None, **kwargs):
         assert all(str(name) in str(caught.value) for name in names), caught.value
     else:
         refused(code, process.call, invoke, method, *args, names=names, **kwargs)
-    assert pair.there.stats()["keys"] == keys
+    assert pair.there.settled()["keys"] == keys
     scene.check()
 
 

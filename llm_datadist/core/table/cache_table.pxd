@@ -33,8 +33,8 @@ ctypedef struct ldd_cache_row:
     uint8_t published
 
 # Every function may be called from any thread, with or without the GIL. A deadline (CLOCK_MONOTONIC, ns) bounds the
-# wait for the table's mutex; LDD_E_TIMEOUT then means nothing was changed. All hold the mutex for well under the time of
-# a system call, and none waits for a peer with it. The table's mutex comes before a pool's.
+# wait for the table's mutex; LDD_E_TIMEOUT then means nothing was changed. All hold the mutex for well under the time
+# of a system call, and none waits for a peer with it. The table's mutex comes before a pool's.
 
 cdef ldd_status ldd_table_create(ldd_table** out, ldd_detail* detail) noexcept nogil
 # Frees all memory of the table itself; call ldd_table_clear first. NULL is allowed.

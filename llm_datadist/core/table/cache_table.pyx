@@ -22,9 +22,9 @@ from llm_datadist.core.base.sync cimport (
     ldd_now_ns, ldd_unlock,
 )
 from llm_datadist.core.table.cache_life cimport (
-    LDD_NO_SLOT, ldd_cache, ldd_cache_check_index, ldd_cache_close, ldd_cache_count_hazards, ldd_cache_describe, ldd_cache_enter,
-    ldd_cache_find, ldd_cache_free_retired, ldd_cache_leave, ldd_cache_pin, ldd_cache_publish, ldd_cache_release_key,
-    ldd_cache_tensor_of, ldd_cache_unpin, ldd_kind_name, ldd_lane_reader, ldd_range,
+    LDD_NO_SLOT, ldd_cache, ldd_cache_check_index, ldd_cache_close, ldd_cache_count_hazards, ldd_cache_describe,
+    ldd_cache_enter, ldd_cache_find, ldd_cache_free_retired, ldd_cache_leave, ldd_cache_pin, ldd_cache_publish,
+    ldd_cache_release_key, ldd_cache_tensor_of, ldd_cache_unpin, ldd_kind_name, ldd_lane_reader, ldd_range,
 )
 from llm_datadist.core.table.key_index cimport (
     KEY_BLOCKS, KEY_BY_ID, KEY_REQ, LDD_NO_KEY, ldd_key, ldd_keys_bytes, ldd_keys_destroy, ldd_keys_find, ldd_keys_init,

@@ -3,7 +3,7 @@
 Runs on the caller's thread without the GIL, under the link's lock. A failure after which bytes might still arrive
 breaks the link.
 """
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint32_t
 
 from llm_datadist.core.base.atomic cimport ldd_add64
 from llm_datadist.core.base.provider cimport LDD_CAP_CANCEL, CompleteHandle

@@ -55,7 +55,7 @@ def test_who_waits_for_the_table_holds_up_no_other_thread(call):
         engine = start(1, timeout_ms=60000)
         calls = {"stats": (), "caches": (), "deallocate": (1,), "remove_key": (0, 7, 0)}
         arguments = calls[sys.argv[1]]
-        with engine._engine.hold_table():
+        with hold_table(engine._engine):
             waiting = threading.Thread(target=getattr(engine._engine, sys.argv[1]), args=arguments)
             waiting.start()
             waiting.join(0.2)

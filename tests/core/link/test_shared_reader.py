@@ -203,7 +203,7 @@ def test_a_killed_reader_keeps_nothing(peers):
     assert owner.call(stats)["pins"] == 0
 
 
-# --------------------------------------------------------------------------------------------- what a linked peer may do
+# ---------------------------------------------------------------------------------------- what a linked peer may do
 
 def overwrite(node, name, pattern, from_byte=0):
     """Fill a mapping of this process that it may write, which a peer or the engine itself has made."""
@@ -227,10 +227,10 @@ def test_marks_of_a_peer_hide_no_key_from_others(peers):
         assert reader.call(pull_all, 0, 1, 1) == 1
     for first, pattern in ((0, b"\xff\xff\xff\x7f"), (1000, b"\x01\x00\x00\x00"), (2000, b"\xff\xff\xff\xff")):
         owner.call(offer, first, 50)
-        assert here.call(overwrite, "marks", pattern, 64) == 1
+        assert here.call(overwrite, "marks", pattern, 64) == 2      # its own engine's, and the owner's
         assert other.call(pull_all, first, 50, 1) == 50
         assert other.call(pull_all, first, 50, 1) == 0
-    counts = owner.call(stats)
+    counts = owner.settled()
     assert (counts["keys"], counts["caches"], counts["pins"]) == (0, 0, 0)
 
 
@@ -245,7 +245,7 @@ def test_a_lane_full_of_nonsense_releases_nothing(peers):
         assert owner.call(stats)["caches"] >= 18    # an entry (1, 1) may name a key
     peers.unlink(here, owner)
     owner.call(churn, 1, 20, 1)
-    counts = owner.call(stats)
+    counts = owner.settled()
     assert (counts["keys"], counts["caches"], counts["pins"]) == (0, 0, 0)
 
 
@@ -262,6 +262,6 @@ def test_an_owner_whose_table_is_overwritten_keeps_its_counts(peers):
                 here.call(pull_all, number, 1, 1)
     peers.unlink(here, owner)
     owner.call(churn, 1, 30, 1)
-    counts = owner.call(stats)
+    counts = owner.settled()
     assert (counts["keys"], counts["caches"], counts["pins"]) == (0, 0, 0)
     assert counts["device_pool"]["free_bytes"] == counts["device_pool"]["bytes"]

@@ -139,10 +139,10 @@ def test_engine_without_room_for_a_shared_table():
     """A limit on address space turns sharing off, and nothing else."""
     assert output_of("""
         import resource
-        from llm_datadist_probes.table import CacheTable
-        from llm_datadist_probes.table import PagePool
-        used = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize"))
-        resource.setrlimit(resource.RLIMIT_AS, ((used << 10) + (24 << 20),) * 2)
+        from llm_datadist_probes.table import CacheTable, PagePool
+        with open("/proc/self/statm") as statm:
+            used = int(statm.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (24 << 20),) * 2)
         table, pool = CacheTable(), PagePool(1 << 40, 64 << 9, 9)
         print(table.shared_memory())
         cache_id, _ = table.allocate(pool, 2, 4, 64, [(1, 0, 7, 0)])

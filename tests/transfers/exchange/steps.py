@@ -96,4 +96,4 @@ def meet(owner, reader):
     reader.call(prepare, 1, 8)
     assert reader.call(take, request_key(), 0)
     reader.call(put_away)
-    assert holds(owner.stats()) == NOTHING
+    assert holds(owner.settled()) == NOTHING

@@ -1,4 +1,4 @@
-"""Pulls over TCP that are one exchange: nothing is left when they return, and what fails has taken nothing."""
+"""Pulls over TCP that are one exchange: within a moment nothing is left, and what fails has taken nothing."""
 import contextlib
 import threading
 
@@ -27,36 +27,37 @@ from transfers.refusal import NOT_EXIST, refused
 from llm_datadist import CacheDesc, CacheKeyByIdAndIndex, DataType, LLMStatusCode
 from llm_datadist.status import LLMException, LLMTimeoutError
 
-# --------------------------------------------------------------------------------------------- nothing is left at once
+# ------------------------------------------------------------------------------------- nothing is left within a moment
 
 @pytest.mark.parametrize("num_tensors, tensor_bytes, times", [(2, 96, 300), (2, 2 * MIB, 100)])
-def test_nothing_is_left_when_a_pull_returns(two_sided, num_tensors, tensor_bytes, times):
-    """No pause, and no second look."""
+def test_nothing_is_left_once_a_pull_is_settled(two_sided, num_tensors, tensor_bytes, times):
+    """Key and pin go together: with the last pin nothing is held."""
     pair = two_sided
     pair.here.call(prepare, num_tensors, tensor_bytes)
-    assert holds(pair.there.stats()) == NOTHING
+    assert holds(pair.there.settled()) == NOTHING
     for number in range(times):
         pair.there.call(offer, request_key(), num_tensors, tensor_bytes, number)
         assert holds(pair.there.stats())[:3] == (1, 1, 0)
         correct = pair.here.call(take, request_key(), number)
-        assert holds(pair.there.stats()) == NOTHING
+        assert holds(pair.there.settled()) == NOTHING
         assert correct
     pair.here.call(put_away)
 
 
-def test_key_is_free_when_a_pull_returns(two_sided):
+def test_key_is_free_once_a_pull_is_settled(two_sided):
     """The owner binds it again, and there is room: the pool holds no second cache of this size."""
     pair = two_sided
     pair.here.call(prepare, 1, 40 * MIB)
     for number in range(20):
         pair.there.call(offer, request_key(), 1, 40 * MIB, number)
         assert pair.here.call(take, request_key(), number)
+        pair.there.settled()
     refused(NOT_EXIST, pair.here.call, take, request_key(), 0)
     pair.here.call(put_away)
 
 
 @pytest.mark.parametrize("tensor_bytes, times", [(96, 200), (2 * MIB, 60)])
-def test_nothing_is_left_when_two_readers_have_returned(crowd, tensor_bytes, times):
+def test_nothing_is_left_of_two_readers(crowd, tensor_bytes, times):
     _, owner, readers = crowd
     for reader in readers:
         reader.call(prepare, 2, tensor_bytes)
@@ -67,7 +68,7 @@ def test_nothing_is_left_when_two_readers_have_returned(crowd, tensor_bytes, tim
             finishes = [reader.begin(take, request_key(number), turn + number)
                         for number, reader in enumerate(readers)]
             correct = [finish() for finish in finishes]
-            assert holds(owner.stats()) == NOTHING
+            assert holds(owner.settled()) == NOTHING
             assert correct == [True, True]
     for reader in readers:
         reader.call(put_away)
@@ -90,7 +91,7 @@ def test_many_keys_of_two_readers(crowd):
     finishes = [reader.begin(take_many, keys[start::2], range(start, 2 * count, 2))
                 for start, reader in enumerate(readers)]
     assert [finish() for finish in finishes] == [[True] * count] * 2
-    assert holds(owner.stats()) == NOTHING
+    assert holds(owner.settled()) == NOTHING
     for reader in readers:
         reader.call(put_away)
 
@@ -141,7 +142,7 @@ def test_reader_killed_in_the_middle_has_taken_nothing(weighty):
     assert comes_to_hold(owner, 1, 1, 0, WEIGHT)
     other.call(prepare, 2, WEIGHT // 2)
     assert other.call(take, request_key(), 5)
-    assert holds(owner.stats()) == NOTHING
+    assert holds(owner.settled()) == NOTHING
     other.call(put_away)
 
 
@@ -151,7 +152,7 @@ def test_reader_that_stands_still_gets_all_of_it_later(weighty):
     with halfway(owner, reader, begin) as finish:
         assert holds(owner.stats()) == (1, 1, 1, WEIGHT)
     assert finish()
-    assert holds(owner.stats()) == NOTHING
+    assert holds(owner.settled()) == NOTHING
     other.call(prepare, 2, WEIGHT // 2)
     refused(NOT_EXIST, other.call, take, request_key(), 5)
     for process in (reader, other):
@@ -164,10 +165,10 @@ def test_two_readers_of_one_key_in_the_middle(weighty):
     other.call(prepare, 2, WEIGHT // 2)
     with halfway(owner, reader, begin) as finish:
         assert other.call(take, request_key(), 5)
-        assert holds(owner.stats()) == (1, 0, 1, WEIGHT)
+        assert comes_to_hold(owner, 1, 0, 1, WEIGHT)
         refused(NOT_EXIST, other.call, take, request_key(), 5)
     assert finish()
-    assert holds(owner.stats()) == NOTHING
+    assert holds(owner.settled()) == NOTHING
     for process in (reader, other):
         process.call(put_away)
 
@@ -260,10 +261,10 @@ def test_key_removed_in_the_middle(weighty):
         owner.call(offer, request_key(), 2, 4096, 9)
         assert holds(owner.stats()) == (2, 1, 1, WEIGHT + 8192)
     assert finish()
-    assert holds(owner.stats()) == (1, 1, 0, 8192)
+    assert holds(owner.settled()) == (1, 1, 0, 8192)
     other.call(prepare, 2, 4096)
     assert other.call(take, request_key(), 9)
-    assert holds(owner.stats()) == NOTHING
+    assert holds(owner.settled()) == NOTHING
     for process in (reader, other):
         process.call(put_away)
 
@@ -292,7 +293,7 @@ def test_deallocated_in_the_middle(crowd):
         assert holds(owner.stats())[1:] == (0, 1, WEIGHT)
         refused(NOT_EXIST, other.call, take, key, 6)
     assert finish()
-    assert holds(owner.stats()) == NOTHING
+    assert holds(owner.settled()) == NOTHING
     refused(NOT_EXIST, reader.call, take, key, 6)
     for process in (reader, other):
         process.call(put_away)
@@ -325,7 +326,7 @@ def test_unregistered_in_the_middle(crowd):
     assert finish()
     thread.join()
     assert faults == []
-    assert holds(owner.stats()) == NOTHING
+    assert holds(owner.settled()) == NOTHING
     reader.call(put_away)
 
 

@@ -41,7 +41,7 @@ def test_pull_of_a_slot(two_sided, stride, kind, size):
         key = CacheKeyByIdAndIndex(THERE, made.cache_id, 1) if kind.startswith("id") else key
         with asking(pair.there, 0):
             pair.here.call(invoke, "pull_cache", key, Named("dst"), 1, size)
-        assert pair.there.stats()["keys"] == (1 if kind == "prefix" else 0)
+        assert pair.there.settled()["keys"] == (1 if kind == "prefix" else 0)
         reference.copy_slot(target, 1, source, 1, stride - 5 if size == -1 else size)
         scene.check()
 
@@ -84,7 +84,7 @@ def test_pull_of_a_slot_into_blocks(two_sided, stride, kind, blocks):
             pair.here.call(invoke, "pull_blocks",
                            CacheKeyByIdAndIndex(THERE, made.cache_id, 1) if kind == "id" else key, Named("dst"), [],
                            blocks)
-        assert pair.there.stats()["keys"] == (kind == "prefix")
+        assert pair.there.settled()["keys"] == (kind == "prefix")
         reference.cut_slot(target, blocks, source, 1)
         scene.check()
 
@@ -161,10 +161,10 @@ def test_layers_that_are_released_one_by_one(two_sided):
             for layers in (range(2), last):
                 arguments = {} if layers is None else {"src_layer_range": layers, "dst_layer_range": layers,
                                                        "tensor_num_per_layer": 1}
-                assert pair.there.stats()["keys"] == 1
+                assert pair.there.settled()["keys"] == 1
                 with asking(pair.there, 0 if layers is None else 2):
                     pair.here.call(invoke, "pull_cache", request_key(), Named("dst"), **arguments)
-            assert pair.there.stats()["keys"] == 0
+            assert pair.there.settled()["keys"] == 0
             reference.copy_slot(target, 0, source, 1, LARGE)
             scene.check()
 
@@ -177,7 +177,7 @@ def test_last_block_that_is_not_full(two_sided, stride):
         _, target = scene.make(pair.here, "dst", Spec(2, 4, (stride // 2 - 1,), is_blocks=True, seed=14))
         with asking(pair.there, 2):
             pair.here.call(invoke, "pull_blocks", request_key(), Named("dst"), [], [3, 1, 0])
-        assert pair.there.stats()["keys"] == 0
+        assert pair.there.settled()["keys"] == 0
         reference.cut_slot(target, [3, 1, 0], source, 1)
         scene.check()
 
@@ -316,5 +316,5 @@ def test_whoever_has_no_link_is_told_nothing(two_sided):
                           + PART.pack(number + 1, 0, 64, 0, 1) + words)
                 status, text, num_bytes, code = wire.reply()
                 assert (status != 0, num_bytes, code) == (True, 0, 2**64 - 6) and "link" in text
-        assert pair.there.stats()["keys"] == 1
+        assert pair.there.settled()["keys"] == 1
         scene.check()

@@ -329,7 +329,8 @@ static bool conclude(data_session *session, bool ok) {
         } else {
             move_state state = wait_conn(session, POLLIN, LOOK_UP_MS * HIXL_MS_NS);
             broken = state == MOVE_BROKEN;
-            if (state == MOVE_READY) {
+            /* While a part is not sent the client cannot have it all: whatever it says has to wait. */
+            if (state == MOVE_READY && hixl_fetch_wait(server, fetch, LOOK_UP_MS * HIXL_MS_NS)) {
                 hixl_fetch_take_confirmation(fetch);
                 if (!fetch->confirmed && !fetch->broken) {
                     poll(NULL, 0, 1); /* a part of the frame: the rest is on its way */

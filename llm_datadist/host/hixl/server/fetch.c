@@ -148,26 +148,29 @@ static bool is_sent(const hixl_fetch *fetch) {
 }
 
 hixl_fetch_progress hixl_fetch_look(hixl_server *server, hixl_fetch *fetch) {
-    bool sent;
+    hixl_fetch_progress progress;
     if (fetch->broken) {
         return HIXL_FETCH_BROKEN;
     }
-    pthread_mutex_lock(&server->fetch_lock);
-    sent = is_sent(fetch);
-    pthread_mutex_unlock(&server->fetch_lock);
-    if (!sent) {
-        return HIXL_FETCH_AWAITS_PARTS;
+    if (!fetch->confirmed && fetch->refusal == 0) {
+        return HIXL_FETCH_AWAITS_CLIENT;
     }
-    return fetch->confirmed || fetch->refusal != 0 ? HIXL_FETCH_DONE : HIXL_FETCH_AWAITS_CLIENT;
+    pthread_mutex_lock(&server->fetch_lock);
+    progress = is_sent(fetch) ? HIXL_FETCH_DONE : HIXL_FETCH_AWAITS_PARTS;
+    pthread_mutex_unlock(&server->fetch_lock);
+    return progress;
 }
 
-void hixl_fetch_wait(hixl_server *server, hixl_fetch *fetch, int64_t limit_ns) {
+bool hixl_fetch_wait(hixl_server *server, hixl_fetch *fetch, int64_t limit_ns) {
+    bool sent;
     struct timespec until = hixl_timespec(hixl_now_ns() + limit_ns);
     pthread_mutex_lock(&server->fetch_lock);
     if (!is_sent(fetch)) {
         pthread_cond_timedwait(&server->fetch_changed, &server->fetch_lock, &until);
     }
+    sent = is_sent(fetch);
     pthread_mutex_unlock(&server->fetch_lock);
+    return sent;
 }
 
 void hixl_fetch_end(hixl_server *server, hixl_fetch *fetch) {

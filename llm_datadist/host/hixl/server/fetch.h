@@ -49,10 +49,10 @@ typedef enum {
     HIXL_FETCH_BROKEN
 } hixl_fetch_progress;
 hixl_fetch_progress hixl_fetch_look(hixl_server *server, hixl_fetch *fetch);
-/* The lead's connection has something to read, and AWAITS_CLIENT: take the confirmation, if it is there as a whole. */
+/* The lead's connection has something to read, and all parts are sent: take the confirmation, if all of it is there. */
 void hixl_fetch_take_confirmation(hixl_fetch *fetch);
-/* AWAITS_PARTS: wait for them to come and to leave, or to be woken, a while. */
-void hixl_fetch_wait(hixl_server *server, hixl_fetch *fetch, int64_t limit_ns);
+/* Wait for all parts to come and to be sent, or to be woken, a while; whether they are. */
+bool hixl_fetch_wait(hixl_server *server, hixl_fetch *fetch, int64_t limit_ns);
 /* A connection was dropped, or the server stops: wake those that wait for parts. */
 void hixl_fetch_wake(hixl_server *server);
 /* Have all parts leave, tell the owner, of a confirmation that came meanwhile too, and forget it. */
