@@ -19,6 +19,7 @@ CAPABILITIES = {
     "cancel": LDD_CAP_CANCEL,
     "drop_peer": LDD_CAP_DROP_PEER,
     "fetch": LDD_CAP_FETCH,
+    "admit": LDD_CAP_ADMIT,
 }
 
 

@@ -27,5 +27,5 @@ LDD_EXPORT const char *LddLastError(void) {
 
 LDD_EXPORT uint32_t LddCapabilities(void) {
     return LDD_CAP_LATE_REGISTRATION | LDD_CAP_ANY_LOCAL | LDD_CAP_WAIT | LDD_CAP_CANCEL | LDD_CAP_DROP_PEER |
-           LDD_CAP_FETCH;
+           LDD_CAP_FETCH | LDD_CAP_ADMIT;
 }
