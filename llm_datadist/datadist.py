@@ -135,7 +135,7 @@ class LLMDataDist:
 
     def _require_engine(self) -> "Engine":
         if self._engine is None:
-            raise RuntimeError("llm datadist is not initialized")
+            raise LLMException("llm datadist is not initialized", status_code=LLMStatusCode.LLM_FAILED)
         self._engine.check_process()
         return self._engine
 
@@ -191,8 +191,8 @@ class LLMDataDist:
             An argument has another type, or is outside its integer range.
         LLMParamInvalidError
             `timeout` is not positive, or a local address is missing.
-        RuntimeError
-            Before `init`.
+        LLMException
+            Before `init`, or after `finalize`.
         """
         engine = self._require_engine()
         assert self._linker is not None
@@ -227,8 +227,8 @@ class LLMDataDist:
             An argument has another type, or is outside its integer range.
         LLMParamInvalidError
             `timeout` is not positive.
-        RuntimeError
-            Before `init`.
+        LLMException
+            Before `init`, or after `finalize`.
         """
         engine = self._require_engine()
         assert self._linker is not None
@@ -254,8 +254,8 @@ class LLMDataDist:
             LLM_NOT_YET_LINK: no such link; LLM_LINK_BUSY: another operation uses it.
         LLMTimeoutError
             LLM_WAIT_PROCESS_TIMEOUT: no answer within ``sync_kv_timeout``.
-        RuntimeError
-            Before `init`.
+        LLMException
+            Before `init`, or after `finalize`.
         """
         engine = self._require_generation(1, "check_link_status")
         check_uint64("remote_cluster_id", remote_cluster_id)
@@ -291,8 +291,8 @@ class LLMDataDist:
             or the table does not fit.
         LLMNotEnabledError
             With option ``llm.TransferBackend``.
-        RuntimeError
-            Before `init`.
+        LLMException
+            Before `init`, or after `finalize`.
 
         Notes
         -----
@@ -331,8 +331,8 @@ class LLMDataDist:
             LLM_NOT_YET_LINK: the id is unknown.
         LLMNotEnabledError
             With option ``llm.TransferBackend``.
-        RuntimeError
-            Before `init`.
+        LLMException
+            Before `init`, or after `finalize`.
         """
         self._require_generation(2, "unlink")
         assert self._rendezvous is not None
@@ -396,8 +396,8 @@ class LLMDataDist:
             devices; or option ``llm.TransferBackend`` and another address.
         LLMException
             LLM_FAILED: the new address is in use. Role and listener stay as they were.
-        RuntimeError
-            Before `init`.
+        LLMException
+            Before `init`, or after `finalize`.
         """
         engine = self._require_engine()
         check_isinstance("role", role, LLMRole, allow_none=False)
@@ -439,8 +439,8 @@ class LLMDataDist:
 
         Raises
         ------
-        RuntimeError
-            Before `init`.
+        LLMException
+            Before `init`, or after `finalize`.
         """
         return self._require_engine().stats()
 
@@ -449,8 +449,8 @@ class LLMDataDist:
 
         Raises
         ------
-        RuntimeError
-            Before `init`.
+        LLMException
+            Before `init`, or after `finalize`.
         """
         return self._require_engine().links()
 

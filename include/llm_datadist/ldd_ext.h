@@ -24,7 +24,8 @@ enum {
     LDD_CAP_CANCEL = 1u << 3,            /* LddClientCancel                                                           */
     LDD_CAP_DROP_PEER = 1u << 4,         /* LddServerDropPeer; client config key "ldd_token" (32 hex digits) is heard */
     LDD_CAP_FETCH = 1u << 5,             /* LddServerSetFetch, LddClientFetchAsync                                    */
-    LDD_CAP_SHARED_MEMORY = 1u << 6      /* processes of one host may share memory: LLM_DATADIST_HOST_PATHS says so   */
+    LDD_CAP_SHARED_MEMORY = 1u << 6,     /* processes of one host may share memory: LLM_DATADIST_HOST_PATHS says so   */
+    LDD_CAP_ADMIT = 1u << 7              /* LddServerRestrict, LddServerAdmitPeer                                     */
 };
 
 uint32_t LddCapabilities(void);
@@ -47,8 +48,18 @@ HixlStatus LddClientWait(HixlClientHandle client, CompleteHandle handle, int64_t
 HixlStatus LddClientCancel(HixlClientHandle client, CompleteHandle handle);
 
 /*
- * Close what the client that announced this token has open at the server, and wait until nothing more
- * is written into or read from server memory on its behalf by server threads.
+ * Who may connect. A restricted server admits the clients whose tokens it was told, each with its rights, until the
+ * peer is dropped; others, and those without a token, are refused at their first frame. A right that is missing makes
+ * requests that need it fail, and what is mapped for such a client is mapped to be read. LddServerRestrict comes before
+ * the server listens.
+ */
+enum { LDD_RIGHT_READ = 1u << 0, LDD_RIGHT_WRITE = 1u << 1 };
+HixlStatus LddServerRestrict(HixlServerHandle server);
+HixlStatus LddServerAdmitPeer(HixlServerHandle server, const uint8_t token[16], uint32_t rights);
+
+/*
+ * Close what the client that announced this token has open at the server, admit it no more, and wait until nothing
+ * more is written into or read from server memory on its behalf by server threads.
  */
 HixlStatus LddServerDropPeer(HixlServerHandle server, const uint8_t token[16]);
 

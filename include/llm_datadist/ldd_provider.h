@@ -74,6 +74,8 @@ extern "C" {
     X(LddLastError)                                                                                                \
     X(LddClientWait)                                                                                               \
     X(LddClientCancel)                                                                                             \
+    X(LddServerRestrict)                                                                                           \
+    X(LddServerAdmitPeer)                                                                                          \
     X(LddServerDropPeer)                                                                                           \
     X(LddServerSetFetch)                                                                                           \
     X(LddClientFetchAsync)                                                                                         \
@@ -200,6 +202,10 @@ static inline ldd_status ldd_provider_fill(ldd_provider *provider, ldd_detail *d
         }
         if (provider->ext.LddServerDropPeer == NULL) {
             provider->caps &= ~(uint32_t)LDD_CAP_DROP_PEER;
+        }
+        if (provider->ext.LddServerRestrict == NULL || provider->ext.LddServerAdmitPeer == NULL ||
+            provider->ext.LddServerDropPeer == NULL) {
+            provider->caps &= ~(uint32_t)LDD_CAP_ADMIT;
         }
         if (provider->ext.LddServerSetFetch == NULL || provider->ext.LddClientFetchAsync == NULL) {
             provider->caps &= ~(uint32_t)LDD_CAP_FETCH;

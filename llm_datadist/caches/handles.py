@@ -33,8 +33,13 @@ class CacheOwner(Protocol):
         """Whether the CPU can read and write memory of placement DEVICE."""
         ...
 
+    @property
+    def pool_memory(self) -> object:
+        """What keeps the memory of the pools in place as long as it is referenced."""
+        ...
+
     def is_initialized(self) -> bool:
-        """Whether the engine is up; asked by the finaliser of a `KvCache`."""
+        """Whether the engine is up."""
         ...
 
     def deallocate_cache(self, cache: Any) -> None:
@@ -67,7 +72,10 @@ def _views(cache: object, desc: CacheDesc, addresses: List[int], manager: Option
         raise LLMNotFoundError(f"{cache} has no memory: it was deallocated")
     if desc.placement != Placement.HOST and not (manager is not None and manager.is_host_addressable):
         raise LLMNotEnabledError(f"{cache} lies in device memory, which the CPU cannot address")
-    return [TensorView(address, desc.data_type, tuple(desc.shape), cache) for address in addresses]
+    if manager is not None and not manager.is_initialized():
+        raise LLMNotFoundError(f"{cache} has no memory: its engine was finalized")
+    owner = cache, manager.pool_memory if manager is not None else None
+    return [TensorView(address, desc.data_type, tuple(desc.shape), owner) for address in addresses]
 
 
 def _check_cpu_desc(cache_desc: CacheDesc) -> None:
@@ -181,7 +189,7 @@ class Cache:
         Raises
         ------
         LLMNotFoundError
-            The cache was deallocated.
+            The cache was deallocated, or its engine finalised.
         LLMNotEnabledError
             The memory is on a device that the CPU cannot address.
         LLMParamInvalidError
@@ -195,7 +203,7 @@ class Cache:
         Raises
         ------
         LLMNotFoundError
-            The cache was deallocated.
+            The cache was deallocated, or its engine finalised.
         LLMNotEnabledError
             The memory is on a device that the CPU cannot address.
         LLMParamInvalidError
@@ -203,7 +211,8 @@ class Cache:
 
         Notes
         -----
-        An array must not be used after the cache is deallocated or the engine finalised.
+        An array keeps the memory it shows in place, also after the engine was finalised; once the cache is deallocated
+        the memory may be another's.
         """
         return [view.numpy() for view in self.tensor_views()]
 
@@ -325,7 +334,7 @@ class KvCache:
         Raises
         ------
         LLMNotFoundError
-            The cache was deallocated.
+            The cache was deallocated, or its engine finalised.
         LLMNotEnabledError
             The memory is on a device that the CPU cannot address.
         LLMParamInvalidError
@@ -348,7 +357,7 @@ class KvCache:
         Raises
         ------
         LLMNotFoundError
-            The cache was deallocated.
+            The cache was deallocated, or its engine finalised.
         LLMNotEnabledError
             The memory is on a device that the CPU cannot address.
         LLMParamInvalidError
@@ -356,8 +365,8 @@ class KvCache:
 
         Notes
         -----
-        BF16 is shown as its bits, uint16. An array keeps this handle from being collected; it must not be used after
-        the cache is deallocated or the engine finalised.
+        BF16 is shown as its bits, uint16. An array keeps this handle from being collected, and the memory in place, also
+        after the engine was finalised; once the cache is deallocated the memory may be another's.
         """
         return [view.numpy() for view in self.tensor_views(device_index)]
 

@@ -36,8 +36,9 @@ class TensorView:
     Notes
     -----
     ``numpy.asarray(view)`` and ``torch.from_dlpack(view)`` share the memory; for BF16 follow the latter with
-    ``.view(torch.bfloat16)``. The memory belongs to the pool or the caller: it may be read and written until the
-    cache is deallocated or its caller frees it, and not after. Source: NumPy array interface, version 3; DLPack.
+    ``.view(torch.bfloat16)``. The memory belongs to the pool or the caller. A view keeps that of a pool in place,
+    also when the engine is finalised; after the cache is deallocated it may be another's. That of a caller may be used
+    until the caller frees it. Source: NumPy array interface, version 3; DLPack.
     """
 
     def __init__(self, address: int, data_type: DataType, shape: Tuple[int, ...], owner: object) -> None:

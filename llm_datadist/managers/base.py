@@ -250,6 +250,11 @@ class ManagerBase:
         """Whether the CPU can read and write memory of placement DEVICE."""
         return self._llm_engine.is_host_addressable
 
+    @property
+    def pool_memory(self) -> object:
+        """What keeps the memory of the pools in place as long as it is referenced; `TensorView` does."""
+        return self._llm_engine.pool_memory
+
     def _finalize(self) -> None:
         """Called when the engine is closed."""
         self._initialized = False

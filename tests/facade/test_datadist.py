@@ -122,7 +122,7 @@ def test_a_failed_init_leaves_nothing_and_may_be_repeated(nothing_left, assert_r
     before = resources()
     assert_raises(kind, dist.init, bad)
     assert resources() == before and LLMDataDist.llm_engine_instance is None
-    assert_raises("RE", lambda: dist.cache_manager)
+    assert_raises("FAILED", lambda: dist.cache_manager)
     dist.finalize()
     dist.init(options())
     assert dist.cache_manager.is_initialized()
@@ -324,10 +324,10 @@ BOTH = {
                          ids=[*V2_ONLY, *V1_ONLY, *BOTH])
 def test_nothing_works_before_init_or_after_finalize(start, assert_raises, call):
     fresh = LLMDataDist(LLMRole.MIX, CLUSTER)
-    assert str(assert_raises("RE", call, fresh)) == "llm datadist is not initialized"
+    assert str(assert_raises("FAILED", call, fresh)) == "llm datadist is not initialized"
     dist = start()
     dist.finalize()
-    assert str(assert_raises("RE", call, dist)) == "llm datadist is not initialized"
+    assert str(assert_raises("FAILED", call, dist)) == "llm datadist is not initialized"
     assert dist.cluster_id == CLUSTER
 
 

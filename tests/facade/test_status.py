@@ -213,3 +213,12 @@ def test_logger_of_the_application_is_left_alone():
 def test_every_exception_is_exported():
     for name in status.__all__:
         assert getattr(status, name) is not None
+
+
+def test_no_memory_is_said_in_words():
+    """Also where the place that ran out left no text."""
+    from llm_datadist.core.base.status import raise_for_status
+
+    with pytest.raises(LLMMemoryError) as caught:
+        raise_for_status(-4, "allocate_cache")
+    assert "memory" in str(caught.value) and "LDD_E_" not in str(caught.value)

@@ -235,6 +235,7 @@ class Manager:
 
     def __init__(self, is_host_addressable=True):
         self.is_host_addressable = is_host_addressable
+        self.pool_memory = None
         self.initialized = True
         self.deallocated = []
 

@@ -7,6 +7,26 @@ import socket
 import struct
 
 import pytest
+from support.control_frames import (
+    ACK,
+    DESCRIPTOR,
+    HEADER,
+    HELLO,
+    HELLO_FRAME_BYTES,
+    LEASE,
+    PING,
+    RANGES,
+    RELEASE,
+    RESOLVE,
+    UNLINK,
+    WELCOME,
+    WELCOME_FRAME_BYTES,
+    WELCOME_HEAD,
+    frame,
+    hello,
+    read_all,
+    read_frame,
+)
 from support.link_steps import fetch, footprint, link, links, offer, unlink, until, wait_links, withdraw
 
 from llm_datadist import LLMStatusCode
@@ -14,23 +34,7 @@ from llm_datadist import LLMStatusCode
 S = LLMStatusCode
 OK = (S.LLM_SUCCESS, [S.LLM_SUCCESS])
 
-# Numbers of ldd_wire.h, on purpose not read from it: they must not change unnoticed within a version.
-MAGIC, VERSION = 0x3144444C, 1
-HELLO, WELCOME, RESOLVE, DESCRIPTOR, RELEASE, ACK, RANGES, LEASE, UNLINK, PING = range(1, 11)
-HEADER = struct.Struct("<IHHII")                        # magic, version, type, payload length, request id
-HELLO_PAYLOAD = struct.Struct("<HHIQQ16s16s32sII64s160s")   # fields of ldd_hello, as `hello` gives them
-HELLO_FRAME_BYTES = HEADER.size + HELLO_PAYLOAD.size
-WELCOME_FRAME_BYTES = HEADER.size + 416
-WELCOME_HEAD = struct.Struct("<iIQ16s")                 # status, mode, cluster, instance
 MAX_HANDSHAKES = 256
-
-
-def frame(type_, payload=b"", *, magic=MAGIC, version=VERSION, length=None, request=7):
-    return HEADER.pack(magic, version, type_, len(payload) if length is None else length, request) + payload
-
-
-def hello(token=b"t" * 16, *, direction=0, mode=0, cluster=77, expected=1, comm=bytes(32), data_port=1):
-    return HELLO_PAYLOAD.pack(direction, 0, mode, cluster, expected, b"i" * 16, token, comm, data_port, 1, b"", b"")
 
 
 @pytest.fixture(scope="module")
@@ -60,35 +64,6 @@ def owner(pair):
 def connected(owner):
     with socket.create_connection(owner.address, timeout=10) as sock:
         yield sock
-
-
-def read_all(sock):
-    """Everything until the owner ends the connection."""
-    data = b""
-    with contextlib.suppress(ConnectionResetError):
-        while True:
-            chunk = sock.recv(65536)
-            if not chunk:
-                break
-            data += chunk
-    return data
-
-
-def read_frame(sock):
-    """Type and payload of one answer."""
-    header = read_exactly(sock, HEADER.size)
-    magic, version, type_, length, request = HEADER.unpack(header)
-    assert (magic, version, request) == (MAGIC, VERSION, 7)
-    return type_, read_exactly(sock, length)
-
-
-def read_exactly(sock, count):
-    data = b""
-    while len(data) < count:
-        chunk = sock.recv(count - len(data))
-        assert chunk, f"closed after {len(data)} of {count} bytes"
-        data += chunk
-    return data
 
 
 def rejected(owner):

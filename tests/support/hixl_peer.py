@@ -112,6 +112,8 @@ def load(path):
         "LddClientWait": [c_void_p, c_void_p, c_int64, POINTER(c_int)],
         "LddClientCancel": [c_void_p, c_void_p],
         "LddServerDropPeer": [c_void_p, c_char_p],
+        "LddServerRestrict": [c_void_p],
+        "LddServerAdmitPeer": [c_void_p, c_char_p, c_uint32],
         "LddClientPaths": [c_void_p, c_char_p, ctypes.c_size_t],
         "LddServerSetFetch": [c_void_p, POINTER(FetchHooks), c_void_p],
         "LddClientFetchAsync": [c_void_p, c_char_p, c_uint32, c_uint32, c_void_p, POINTER(FetchReply),

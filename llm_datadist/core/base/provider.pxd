@@ -80,6 +80,9 @@ cdef extern from "llm_datadist/ldd_ext.h" nogil:
         LDD_CAP_DROP_PEER
         LDD_CAP_FETCH
         LDD_CAP_SHARED_MEMORY
+        LDD_CAP_ADMIT
+        LDD_RIGHT_READ
+        LDD_RIGHT_WRITE
         LDD_FETCH_MAX_REQUEST_BYTES
     ctypedef struct LddPiece:
         uint64_t addr
@@ -149,6 +152,8 @@ cdef extern from "llm_datadist/ldd_provider.h" nogil:
         HixlStatus (*LddClientWait)(HixlClientHandle client, CompleteHandle handle, int64_t timeout_ns,
             HixlCompleteStatus* status) noexcept nogil
         HixlStatus (*LddClientCancel)(HixlClientHandle client, CompleteHandle handle) noexcept nogil
+        HixlStatus (*LddServerRestrict)(HixlServerHandle server) noexcept nogil
+        HixlStatus (*LddServerAdmitPeer)(HixlServerHandle server, const uint8_t* token, uint32_t rights) noexcept nogil
         HixlStatus (*LddServerDropPeer)(HixlServerHandle server, const uint8_t* token) noexcept nogil
         HixlStatus (*LddServerSetFetch)(HixlServerHandle server, const LddFetchHooks* hooks,
             void* context) noexcept nogil

@@ -20,6 +20,7 @@ CAPABILITIES = {
     "drop_peer": LDD_CAP_DROP_PEER,
     "fetch": LDD_CAP_FETCH,
     "shared_memory": LDD_CAP_SHARED_MEMORY,
+    "admit": LDD_CAP_ADMIT,
 }
 
 

@@ -26,4 +26,5 @@ cdef void ldd_socket_tune(int fd) noexcept nogil
 cdef void ldd_socket_local_ip(int fd, char* text, size_t size) noexcept nogil
 cdef void ldd_socket_peer_ip(int fd, char* text, size_t size) noexcept nogil
 cdef void ldd_socket_shutdown(int fd) noexcept nogil
-cdef int ldd_socket_free_port(const char* ip) noexcept nogil
+# A port that is free at this moment; 0 when there is none, for the reason in `detail`.
+cdef int ldd_socket_free_port(const char* ip, ldd_detail* detail) noexcept nogil

@@ -2,12 +2,15 @@
 
 Sockets are non-blocking; every wait is a poll that ends at a monotonic deadline. A thread that came from
 Python looks for signals between slices of such a wait, so Ctrl-C is noticed within `SIGNAL_SLICE_MS`;
-`LDD_E_INTERRUPTED` then means that the signal handler's exception is set.
+`LDD_E_INTERRUPTED` then means that the signal handler's exception is set. A connection that ends under a send
+or a receive is `LDD_E_NOT_LINKED`, however the kernel calls it.
 """
 from libc.errno cimport errno, EAGAIN, EINTR, EINPROGRESS
 from libc.stdint cimport int64_t
 from libc.string cimport strerror
-from llm_datadist.core.base.status cimport LDD_E_FAILED, LDD_E_INTERRUPTED, LDD_E_TIMEOUT, LDD_OK, ldd_fail
+from llm_datadist.core.base.status cimport (
+    LDD_E_FAILED, LDD_E_INTERRUPTED, LDD_E_NOT_LINKED, LDD_E_TIMEOUT, LDD_OK, ldd_fail,
+)
 from llm_datadist.core.base.sync cimport ldd_now_ns
 
 cdef extern from "Python.h":
@@ -277,10 +280,10 @@ cdef ldd_status ldd_socket_listen(const char* ip, int port, int backlog, int* fd
     return LDD_OK
 
 
-cdef int ldd_socket_free_port(const char* ip) noexcept nogil:
+cdef int ldd_socket_free_port(const char* ip, ldd_detail* detail) noexcept nogil:
     """A port that is free at this moment, or 0. CANN's servers cannot choose one themselves."""
     cdef int sock = -1, port = 0
-    if ldd_socket_listen(ip, 0, 1, &sock, &port, NULL) < 0:
+    if ldd_socket_listen(ip, 0, 1, &sock, &port, detail) < 0:
         return 0
     close(sock)
     return port
@@ -301,7 +304,7 @@ cdef ldd_status ldd_socket_send(int fd, const void* data, size_t nbytes, int64_t
             if status < 0:
                 return status
         elif count < 0 and errno != EINTR:
-            return ldd_fail(detail, LDD_E_FAILED, b"the peer's connection broke: %s", strerror(errno))
+            return ldd_fail(detail, LDD_E_NOT_LINKED, b"the peer's connection broke: %s", strerror(errno))
     return LDD_OK
 
 
@@ -316,13 +319,13 @@ cdef ldd_status ldd_socket_recv(int fd, void* data, size_t nbytes, int64_t deadl
             at += count
             nbytes -= count
         elif count == 0:
-            return ldd_fail(detail, LDD_E_FAILED, b"the peer closed the connection")
+            return ldd_fail(detail, LDD_E_NOT_LINKED, b"the peer closed the connection")
         elif errno == EAGAIN:
             status = _wait_ready(fd, POLLIN, deadline_ns, b"waiting for the peer's answer", detail)
             if status < 0:
                 return status
         elif errno != EINTR:
-            return ldd_fail(detail, LDD_E_FAILED, b"the peer's connection broke: %s", strerror(errno))
+            return ldd_fail(detail, LDD_E_NOT_LINKED, b"the peer's connection broke: %s", strerror(errno))
     return LDD_OK
 
 

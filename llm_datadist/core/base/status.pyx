@@ -32,6 +32,8 @@ def _read_table():
 
 STATUS_TABLE = _read_table()
 _FALLBACK = STATUS_TABLE[LDD_E_FAILED]
+# For a status that says all there is to say, and so came without words.
+_WORDS = {LDD_E_NO_MEMORY: "this process has no memory left for the records of the call"}
 
 
 cdef int raise_status(ldd_status status, const ldd_detail* detail, const char* what, bint v1) except -1 with gil:
@@ -43,7 +45,7 @@ cdef int raise_status(ldd_status status, const ldd_detail* detail, const char* w
     text = (<ldd_detail*>detail).text.decode("utf-8", "replace") if detail != NULL else ""
     provider_code = detail.provider_code if detail != NULL else 0
     raise exception(
-        f"{operation} failed, error code is {code}, {text or name}.",
+        f"{operation} failed, error code is {code}, {text or _WORDS.get(status, name)}.",
         status_code=code, operation=operation, provider_code=provider_code or None,
     )
 

@@ -16,6 +16,8 @@ _Swapped = Union[int, Tuple[Sequence[int], int]]  # a cache id, or addresses and
 @final
 class Engine(EngineLinks):
     @property
+    def pool_memory(self) -> object: ...
+    @property
     def is_host_addressable(self) -> bool: ...
 
     # Memory.

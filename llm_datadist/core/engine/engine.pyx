@@ -11,7 +11,9 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 from llm_datadist.core.base.provider cimport ACL_MEMCPY_DEFAULT, aclrtContext
-from llm_datadist.core.base.status cimport LDD_E_PARAM, LDD_E_TIMEOUT, LDD_OK, ldd_fail, raise_status, start_detail
+from llm_datadist.core.base.status cimport (
+    LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_E_TIMEOUT, LDD_OK, ldd_fail, raise_status, start_detail,
+)
 from llm_datadist.core.base.sync cimport ldd_now_ns, ldd_unlock
 from llm_datadist.core.base.wait cimport ldd_lock_interruptible
 from llm_datadist.core.link.region cimport ldd_regions_add, ldd_regions_epoch, ldd_regions_remove
@@ -51,7 +53,7 @@ cdef ldd_key_spec* ldd_key_specs(object keys, uint32_t* count) except? NULL:
         return NULL
     cdef ldd_key_spec* specs = <ldd_key_spec*>malloc(n * sizeof(ldd_key_spec))
     if specs == NULL:
-        raise MemoryError()
+        raise_status(LDD_E_NO_MEMORY, NULL, b"allocate_cache", False)
     try:
         for i, (slot, kind, id_, model_id) in enumerate(keys):
             specs[i].slot = slot
@@ -68,7 +70,7 @@ cdef uint64_t* ldd_address_array(object addrs) except? NULL:
     cdef uint32_t i, n = <uint32_t>len(addrs)
     cdef uint64_t* out = <uint64_t*>malloc(max(n, 1) * sizeof(uint64_t))
     if out == NULL:
-        raise MemoryError()
+        raise_status(LDD_E_NO_MEMORY, NULL, b"allocate_cache", False)
     try:
         for i in range(n):
             out[i] = addrs[i]
@@ -101,6 +103,7 @@ cdef int _set_range(object tensors, int64_t* first, int64_t* stop) except -1:
 
 
 @cython.final
+@cython.no_gc_clear
 cdef class Engine(EngineLinks):
     """One engine. Construction opens everything or leaves nothing behind.
 
@@ -148,7 +151,7 @@ cdef class Engine(EngineLinks):
         cdef uint64_t* addrs = <uint64_t*>malloc(max(num_tensors, <uint32_t>1) * sizeof(uint64_t))
         try:
             if addrs == NULL:
-                raise MemoryError()
+                raise_status(LDD_E_NO_MEMORY, NULL, b"allocate_cache", False)
             with nogil:
                 status = ldd_table_allocate(self.table, pool, num_tensors, num_slots, tensor_bytes, flags, specs,
                                             num_keys, &cache_id, addrs, ldd_now_ns() + self.node.sync_timeout_ns,
@@ -233,6 +236,11 @@ cdef class Engine(EngineLinks):
             status = ldd_table_remove_key(self.table, kind, id, model_id, ldd_now_ns() + self.node.sync_timeout_ns,
                                           &detail)
         self.raise_for(status, &detail, b"remove_cache_key")
+
+    @property
+    def pool_memory(self):
+        """What keeps the memory of the pools in place for as long as it is referenced, also after `close`."""
+        return self._memory
 
     @property
     def is_host_addressable(self):

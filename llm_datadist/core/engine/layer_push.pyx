@@ -14,7 +14,7 @@ from posix.unistd cimport getpid
 from llm_datadist.core.base.provider cimport aclrtContext
 from llm_datadist.core.base.status cimport (
     LDD_E_INTERRUPTED, LDD_E_NOT_LINKED, LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_E_TIMEOUT, LDD_OK, ldd_detail, ldd_fail,
-    ldd_status,
+    ldd_status, raise_status,
 )
 from llm_datadist.core.base.sync cimport ldd_now_ns, ldd_unlock
 from llm_datadist.core.engine.engine cimport Engine
@@ -155,7 +155,7 @@ cdef class LayerPush:
         self._addrs = <uint64_t*>malloc(max(n, 1) * sizeof(uint64_t))
         try:
             if ranges == NULL or self._addrs == NULL:
-                raise MemoryError()
+                raise_status(LDD_E_NO_MEMORY, NULL, b"transfer_cache_async", False)
             for i in range(n):
                 self._addrs[i] = addrs[i]
                 ranges[i].addr = self._addrs[i] + first_byte

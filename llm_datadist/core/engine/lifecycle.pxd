@@ -9,6 +9,16 @@ from llm_datadist.core.table.pool cimport ldd_pool
 from llm_datadist.core.transfer.local_copy cimport ldd_op_list
 
 
+cdef class PoolMemory:
+    cdef Provider _provider
+    cdef int _device_id
+    cdef int _pid
+    cdef void* device
+    cdef void* host
+
+    cdef void keep(self) noexcept nogil
+
+
 cdef class EngineCore:
     cdef Provider _provider
     cdef ldd_node node
@@ -16,8 +26,7 @@ cdef class EngineCore:
     cdef ldd_table* table
     cdef ldd_pool* device_pool
     cdef ldd_pool* host_pool
-    cdef void* _device_memory
-    cdef void* _host_memory
+    cdef PoolMemory _memory
     cdef aclrtStream _stream
     cdef ldd_mutex _copy_lock                   # the stream and the plan below, one local operation at a time
     cdef ldd_op_list _ops
@@ -33,4 +42,5 @@ cdef class EngineCore:
 
     cdef int require_open(self) except -1
     cdef int raise_for(self, ldd_status status, const ldd_detail* detail, const char* what) except -1
-    cdef void _release_memory(self) noexcept nogil
+    cdef void _release_tables(self) noexcept nogil
+    cdef void _release_device(self) noexcept nogil

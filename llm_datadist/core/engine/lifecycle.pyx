@@ -3,6 +3,8 @@
 Construction opens everything or leaves nothing behind; `close` gives everything back. A forked child gets an error
 from everything and frees nothing.
 """
+cimport cython
+
 import os
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
@@ -47,6 +49,37 @@ cdef enum:
     CLOSE_GRACE_NS = 2000000000                 # on top of the time running transfers may still take
 
 
+@cython.final
+@cython.no_gc_clear                             # __dealloc__ needs _provider
+cdef class PoolMemory:
+    """The memory of both pools: freed with the last reference, so that a view of a tensor outlives its engine."""
+
+    def __cinit__(self, Provider provider, int device_id):
+        self._provider = provider
+        self._device_id = device_id
+        self._pid = getpid()
+
+    cdef void keep(self) noexcept nogil:
+        """Never free it: something may still write to it."""
+        self.device = self.host = NULL
+
+    def __dealloc__(self):
+        cdef aclrtContext before = NULL
+        if (self.device == NULL and self.host == NULL) or getpid() != self._pid:
+            return
+        with nogil:
+            self._provider.table.acl.aclrtGetCurrentContext(&before)
+            self._provider.table.acl.aclrtSetDevice(self._device_id)
+            if self.device != NULL:
+                self._provider.table.acl.aclrtFree(self.device)
+            if self.host != NULL:
+                self._provider.table.acl.aclrtFreeHost(self.host)
+            self._provider.table.acl.aclrtResetDevice(self._device_id)
+            if before != NULL:
+                self._provider.table.acl.aclrtSetCurrentContext(before)
+
+
+@cython.no_gc_clear                             # __dealloc__ needs _provider, and so does a LayerPush that goes after us
 cdef class EngineCore:
     """What every part of an engine stands on; see ``engine.pyx`` for the whole."""
 
@@ -62,6 +95,7 @@ cdef class EngineCore:
         self._pid = getpid()
         self._device_id = options.device_id
         self._provider = Provider.open(options.provider)
+        self._memory = PoolMemory(self._provider, self._device_id)
         ldd_node_init(&self.node, self._provider.table, cluster_id)
         ldd_regions_init(&self.node.regions, self._provider.table)
         ldd_serve_pull(&self.node)
@@ -73,6 +107,8 @@ cdef class EngineCore:
             raise
 
     def __dealloc__(self):
+        if self._open and self._memory is not None:
+            self._memory.keep()                 # never closed: its threads go on
         ldd_mutex_destroy(&self._copy_lock)
         ldd_op_list_free(&self._ops)
         if self._provider is not None:
@@ -150,7 +186,7 @@ cdef class EngineCore:
         cdef ldd_detail detail
         cdef ldd_status status
         cdef aclrtContext before
-        cdef void** memory = &self._host_memory if host else &self._device_memory
+        cdef void** memory = &self._memory.host if host else &self._memory.device
         cdef ldd_pool** pool = &self.host_pool if host else &self.device_pool
         start_detail(&detail)
         with nogil:
@@ -182,6 +218,7 @@ cdef class EngineCore:
         """
         cdef ldd_detail detail
         cdef ldd_status idle, status
+        cdef bint released
         if not self._open:
             return
         self._open = False
@@ -200,27 +237,31 @@ cdef class EngineCore:
             ldd_regions_end_fetches(&self.node.regions)
             if self.table != NULL:
                 status = ldd_table_clear(self.table, ldd_now_ns() + self.node.sync_timeout_ns, &detail)
-            if idle == LDD_OK and status == LDD_OK:
-                self._release_memory()
-            # otherwise something still touches the pools: leaking them is better than pulling them away
+            released = idle == LDD_OK and status == LDD_OK
+            if released:
+                self._release_tables()
+            else:
+                self._memory.keep()             # something still touches the pools: better leak than pull them away
+        self._memory = None
+        if released:
+            with nogil:
+                self._release_device()
         self._listen_fd = -1
         self.listener = None
         self._registered.clear()
 
-    cdef void _release_memory(self) noexcept nogil:
-        cdef aclrtContext before
+    cdef void _release_tables(self) noexcept nogil:
         ldd_regions_close(&self.node.regions)
         ldd_table_destroy(self.table)
         self.table = self.node.table = NULL
         ldd_pool_destroy(self.device_pool)
         ldd_pool_destroy(self.host_pool)
         self.device_pool = self.host_pool = NULL
+
+    cdef void _release_device(self) noexcept nogil:
+        cdef aclrtContext before
         if self.node.context != NULL:
             before = ldd_context_enter(&self.node)
-            if self._device_memory != NULL:
-                self._provider.table.acl.aclrtFree(self._device_memory)
-            if self._host_memory != NULL:
-                self._provider.table.acl.aclrtFreeHost(self._host_memory)
             if self._stream != NULL:
                 self._provider.table.acl.aclrtDestroyStream(self._stream)
             if before != self.node.context:
@@ -228,7 +269,7 @@ cdef class EngineCore:
             self._provider.table.acl.aclrtDestroyContext(self.node.context)
         if self._device_set:
             self._provider.table.acl.aclrtResetDevice(self._device_id)
-        self._device_memory = self._host_memory = self._stream = self.node.context = NULL
+        self._stream = self.node.context = NULL
         self._device_set = False
 
     def is_own_process(self):
@@ -348,7 +389,7 @@ cdef class EngineCore:
         capacity = counts.num_owned + counts.num_registered + 16
         rows = <ldd_cache_row*>calloc(capacity, sizeof(ldd_cache_row))
         if rows == NULL:
-            raise MemoryError()
+            raise_status(LDD_E_NO_MEMORY, NULL, b"caches", False)
         try:
             with nogil:
                 count = min(ldd_table_snapshot(self.table, rows, capacity), capacity)

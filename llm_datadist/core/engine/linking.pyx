@@ -1,11 +1,14 @@
 """The links of an engine: by address, by rank table, and what is known of them."""
+cimport cython
+
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
 from llm_datadist.core.base.atomic cimport ldd_get32, ldd_get64
 from llm_datadist.core.base.status cimport (
-    LDD_E_INTERRUPTED, LDD_E_LINK_BUSY, LDD_OK, ldd_detail, ldd_fail, ldd_status, start_detail,
+    LDD_E_INTERRUPTED, LDD_E_LINK_BUSY, LDD_E_NO_MEMORY, LDD_OK, ldd_detail, ldd_fail, ldd_status, raise_status,
+    start_detail,
 )
 from llm_datadist.core.base.sync cimport ldd_lock, ldd_lock_until, ldd_now_ns, ldd_unlock
 from llm_datadist.core.link.accept cimport ldd_service_accepted, ldd_service_expect, ldd_service_forget
@@ -31,6 +34,7 @@ ctypedef struct ldd_link_row:
     uint64_t num_transfers
 
 
+@cython.no_gc_clear
 cdef class EngineLinks(EngineCore):
     """An engine that links; outcomes are internal statuses with a text, which the facade turns into codes."""
 
@@ -106,7 +110,7 @@ cdef class EngineLinks(EngineCore):
         capacity = ldd_get32(&self.node.num_links) + 16
         rows = <ldd_link_row*>malloc(capacity * sizeof(ldd_link_row))
         if rows == NULL:
-            raise MemoryError()
+            raise_status(LDD_E_NO_MEMORY, NULL, b"links", False)
         try:
             # Objects are made without the lock: making one may run any finaliser, or let another thread go on.
             with nogil:

@@ -6,7 +6,7 @@ active when the second has come. Runs on the service thread, but for the pending
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport realloc
-from libc.string cimport memcmp, memcpy, memset
+from libc.string cimport memcmp, memcpy, memset, strcmp
 
 from llm_datadist.core.base.atomic cimport ldd_add64
 from llm_datadist.core.base.sockets cimport (
@@ -15,27 +15,56 @@ from llm_datadist.core.base.sockets cimport (
 from llm_datadist.core.base.status cimport (
     LDD_E_LINK_FAILED, LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_E_PROCESSING_LINK, LDD_OK, ldd_detail, ldd_fail,
 )
-from llm_datadist.core.base.sync cimport ldd_lock, ldd_unlock
+from llm_datadist.core.base.sync cimport ldd_lock, ldd_lock_until, ldd_unlock
 from llm_datadist.core.link.links cimport (
-    LINK_OPENING, ORIGIN_COMM, ORIGIN_PEER, ldd_link, ldd_link_break, ldd_link_new, ldd_link_publish,
-    ldd_link_state_of, ldd_links_drop_stale, ldd_node,
+    LINK_ACTIVE, LINK_OPENING, ORIGIN_COMM, ORIGIN_PEER, ldd_link, ldd_link_break, ldd_link_new, ldd_link_publish,
+    ldd_link_state_of, ldd_link_unref, ldd_links_drop_stale, ldd_node,
 )
-from llm_datadist.core.link.region cimport ldd_regions_own_endpoint, ldd_regions_serve
-from llm_datadist.core.link.service_conn cimport CONN_SERVING, ldd_conn_forget, ldd_conn_reply, ldd_pending
+from llm_datadist.core.link.region cimport ldd_regions_admit_peer, ldd_regions_own_endpoint, ldd_regions_serve
+from llm_datadist.core.link.service_conn cimport (
+    CONN_SERVING, MAX_USED_TOKENS, ldd_conn_forget, ldd_conn_reply, ldd_pending,
+)
 from llm_datadist.core.link.wire cimport (
-    LDD_FRAME_WELCOME, LDD_HELLO_FORWARD, LDD_HELLO_REVERSE, LDD_HELLO_SHARED_TABLE, LDD_MODE_REMOTE_ACCESSIBLE,
-    LDD_WELCOME_FRAME_BYTES, LDD_WIRE_VERSION, ldd_frame_header, ldd_hello, ldd_welcome,
+    LDD_FRAME_PING, LDD_FRAME_WELCOME, LDD_HELLO_FORWARD, LDD_HELLO_REVERSE, LDD_HELLO_SHARED_TABLE,
+    LDD_MODE_REMOTE_ACCESSIBLE, LDD_WELCOME_FRAME_BYTES, LDD_WIRE_MAGIC, LDD_WIRE_VERSION, ldd_ack, ldd_frame_header,
+    ldd_hello, ldd_welcome,
 )
 from llm_datadist.core.table.cache_table cimport ldd_table_add_lane
 from llm_datadist.core.table.shared_table cimport ldd_lane, ldd_lane_create, ldd_lane_unmap
 
-cdef extern from "<sys/socket.h>" nogil:
+cdef extern from * nogil:
+    """
+    #include <poll.h>
+    #include <sys/socket.h>
+
+    /* Whether the other end has neither closed the connection nor been found dead. */
+    static int ldd_is_connected(int fd) {
+        struct pollfd entry = {.fd = fd, .events = POLLRDHUP};
+        return poll(&entry, 1, 0) <= 0;
+    }
+
+    /* Send a request and take in an answer of that many bytes, both at once or not at all. */
+    static int ldd_ask_shortly(int fd, const void *request, size_t request_bytes, void *answer, size_t answer_bytes,
+                               int limit_ms) {
+        struct pollfd entry = {.fd = fd, .events = POLLIN};
+        return send(fd, request, request_bytes, MSG_NOSIGNAL | MSG_DONTWAIT) == (ssize_t)request_bytes &&
+               poll(&entry, 1, limit_ms) == 1 && recv(fd, answer, answer_bytes, MSG_DONTWAIT) == (ssize_t)answer_bytes;
+    }
+    """
     int MSG_NOSIGNAL
+    int ldd_is_connected(int fd)
+    int ldd_ask_shortly(int fd, const void* request, size_t request_bytes, void* answer, size_t answer_bytes,
+                        int limit_ms)
     ssize_t send(int fd, const void* data, size_t nbytes, int flags)
 
 
 cdef extern from "<unistd.h>" nogil:
     int close(int fd)
+
+
+cdef enum:
+    PONG_BYTES = sizeof(ldd_frame_header) + sizeof(ldd_ack)
+    PONG_LIMIT_MS = 300
 
 
 cdef ldd_pending* _find_awaited(ldd_service* service, const uint8_t* comm, uint64_t cluster_id) noexcept nogil:
@@ -56,6 +85,87 @@ cdef bint _is_zero(const uint8_t* data, size_t nbytes) noexcept nogil:
     return True
 
 
+cdef ldd_conn* _find_token(ldd_service* service, const uint8_t* token) noexcept nogil:
+    """The serving connection of the link that this token names."""
+    cdef ldd_conn* conn = service.conns
+    while conn != NULL and (conn.link == NULL or memcmp(conn.link.token, token, 16) != 0):
+        conn = conn.next
+    return conn
+
+
+cdef bint _is_used(ldd_service* service, const uint8_t* token) noexcept nogil:
+    """Whether a link of now or lately has this token: each link has a new one, so whoever repeats it is another."""
+    cdef uint32_t i
+    if _find_token(service, token) != NULL:
+        return True
+    for i in range(min(service.num_used_tokens, <uint64_t>MAX_USED_TOKENS)):
+        if memcmp(service.used_tokens[i], token, 16) == 0:
+            return True
+    return False
+
+
+cdef void _note_used(ldd_service* service, const uint8_t* token) noexcept nogil:
+    memcpy(service.used_tokens[service.num_used_tokens % MAX_USED_TOKENS], token, 16)
+    service.num_used_tokens += 1
+
+
+cdef bint _answers(ldd_link* link) noexcept nogil:
+    """Whether the process behind an active link answers; the link is broken when it does not.
+
+    Without the interpreter's help, which the usual requests may need; a process that lives answers at once.
+    """
+    cdef ldd_frame_header ping
+    cdef uint8_t answer[PONG_BYTES]
+    cdef bint alive
+    if ldd_lock_until(&link.lock, 0) < 0:
+        return True                             # somebody talks to it just now, and will find out
+    memset(&ping, 0, sizeof(ping))
+    link.next_request += 1
+    ping.magic = LDD_WIRE_MAGIC
+    ping.version = LDD_WIRE_VERSION
+    ping.type = LDD_FRAME_PING
+    ping.request_id = link.next_request
+    alive = ldd_ask_shortly(link.ask_fd, &ping, sizeof(ping), answer, PONG_BYTES, PONG_LIMIT_MS) != 0
+    if not alive:
+        ldd_link_break(link, b"another process came in its place")
+    ldd_unlock(&link.lock)
+    return alive
+
+
+cdef ldd_status _check_no_other(ldd_service* service, const ldd_hello* hello, ldd_detail* detail) noexcept nogil:
+    """Refuse a process that calls itself by the cluster of another, which is linked and lives.
+
+    One that was started anew in the place of another finds that one's connections ended, or nobody answering there.
+    """
+    cdef ldd_conn* conn = service.conns
+    while conn != NULL:
+        if (conn.link != NULL and conn.link.cluster_id == hello.cluster_id and conn.link.origin != ORIGIN_COMM
+                and ldd_link_state_of(conn.link) == LINK_ACTIVE and memcmp(conn.link.instance, hello.instance, 16) != 0
+                and ldd_is_connected(conn.fd) and _answers(conn.link)):
+            return ldd_fail(detail, LDD_E_LINK_FAILED, b"another process is linked as cluster %llu, and lives",
+                            <unsigned long long>hello.cluster_id)
+        conn = conn.next
+    return LDD_OK
+
+
+cdef ldd_status _check_room(ldd_service* service, const char* peer_ip, ldd_detail* detail) noexcept nogil:
+    """Keep descriptors for links in use and for newcomers from elsewhere; a communicator was asked for here."""
+    cdef ldd_conn* conn = service.conns
+    cdef uint32_t count = 0, from_there = 0
+    while conn != NULL:
+        if conn.link != NULL and conn.link.origin == ORIGIN_PEER and not conn.deadline_ns:
+            count += 1
+            from_there += strcmp(conn.link.peer_ip, peer_ip) == 0
+        conn = conn.next
+    if count >= service.max_links:
+        return ldd_fail(detail, LDD_E_LINK_FAILED, b"%u links are accepted, as many as the limit of open files allows",
+                        count)
+    if from_there >= service.max_links - service.max_links // 4:
+        return ldd_fail(detail, LDD_E_LINK_FAILED, b"%u links from %s are accepted, as many as one address may have",
+                        from_there, peer_ip)
+    return LDD_OK
+
+
 cdef ldd_status _accept_forward(ldd_service* service, ldd_conn* conn, const ldd_hello* hello,
                                 ldd_welcome* answer, ldd_detail* detail) noexcept nogil:
     """Check who comes, and open a link that becomes active when its second connection arrives."""
@@ -63,6 +173,7 @@ cdef ldd_status _accept_forward(ldd_service* service, ldd_conn* conn, const ldd_
     cdef ldd_link* link
     cdef ldd_pending* awaited
     cdef char local_ip[64]
+    cdef char peer_ip[64]
     cdef uint32_t port = 0
     cdef int64_t comm_id = 0
     cdef bint for_comm = not _is_zero(hello.comm, 32)
@@ -72,10 +183,13 @@ cdef ldd_status _accept_forward(ldd_service* service, ldd_conn* conn, const ldd_
                         <unsigned long long>node.cluster_id, <unsigned long long>hello.expected_cluster_id)
     if _is_zero(hello.token, sizeof(hello.token)):
         return ldd_fail(detail, LDD_E_PARAM, b"the token of the link is all zero")
+    if _is_used(service, hello.token):
+        return ldd_fail(detail, LDD_E_LINK_FAILED, b"the token is that of another link")
     if hello.mode != node.mode:
         return ldd_fail(detail, LDD_E_PARAM, b"the two sides disagree on remote-accessible mode (here %d, there %d)",
                         <int>(node.mode & LDD_MODE_REMOTE_ACCESSIBLE),
                         <int>(hello.mode & LDD_MODE_REMOTE_ACCESSIBLE))
+    ldd_socket_peer_ip(conn.fd, peer_ip, sizeof(peer_ip))
     if for_comm:
         ldd_lock(&service.lock)
         awaited = _find_awaited(service, hello.comm, hello.cluster_id)
@@ -84,6 +198,12 @@ cdef ldd_status _accept_forward(ldd_service* service, ldd_conn* conn, const ldd_
         if comm_id == 0:
             return ldd_fail(detail, LDD_E_PROCESSING_LINK, b"cluster %llu has not asked for this communicator yet",
                             <unsigned long long>node.cluster_id)
+    else:
+        status = _check_no_other(service, hello, detail)
+        if status == LDD_OK:
+            status = _check_room(service, peer_ip, detail)
+        if status < 0:
+            return status
     ldd_socket_local_ip(conn.fd, local_ip, sizeof(local_ip))
     status = ldd_regions_serve(&node.regions, local_ip, &port, detail)
     if status < 0:
@@ -94,23 +214,19 @@ cdef ldd_status _accept_forward(ldd_service* service, ldd_conn* conn, const ldd_
     memcpy(link.instance, hello.instance, 16)
     memcpy(link.token, hello.token, 16)
     link.comm_id = comm_id
-    ldd_socket_peer_ip(conn.fd, link.peer_ip, sizeof(link.peer_ip))
+    memcpy(link.peer_ip, peer_ip, sizeof(link.peer_ip))
     memcpy(link.data_ip, <const char*>hello.data_ip if hello.data_ip[0] else <const char*>link.peer_ip,
            sizeof(link.data_ip))
     link.data_port = hello.data_port
     memcpy(link.endpoint, hello.endpoint, sizeof(link.endpoint))
     ldd_regions_own_endpoint(&node.regions, answer.endpoint)
+    status = ldd_regions_admit_peer(&node.regions, port, link.token, node.mode & LDD_MODE_REMOTE_ACCESSIBLE, detail)
+    if status < 0:
+        ldd_link_unref(link)
+        return status
     conn.link = link
     answer.data_port = port
     return LDD_OK
-
-
-cdef ldd_conn* _find_token(ldd_service* service, const uint8_t* token) noexcept nogil:
-    """The serving connection of the link that this token names."""
-    cdef ldd_conn* conn = service.conns
-    while conn != NULL and (conn.link == NULL or memcmp(conn.link.token, token, 16) != 0):
-        conn = conn.next
-    return conn
 
 
 cdef ldd_status _accept_awaited(ldd_service* service, const ldd_hello* hello, ldd_link* link,
@@ -141,7 +257,12 @@ cdef ldd_status _activate(ldd_service* service, ldd_conn* reverse, const ldd_hel
     if forward == NULL or ldd_link_state_of(forward.link) != LINK_OPENING:
         return ldd_fail(detail, LDD_E_LINK_FAILED, b"no link is being opened under this token")
     link = forward.link
+    if hello.cluster_id != link.cluster_id or memcmp(hello.instance, link.instance, 16) != 0:
+        return ldd_fail(detail, LDD_E_LINK_FAILED, b"the two connections of the link are of different processes")
     if link.origin == ORIGIN_PEER:
+        status = _check_no_other(service, hello, detail)
+        if status < 0:
+            return status
         # The peer would not ask if it knew of these: they are left over from before it unlinked or restarted.
         ldd_links_drop_stale(service.node, link.cluster_id, link.instance)
     link.ask_fd = reverse.fd
@@ -155,6 +276,7 @@ cdef ldd_status _activate(ldd_service* service, ldd_conn* reverse, const ldd_hel
         link.ask_fd = -1
         return status
     out[0] = link
+    _note_used(service, link.token)
     forward.deadline_ns = 0
     service.num_handshakes -= 1
     return LDD_OK

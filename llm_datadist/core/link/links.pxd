@@ -73,6 +73,8 @@ ctypedef struct ldd_link:
     uint32_t num_leases
     uint32_t lease_capacity
     uint32_t next_lease
+    uint32_t num_pins                           # of all leases
+    ldd_link* next_ending                       # see replies.pyx
     ldd_lane* lane                              # what the peer writes while it reads our table
     # counters, atomic
     uint64_t pulled_bytes

@@ -19,11 +19,14 @@ from llm_datadist.core.link.links cimport (
     LINK_ACTIVE, LINK_CLOSED, ORIGIN_COMM, ORIGIN_LOCAL, ldd_attempt, ldd_link, ldd_link_drop, ldd_link_end,
     ldd_link_new, ldd_link_publish, ldd_link_state_of, ldd_link_unref,
 )
-from llm_datadist.core.link.region cimport ldd_regions_own_endpoint, ldd_regions_serve
+from llm_datadist.core.link.region cimport (
+    ldd_regions_admit_peer, ldd_regions_drop_peer, ldd_regions_own_endpoint, ldd_regions_serve,
+)
 from llm_datadist.core.link.requests cimport ldd_exchange, ldd_link_ready, ldd_request_unlink
 from llm_datadist.core.link.service cimport ldd_service_serve
 from llm_datadist.core.link.wire cimport (
-    LDD_FRAME_HELLO, LDD_FRAME_WELCOME, LDD_HELLO_FORWARD, LDD_HELLO_REVERSE, ldd_hello, ldd_welcome,
+    LDD_FRAME_HELLO, LDD_FRAME_WELCOME, LDD_HELLO_FORWARD, LDD_HELLO_REVERSE, LDD_MODE_REMOTE_ACCESSIBLE,
+    ldd_hello, ldd_welcome,
 )
 
 cdef extern from "<sys/random.h>" nogil:
@@ -156,6 +159,9 @@ cdef ldd_status _open_parts(ldd_link* link, const char* ip, int port, const uint
     ldd_socket_peer_ip(link.ask_fd, link.peer_ip, sizeof(link.peer_ip))
     status = ldd_regions_serve(&link.node.regions, local_ip, &data_port, detail)
     if status == LDD_OK:
+        status = ldd_regions_admit_peer(&link.node.regions, data_port, link.token,
+                                        link.node.mode & LDD_MODE_REMOTE_ACCESSIBLE, detail)
+    if status == LDD_OK:
         status = _greet(link, link.ask_fd, LDD_HELLO_FORWARD, comm, data_port, &answer, deadline_ns, detail)
     if status < 0:
         return status
@@ -191,6 +197,7 @@ cdef ldd_status _open_link(ldd_node* node, ldd_service* service, const char* ip,
     if status < 0:
         if serve_fd >= 0:
             close(serve_fd)
+        ldd_regions_drop_peer(&node.regions, link.token)
         ldd_link_unref(link)
         return status
     ldd_service_serve(service, serve_fd, link)  # takes over the reference

@@ -9,8 +9,8 @@ from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memset, strcmp, strlen, memcpy
 
 from llm_datadist.core.base.provider cimport (
-    COMM_MEM_TYPE_DEVICE, COMM_MEM_TYPE_HOST, LDD_CAP_ANY_LOCAL, LDD_CAP_DROP_PEER, LDD_CAP_FETCH,
-    LDD_CAP_LATE_REGISTRATION, CommMem, HixlServerConfig, HixlServerDesc,
+    COMM_MEM_TYPE_DEVICE, COMM_MEM_TYPE_HOST, LDD_CAP_ADMIT, LDD_CAP_ANY_LOCAL, LDD_CAP_DROP_PEER,
+    LDD_CAP_FETCH, LDD_CAP_LATE_REGISTRATION, LDD_RIGHT_READ, LDD_RIGHT_WRITE, CommMem, HixlServerConfig, HixlServerDesc,
 )
 from llm_datadist.core.base.sockets cimport ldd_socket_free_port
 from llm_datadist.core.base.status cimport LDD_E_FAILED, LDD_E_NOT_ENABLED, LDD_E_NO_MEMORY, LDD_OK, ldd_fail
@@ -140,15 +140,16 @@ cdef ldd_status _start_server(ldd_regions* regions, uint32_t s, const char* ip, 
     cdef HixlServerDesc desc
     cdef HixlServerConfig config
     cdef ldd_data_server* server = &regions.servers[s]
+    cdef ldd_detail reason
     cdef int _attempt
     cdef uint32_t i
     cdef ldd_status status = LDD_E_FAILED
     for _attempt in range(PORT_TRIES):
         memset(&desc, 0, sizeof(desc))
         memset(&config, 0, sizeof(config))
-        server.port = <uint32_t>ldd_socket_free_port(ip)
+        server.port = <uint32_t>ldd_socket_free_port(ip, &reason)
         if server.port == 0:
-            return ldd_fail(detail, LDD_E_FAILED, b"no free port for a data server at %s", ip)
+            return ldd_fail(detail, LDD_E_FAILED, b"no port for a data server at %s: %s", ip, reason.text)
         desc.server_ip = ip
         desc.server_port = server.port
         desc.endpoint_list = regions.endpoints
@@ -158,7 +159,10 @@ cdef ldd_status _start_server(ldd_regions* regions, uint32_t s, const char* ip, 
                                  b"create a data server", detail)
         if status < 0:
             return status
-        if regions.fetch_hooks.begin != NULL and regions.provider.caps & LDD_CAP_FETCH:
+        if regions.provider.caps & LDD_CAP_ADMIT:
+            status = ldd_hixl_result(regions.provider, regions.provider.ext.LddServerRestrict(server.handle),
+                                     b"restrict a data server", detail)
+        if status == LDD_OK and regions.fetch_hooks.begin != NULL and regions.provider.caps & LDD_CAP_FETCH:
             status = ldd_hixl_result(regions.provider, regions.provider.ext.LddServerSetFetch(
                 server.handle, &regions.fetch_hooks, regions.fetch_context), b"set up a data server", detail)
         for i in range(regions.count):
@@ -215,6 +219,22 @@ cdef ldd_status ldd_regions_register_client(ldd_regions* regions, HixlClientHand
             status = ldd_hixl_result(regions.provider,
                                      regions.provider.hixl.HixlCSClientRegMem(client, NULL, &mem, &handle),
                                      b"register memory with the data client", detail)
+    ldd_unlock(&regions.lock)
+    return status
+
+
+cdef ldd_status ldd_regions_admit_peer(ldd_regions* regions, uint32_t port, const uint8_t* token, bint write,
+                                       ldd_detail* detail) noexcept nogil:
+    cdef uint32_t s
+    cdef ldd_status status = LDD_OK
+    if not regions.provider.caps & LDD_CAP_ADMIT:
+        return LDD_OK
+    ldd_lock(&regions.lock)
+    for s in range(regions.num_servers):
+        if regions.servers[s].port == port and status == LDD_OK:
+            status = ldd_hixl_result(regions.provider, regions.provider.ext.LddServerAdmitPeer(
+                regions.servers[s].handle, token, LDD_RIGHT_READ | (LDD_RIGHT_WRITE if write else 0)),
+                b"admit a peer to the data server", detail)
     ldd_unlock(&regions.lock)
     return status
 

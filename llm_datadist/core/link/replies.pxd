@@ -16,3 +16,5 @@ cdef bint ldd_reply(ldd_service* service, ldd_conn* conn, const ldd_frame_header
                     const uint8_t* payload) noexcept nogil
 # The peer asks no more and touches nothing here any more: its leases are over. Forgets the connection.
 cdef void ldd_reply_ended(ldd_service* service, ldd_conn* conn) noexcept nogil
+# End some leases of links whose connections ended; call it again while `service.ending` names any.
+cdef void ldd_reply_end_leases(ldd_service* service) noexcept nogil

@@ -22,7 +22,8 @@ from llm_datadist.core.link.service_conn cimport ldd_conn_forget, ldd_conn_reply
 from llm_datadist.core.link.wire cimport (
     LDD_ACCESS_WRITE, LDD_DESC_BLOCKS, LDD_DESC_EVEN, LDD_DESC_HOST, LDD_DESC_OWNED, LDD_DESC_REMOTE_ACCESSIBLE,
     LDD_FRAME_ACK, LDD_FRAME_DESCRIPTOR, LDD_FRAME_LEASE, LDD_FRAME_PING, LDD_FRAME_RANGES, LDD_FRAME_RELEASE,
-    LDD_FRAME_RESOLVE, LDD_FRAME_UNLINK, LDD_MODE_REMOTE_ACCESSIBLE, LDD_RELEASE_TAKE, ldd_ack, ldd_descriptor,
+    LDD_FRAME_RESOLVE, LDD_FRAME_UNLINK, LDD_MODE_REMOTE_ACCESSIBLE, LDD_RELEASE_TAKE, LDD_WIRE_MAX_RANGES, ldd_ack,
+    ldd_descriptor,
     ldd_frame_header, ldd_lease_reply, ldd_range, ldd_release, ldd_resolve,
 )
 from llm_datadist.core.table.cache_table cimport (
@@ -35,23 +36,45 @@ from llm_datadist.core.table.shared_table cimport ldd_lane_unmap
 
 cdef enum:
     MAX_LEASES = 16384          # of one link; its peer needs one for the call that runs, and one for each async task
+    MAX_PINS = 4 * LDD_WIRE_MAX_RANGES          # of all leases of one link: 2 MiB
+    PINS_PER_TURN = 4096        # ended before other connections have their turn
 
 
-cdef void _end_lease(ldd_service* service, ldd_lease* lease) noexcept nogil:
-    cdef uint32_t i
-    if lease.num_pins:
-        ldd_table_unpin(service.node.table, lease.first.slot, lease.first.generation)
-    for i in range(1, lease.num_pins):
-        ldd_table_unpin(service.node.table, lease.more[i - 1].slot, lease.more[i - 1].generation)
-    free(lease.more)
-    memset(lease, 0, sizeof(ldd_lease))
+cdef uint32_t _unpin_some(ldd_service* service, ldd_link* link, ldd_lease* lease, uint32_t limit) noexcept nogil:
+    """Unpin at most so many caches of a lease, the last first; the lease is over when none is left."""
+    cdef uint32_t done = min(lease.num_pins, limit), left = lease.num_pins - done
+    cdef ldd_pin* pin
+    while lease.num_pins > left:
+        lease.num_pins -= 1
+        pin = &lease.more[lease.num_pins - 1] if lease.num_pins else &lease.first
+        ldd_table_unpin(service.node.table, pin.slot, pin.generation)
+    link.num_pins -= done
+    if left == 0:
+        free(lease.more)
+        memset(lease, 0, sizeof(ldd_lease))
+    return done
+
+
+cdef void _end_lease(ldd_service* service, ldd_link* link, ldd_lease* lease) noexcept nogil:
+    _unpin_some(service, link, lease, lease.num_pins)
+
+
+cdef void ldd_reply_end_leases(ldd_service* service) noexcept nogil:
+    cdef ldd_link* link = service.ending
+    cdef uint32_t left = PINS_PER_TURN
+    while link.num_leases and left:
+        left -= _unpin_some(service, link, &link.leases[link.num_leases - 1], left)
+        if link.leases[link.num_leases - 1].num_pins == 0:
+            link.num_leases -= 1
+    if link.num_leases == 0:
+        service.ending = link.next_ending
+        ldd_link_unref(link)
 
 
 cdef void ldd_reply_ended(ldd_service* service, ldd_conn* conn) noexcept nogil:
     """A serving connection ended: the peer touches nothing here any more, so its leases are over."""
     cdef ldd_link* link = conn.link
     cdef char reason[96]
-    cdef uint32_t i
     ldd_conn_forget(service, conn, True)
     if link == NULL:
         return
@@ -59,17 +82,15 @@ cdef void ldd_reply_ended(ldd_service* service, ldd_conn* conn) noexcept nogil:
     snprintf(reason, sizeof(reason), b"cluster %llu closed the connection", <unsigned long long>link.cluster_id)
     ldd_link_break(link, reason)
     ldd_regions_drop_peer(&service.node.regions, link.token)
-    for i in range(link.num_leases):
-        if link.leases[i].id:
-            _end_lease(service, &link.leases[i])
-    link.num_leases = 0
     if link.lane != NULL:
         ldd_table_remove_lane(service.node.table, link.lane)
         ldd_lane_unmap(link.lane)
         link.lane = NULL
     if link.origin == ORIGIN_PEER:
         ldd_link_drop(link)                     # nobody here asked for it, so nobody here will unlink it
-    ldd_link_unref(link)
+    link.next_ending = service.ending           # with our reference to it
+    service.ending = link
+    ldd_reply_end_leases(service)               # all of a usual link
 
 
 cdef ldd_lease* _new_lease(ldd_link* link) noexcept nogil:
@@ -141,6 +162,7 @@ cdef ldd_status _on_resolve(ldd_service* service, ldd_conn* conn, uint32_t reque
         return ldd_conn_reply(conn, request_id, LDD_FRAME_DESCRIPTOR, &answer, sizeof(answer), detail.text,
                               answer.text_bytes)
     lease.num_pins = 1
+    conn.link.num_pins += 1
     lease.first.slot = view.slot
     lease.first.generation = view.generation
     lease.key_index = view.key_index
@@ -179,7 +201,7 @@ cdef ldd_status _on_release(ldd_service* service, ldd_conn* conn, uint32_t reque
             if request.flags & LDD_RELEASE_TAKE:
                 answer.status = ldd_table_take(service.node.table, lease.key_index, lease.key_generation,
                                                request.first_tensor, request.num_tensors)
-            _end_lease(service, lease)
+            _end_lease(service, conn.link, lease)
             break
     return ldd_conn_reply(conn, request_id, LDD_FRAME_ACK, &answer, sizeof(answer), NULL, 0)
 
@@ -201,11 +223,12 @@ cdef ldd_status _on_ranges(ldd_service* service, ldd_conn* conn, uint32_t reques
     if ldd_link_state_of(conn.link) != LINK_ACTIVE:
         status = ldd_fail(&detail, LDD_E_NOT_LINKED, b"the link was closed here")
     else:
-        lease = _new_lease(conn.link)
-        more = <ldd_pin*>malloc(sizeof(ldd_pin) * num_ranges)
+        if conn.link.num_pins + num_ranges <= MAX_PINS:
+            lease = _new_lease(conn.link)
+            more = <ldd_pin*>malloc(sizeof(ldd_pin) * num_ranges)
         if lease == NULL or more == NULL:
-            status = ldd_fail(&detail, LDD_E_NO_MEMORY, b"no room for a lease on %u ranges, %u leases are out",
-                              num_ranges, conn.link.num_leases)
+            status = ldd_fail(&detail, LDD_E_NO_MEMORY, b"no room for a lease on %u ranges, %u leases on %u are out",
+                              num_ranges, conn.link.num_leases, conn.link.num_pins)
             free(more)
         else:
             lease.more = more
@@ -221,13 +244,14 @@ cdef ldd_status _on_ranges(ldd_service* service, ldd_conn* conn, uint32_t reques
                 else:
                     lease.first = pin
                 lease.num_pins += 1
+                conn.link.num_pins += 1
                 if node.mode & LDD_MODE_REMOTE_ACCESSIBLE and not view.remote_accessible:
                     status = ldd_fail(&detail, LDD_E_PARAM, b"cache %lld at address %#llx is not remote accessible",
                                       <long long>view.cache_id, <unsigned long long>item.addr)
                     break
     if status < 0:
         if lease != NULL:
-            _end_lease(service, lease)
+            _end_lease(service, conn.link, lease)
     else:
         answer.lease = lease.id
     answer.status = status

@@ -54,7 +54,8 @@ cdef ldd_status ldd_exchange(int fd, uint32_t request_id, uint32_t type, const v
     header.request_id = request_id
     if sizeof(header) + nbytes <= sizeof(small):
         memcpy(small, &header, sizeof(header))      # one segment on the wire, one wake-up of the peer
-        memcpy(small + sizeof(header), payload, nbytes)
+        if nbytes:
+            memcpy(small + sizeof(header), payload, nbytes)
         status = ldd_socket_send(fd, small, sizeof(header) + nbytes, deadline_ns, detail)
     else:
         status = ldd_socket_send(fd, &header, sizeof(header), deadline_ns, detail)

@@ -21,8 +21,9 @@ from llm_datadist.core.base.sync cimport (
 )
 from llm_datadist.core.link.accept cimport ldd_accept_hello
 from llm_datadist.core.link.fork cimport ldd_fork_forget, ldd_fork_watch
-from llm_datadist.core.link.links cimport ldd_link_break, ldd_link_unref
-from llm_datadist.core.link.replies cimport ldd_reply, ldd_reply_ended
+from llm_datadist.core.link.links cimport MAX_LINKS, ldd_link_break, ldd_link_unref
+from llm_datadist.core.link.region cimport ldd_regions_drop_peer
+from llm_datadist.core.link.replies cimport ldd_reply, ldd_reply_end_leases, ldd_reply_ended
 from llm_datadist.core.link.service_conn cimport (
     COMMAND_LISTEN, COMMAND_SERVE, COMMAND_STOP, COMMAND_UNLISTEN, CONN_HANDSHAKE, CONN_LISTENER, CONN_SERVING,
     ldd_bytes_append, ldd_bytes_consume, ldd_command, ldd_command_kind, ldd_conn, ldd_conn_add, ldd_conn_flush,
@@ -35,10 +36,13 @@ from llm_datadist.core.link.wire cimport (
 
 cdef extern from * nogil:
     """
+    #include <errno.h>
     #include <pthread.h>
     #include <signal.h>
     #include <sys/epoll.h>
+    #include <fcntl.h>
     #include <sys/eventfd.h>
+    #include <sys/resource.h>
     #include <sys/socket.h>
     #include <time.h>
     #include <unistd.h>
@@ -57,9 +61,18 @@ cdef extern from * nogil:
         return error;
     }
 
-    static void ldd_epoll_wake(int epoll_fd, int wake_fd) {
+    static int ldd_epoll_wake(int epoll_fd, int wake_fd) {
         struct epoll_event event = {.events = EPOLLIN, .data = {.ptr = NULL}};
-        epoll_ctl(epoll_fd, EPOLL_CTL_ADD, wake_fd, &event);
+        return epoll_ctl(epoll_fd, EPOLL_CTL_ADD, wake_fd, &event) == 0 ? 0 : errno;
+    }
+
+    static unsigned long ldd_file_limit(void) {
+        struct rlimit limit;
+        return getrlimit(RLIMIT_NOFILE, &limit) == 0 ? (unsigned long)limit.rlim_cur : 1024;
+    }
+
+    static int ldd_spare_fd(void) {
+        return open("/dev/null", O_RDONLY | O_CLOEXEC);
     }
 
     static void ldd_nap_ms(int ms) {
@@ -84,11 +97,15 @@ cdef extern from * nogil:
     int close(int fd)
     int pthread_join(pthread_t thread, void** result)
     int ldd_service_spawn(pthread_t* thread, void* (*main)(void*) noexcept nogil, void* argument)
-    void ldd_epoll_wake(int epoll_fd, int wake_fd)
+    int ldd_epoll_wake(int epoll_fd, int wake_fd)
     void ldd_nap_ms(int ms)
+    unsigned long ldd_file_limit()
+    int ldd_spare_fd()
 
 cdef enum:
     EVENTS_PER_WAIT = 64
+    FILES_PER_LINK = 6                          # two here, four at the data server
+    MIN_LINKS = 8
     MAX_HANDSHAKES = 256                        # a flood of silent connections costs no more than this
     MAX_UNREAD_BYTES = LDD_WIRE_MAX_PAYLOAD     # of answers; a peer that has so many waiting is not answered any more
     MAX_SMALL_REQUEST = 64                      # bytes of any request but RANGES and HELLO
@@ -181,13 +198,29 @@ cdef bint _make_room(ldd_service* service) noexcept nogil:
     return True
 
 
+cdef void _refuse_connection(ldd_service* service, ldd_conn* listener) noexcept nogil:
+    """Files have run out: end a handshake that goes on no more, or else let the newcomer know by closing."""
+    cdef int fd
+    if _make_room(service):
+        return                                  # the listener stays readable: the next turn accepts
+    if service.spare_fd >= 0:
+        close(service.spare_fd)
+        fd = accept4(listener.fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC)
+        if fd >= 0:
+            close(fd)
+        service.spare_fd = ldd_spare_fd()
+    else:
+        service.spare_fd = ldd_spare_fd()
+        ldd_nap_ms(10)                          # do not spin meanwhile
+
+
 cdef void _on_connection(ldd_service* service, ldd_conn* listener) noexcept nogil:
     cdef int fd
     while True:
         fd = accept4(listener.fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC)
         if fd < 0:
             if errno == EMFILE or errno == ENFILE:
-                ldd_nap_ms(10)                  # the listener stays readable: do not spin while files run out
+                _refuse_connection(service, listener)
             return
         ldd_socket_tune(fd)
         if service.num_handshakes >= MAX_HANDSHAKES and not _make_room(service):
@@ -201,6 +234,7 @@ cdef void _drop_command(ldd_command* command) noexcept nogil:
     close(command.fd)
     if command.link != NULL:
         ldd_link_break(command.link, b"the peer cannot be served")
+        ldd_regions_drop_peer(&command.link.node.regions, command.link.token)
         ldd_link_unref(command.link)
 
 
@@ -254,7 +288,8 @@ cdef void* _service_main(void* argument) noexcept nogil:
     if service.node.context != NULL:
         service.node.provider.acl.aclrtSetCurrentContext(service.node.context)
     while True:
-        count = epoll_wait(service.epoll_fd, events, EVENTS_PER_WAIT, 1000 if service.num_handshakes else -1)
+        count = epoll_wait(service.epoll_fd, events, EVENTS_PER_WAIT,
+                           0 if service.ending != NULL else 1000 if service.num_handshakes else -1)
         woken = 0
         for i in range(max(count, 0)):
             conn = <ldd_conn*>events[i].data.ptr
@@ -271,11 +306,15 @@ cdef void* _service_main(void* argument) noexcept nogil:
                 _end_conn(service, conn)
         if woken and not _run_commands(service):
             break
+        if service.ending != NULL:
+            ldd_reply_end_leases(service)       # some of them, after others had their turn
         if service.num_handshakes and ldd_now_ns() > next_sweep_ns:
             _end_late_handshakes(service)
             next_sweep_ns = ldd_now_ns() + 500000000
     while service.conns != NULL:
         _end_conn(service, service.conns)
+    while service.ending != NULL:
+        ldd_reply_end_leases(service)
     return NULL
 
 
@@ -301,6 +340,9 @@ cdef ldd_status ldd_service_start(ldd_service* service, ldd_node* node, ldd_deta
     cdef int error
     memset(service, 0, sizeof(ldd_service))
     service.node = node
+    service.max_links = <uint32_t>min(max(ldd_file_limit() // FILES_PER_LINK, <unsigned long>MIN_LINKS),
+                                      <unsigned long>MAX_LINKS)
+    service.spare_fd = ldd_spare_fd()
     service.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
     service.wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
     if service.epoll_fd < 0 or service.wake_fd < 0:
@@ -309,8 +351,9 @@ cdef ldd_status ldd_service_start(ldd_service* service, ldd_node* node, ldd_deta
         ldd_mutex_init(&service.lock)
         ldd_cond_init(&service.done)
         ldd_mutex_init(&service.conns_lock)
-        ldd_epoll_wake(service.epoll_fd, service.wake_fd)
-        error = ldd_service_spawn(&service.thread, _service_main, service)
+        error = ldd_epoll_wake(service.epoll_fd, service.wake_fd)
+        if error == 0:                          # otherwise the thread would never hear of a command
+            error = ldd_service_spawn(&service.thread, _service_main, service)
         if error == 0:
             service.running = True
             ldd_fork_watch(service)
@@ -322,6 +365,8 @@ cdef ldd_status ldd_service_start(ldd_service* service, ldd_node* node, ldd_deta
         close(service.epoll_fd)
     if service.wake_fd >= 0:
         close(service.wake_fd)
+    if service.spare_fd >= 0:
+        close(service.spare_fd)
     return ldd_fail(detail, LDD_E_FAILED, b"cannot start the service thread: %s", strerror(error))
 
 
@@ -338,6 +383,8 @@ cdef void ldd_service_stop(ldd_service* service) noexcept nogil:
     service.running = False
     close(service.epoll_fd)
     close(service.wake_fd)
+    if service.spare_fd >= 0:
+        close(service.spare_fd)
     free(service.pending)
     service.pending = NULL
     service.num_pending = service.pending_capacity = 0

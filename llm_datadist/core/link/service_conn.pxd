@@ -10,6 +10,9 @@ cdef extern from "<pthread.h>" nogil:
     ctypedef struct pthread_t:
         pass
 
+cdef enum:
+    MAX_USED_TOKENS = 1024                      # remembered after their links have ended
+
 cdef enum ldd_conn_kind:
     CONN_LISTENER
     CONN_HANDSHAKE
@@ -62,6 +65,11 @@ ctypedef struct ldd_service:
     ldd_mutex conns_lock
     ldd_service* next_watched                   # see fork.pyx
     uint32_t num_handshakes                     # connections with a deadline
+    uint32_t max_links                          # accepted ones, by the limit of open files
+    int spare_fd                                # given up for a moment to refuse a connection when files have run out
+    ldd_link* ending                            # links whose leases are not all ended yet
+    uint64_t num_used_tokens
+    uint8_t[MAX_USED_TOKENS][16] used_tokens
     ldd_mutex lock                              # guards what follows, up to the counters
     bint stopping
     ldd_cond done

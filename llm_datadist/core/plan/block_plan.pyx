@@ -181,6 +181,10 @@ cdef ldd_status _find_runs(
         if d == first_dst - 1 and s == first_src - 1:
             first_dst, first_src = d, s
             length += 1
+            if k and runs[k - 1].dst + runs[k - 1].length == d and runs[k - 1].src + runs[k - 1].length == s:
+                k -= 1                          # a falling run came down to the run before it
+                first_dst, first_src = runs[k].dst, runs[k].src
+                length += runs[k].length
             continue
         if length:
             runs[k].src, runs[k].dst, runs[k].length = first_src, first_dst, length

@@ -201,7 +201,7 @@ static int create_sealed_memfd(uint64_t size) {
     if (fd < 0 && errno == EINVAL) { /* kernels before 6.3 */
         fd = memfd_create("llm_datadist", MFD_CLOEXEC | MFD_ALLOW_SEALING);
     }
-    if (fd >= 0 && (ftruncate(fd, (off_t)size) != 0 ||
+    if (fd >= 0 && (fchmod(fd, S_IRUSR | S_IWUSR) != 0 || ftruncate(fd, (off_t)size) != 0 ||
                     fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0)) {
         int reason = errno;
         close(fd);

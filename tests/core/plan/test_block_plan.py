@@ -194,3 +194,10 @@ def test_a_list_is_reused_from_plan_to_plan():
         assert len(plan.blocks([0], shuffled, 5000, [0], identity, 5000, 16, False)) >= 4000
         assert plan.blocks([0], identity, 5000, [0], identity, 5000, 16, False) == [(0, 0, 80000)]
         assert plan.blocks([0], [], 5000, [0], [], 5000, 16, False) == []
+
+
+def test_a_falling_run_joins_the_run_it_comes_down_to():
+    """Blocks 2, 4, 3: what 4 and 3 make together follows 2 at once."""
+    for order in ([2, 4, 3], [2, 5, 4, 3], [1, 2, 4, 3, 5]):
+        (desc,) = PlanProbe().blocks([1000], order, 6, [2000], order, 6, 10, False)
+        assert desc == (1000 + 10 * min(order), 2000 + 10 * min(order), 10 * len(order))

@@ -544,3 +544,20 @@ def test_ipv6(api, local):
             assert client.connect().remote_mem() == []
     finally:
         api.check(api.lib.HixlCSServerDestroy(server))
+
+
+def test_a_signal_is_no_death(api, peer, local, monkeypatch):
+    """A handler of the application's that runs during gets by attach does not make the server a dead one."""
+    monkeypatch.setenv("LLM_DATADIST_HOST_PATHS", "cma")
+    calls = []
+    before = signal.signal(signal.SIGALRM, lambda *_: calls.append(1))
+    try:
+        with api.client(peer.port) as client:
+            client.connect()
+            signal.setitimer(signal.ITIMER_REAL, 0.0002, 0.0002)
+            for _ in range(4000):
+                client.get([(peer.addr, local, 4096)])
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert len(calls) > 10

@@ -74,7 +74,7 @@ LDD_EXPORT uint32_t LddCapabilities(void) {
     unsigned num_paths, i;
     hixl_error error = {0};
     uint32_t caps = LDD_CAP_LATE_REGISTRATION | LDD_CAP_ANY_LOCAL | LDD_CAP_WAIT | LDD_CAP_CANCEL | LDD_CAP_DROP_PEER |
-                    LDD_CAP_FETCH;
+                    LDD_CAP_FETCH | LDD_CAP_ADMIT;
     parse_paths(paths, &num_paths, &error);
     for (i = 0; i < num_paths; i++) {
         caps |= paths[i] == HIXL_PATH_SHM ? LDD_CAP_SHARED_MEMORY : 0u;

@@ -42,6 +42,7 @@ typedef struct hixl_mapping {
     uint64_t backing;
     uint8_t *base; /* NULL: it could not be had; the next refresh tries again */
     uint64_t bytes;
+    bool writable;
     bool in_use; /* by a region of the list being built */
 } hixl_mapping;
 
@@ -51,6 +52,7 @@ typedef struct {
     uint64_t region, generation;
     uint64_t backing, backing_offset;
     uint8_t *mapped; /* HIXL_PATH_SHM: its first byte here */
+    bool read_only;  /* the mapping is: puts go by TCP, where the server says no */
     hixl_path path;
 } hixl_remote_region;
 

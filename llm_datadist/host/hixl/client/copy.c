@@ -17,6 +17,7 @@
 
 enum {
     CMA_IOVECS = 256, /* per call; more gain nothing, fewer cost (measured 64..1024: within 3 %) */
+    DYING_MS = 50,    /* a process gives up its memory some time before it is known to have ended */
 };
 #define FAULT_AROUND_BYTES ((uintptr_t)64 << 10)
 #define TOUCH_MIN_BYTES ((uint64_t)8 << 10) /* one or two pages are not worth the look */
@@ -61,15 +62,19 @@ static void copy_segment(const hixl_batch *batch, const hixl_segment *segment, u
 
 /* The pidfd keeps no pid from being reused, it tells: looked at before, so that we do not write into a stranger,
  * and after, so that we do not believe what we read from one. */
-static bool server_ended(const hixl_client *client) {
+static bool server_ended(const hixl_client *client, int wait_ms) {
     struct pollfd entry = {.fd = client->pid_fd, .events = POLLIN};
-    return poll(&entry, 1, 0) != 0;
+    int ready;
+    do {
+        ready = poll(&entry, 1, wait_ms);
+    } while (ready < 0 && errno == EINTR); /* a signal of the application's says nothing about the server */
+    return ready > 0;
 }
 
 static bool fail_cma(hixl_batch *batch, int code, const struct iovec *local, const struct iovec *remote) {
     const hixl_client *client = batch->client;
     hixl_error error;
-    if (code == ESRCH || server_ended(client)) {
+    if (code == ESRCH || server_ended(client, DYING_MS)) {
         hixl_fail(&error, HIXL_NOT_CONNECTED, "server %s (process %d) has ended", client->address.text,
                   client->server_pid);
     } else {
@@ -98,7 +103,7 @@ static bool cma_move(hixl_batch *batch, struct iovec *local, struct iovec *remot
     size_t num_local = count, num_remote = count;
     while (num_local > 0) {
         ssize_t moved;
-        if (server_ended(client)) {
+        if (server_ended(client, 0)) {
             return fail_cma(batch, ESRCH, local, remote);
         }
         moved = batch->is_put ? process_vm_writev(client->server_pid, local, num_local, remote, num_remote, 0)
@@ -109,7 +114,7 @@ static bool cma_move(hixl_batch *batch, struct iovec *local, struct iovec *remot
         skip_iov(&local, &num_local, (size_t)moved);
         skip_iov(&remote, &num_remote, (size_t)moved);
     }
-    if (server_ended(client)) {
+    if (server_ended(client, 0)) {
         hixl_error error;
         hixl_fail(&error, HIXL_NOT_CONNECTED, "server %s (process %d) has ended", client->address.text,
                   client->server_pid);

@@ -189,7 +189,7 @@ static HixlStatus plan_op(hixl_batch *batch, const HixlOneSideOpDesc *op, uint32
                          "descriptor %u: remote memory [0x%" PRIx64 ", +%" PRIu64 ") is not registered with server %s",
                          index, remote, op->len, batch->client->address.text);
     }
-    switch (region->path) {
+    switch (batch->is_put && region->read_only ? HIXL_PATH_TCP : region->path) {
     case HIXL_PATH_SHM:
         added = add_segment(&batch->mapped, local, (uintptr_t)(region->mapped + (remote - region->address)), op->len);
         break;

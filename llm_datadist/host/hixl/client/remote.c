@@ -119,7 +119,7 @@ static int fetch_backing(hixl_client *client, uint64_t backing, int64_t deadline
 }
 
 /* Map a memfd only if no one can take pages away under us: a shrunk file would turn a copy into SIGBUS. */
-static uint8_t *map_backing(int fd, uint64_t bytes) {
+static uint8_t *map_backing(int fd, uint64_t bytes, bool *writable) {
     struct stat info;
     int seals = fcntl(fd, F_GET_SEALS);
     void *base;
@@ -127,7 +127,8 @@ static uint8_t *map_backing(int fd, uint64_t bytes) {
         (uint64_t)info.st_size < bytes || seals < 0 || !(seals & F_SEAL_SHRINK)) {
         return NULL;
     }
-    base = mmap(NULL, (size_t)bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    *writable = (fcntl(fd, F_GETFL) & O_ACCMODE) == O_RDWR;
+    base = mmap(NULL, (size_t)bytes, *writable ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED, fd, 0);
     if (base == MAP_FAILED) {
         return NULL;
     }
@@ -150,7 +151,7 @@ static hixl_mapping *hold_mapping(hixl_client *client, uint64_t backing, int64_t
     }
     fd = fetch_backing(client, backing, deadline_ns, &mapping->bytes);
     if (fd >= 0) {
-        mapping->base = map_backing(fd, mapping->bytes);
+        mapping->base = map_backing(fd, mapping->bytes, &mapping->writable);
         close(fd);
     }
     mapping->backing = backing;
@@ -172,6 +173,7 @@ static void choose_path(hixl_client *client, hixl_remote_region *region, int64_t
                 region->bytes <= mapping->bytes - region->backing_offset) {
                 mapping->in_use = true;
                 region->mapped = mapping->base + region->backing_offset;
+                region->read_only = !mapping->writable;
                 return;
             }
         }

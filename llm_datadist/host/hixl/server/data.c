@@ -325,7 +325,7 @@ static bool conclude(data_session *session, bool ok) {
             broken = true;
         } else if (progress == HIXL_FETCH_AWAITS_PARTS) {
             hixl_fetch_wait(server, fetch, LOOK_UP_MS * HIXL_MS_NS);
-            broken = must_leave(session, false) || poll(&entry, 1, 0) != 0;
+            broken = must_leave(session, false) || poll(&entry, 1, 0) > 0;
         } else {
             move_state state = wait_conn(session, POLLIN, LOOK_UP_MS * HIXL_MS_NS);
             broken = state == MOVE_BROKEN;
@@ -351,7 +351,7 @@ static bool join(data_session *session, const hixl_wire_fetch *head) {
         if (arrival != HIXL_FETCH_EARLY) {
             return arrival == HIXL_FETCH_JOINED;
         }
-        if (must_leave(session, false) || poll(&entry, 1, 0) != 0) {
+        if (must_leave(session, false) || poll(&entry, 1, 0) > 0) {
             return false;
         }
     }
@@ -436,6 +436,10 @@ static move_state serve_request(data_session *session) {
     }
     if (receive_frame(session, session->descs, request.count * sizeof *session->descs, STALL_NS) != MOVE_READY) {
         return MOVE_BROKEN;
+    }
+    if (request.op == HIXL_OP_PUT && !(session->conn->session->rights & LDD_RIGHT_WRITE)) {
+        hixl_fail(&error, HIXL_PARAM_INVALID, "this client may not write here");
+        return send_failure(session, &reply, &error) && drain(session, request.bytes) ? MOVE_READY : MOVE_BROKEN;
     }
     if (hixl_regions_acquire(regions, session->descs, request.count, request.bytes, session->targets, &error) !=
         HIXL_SUCCESS) {

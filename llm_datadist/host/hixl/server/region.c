@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -349,14 +350,21 @@ void *hixl_regions_list(hixl_region_table *table, size_t *bytes, uint64_t *count
     return regions;
 }
 
-int hixl_regions_dup_backing(hixl_region_table *table, uint64_t id, uint64_t *bytes) {
+/* The file of a descriptor, opened anew to be read. */
+static int open_to_read(int fd) {
+    char path[40];
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    return open(path, O_RDONLY | O_CLOEXEC);
+}
+
+int hixl_regions_dup_backing(hixl_region_table *table, uint64_t id, bool writable, uint64_t *bytes) {
     const hixl_backing *backing;
     int fd = -1;
     pthread_mutex_lock(&table->lock);
     for (backing = table->backings; backing != NULL; backing = backing->next) {
         if (backing->id == id) {
             *bytes = backing->bytes;
-            fd = fcntl(backing->fd, F_DUPFD_CLOEXEC, 0);
+            fd = writable ? fcntl(backing->fd, F_DUPFD_CLOEXEC, 0) : open_to_read(backing->fd);
             break;
         }
     }

@@ -79,8 +79,8 @@ bool hixl_regions_must_leave(hixl_region_table *table, const hixl_target *target
 /* The payload of a LIST reply, for the caller to free; NULL with *bytes > 0 when memory is short. */
 void *hixl_regions_list(hixl_region_table *table, size_t *bytes, uint64_t *count);
 
-/* A duplicate of a backing's descriptor for the caller to close, or -1. */
-int hixl_regions_dup_backing(hixl_region_table *table, uint64_t id, uint64_t *bytes);
+/* A descriptor of a backing for the caller to close, or -1; unless `writable` it can be mapped to be read only. */
+int hixl_regions_dup_backing(hixl_region_table *table, uint64_t id, bool writable, uint64_t *bytes);
 
 /* In a forked child: close its copies of descriptors. */
 void hixl_regions_after_fork(hixl_region_table *table);

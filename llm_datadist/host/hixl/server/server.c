@@ -8,11 +8,14 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include "hixl/server/fetch.h"
 #include "acl/memory.h"
 #include "llm_datadist/ldd_ext.h"
+
+enum { MAX_CONNS = 16384 };
 
 hixl_server *hixl_checked_server(HixlServerHandle handle, hixl_error *error) {
     hixl_server *server = hixl_handle_object(HIXL_SERVER_HANDLE, handle);
@@ -122,6 +125,80 @@ LDD_EXPORT HixlStatus HixlCSServerCreate(const HixlServerDesc *desc, const HixlS
     return HIXL_SUCCESS;
 }
 
+LDD_EXPORT HixlStatus LddServerRestrict(HixlServerHandle handle) {
+    hixl_error *error = hixl_thread_error();
+    hixl_server *server = hixl_checked_server(handle, error);
+    if (server == NULL) {
+        return error->status;
+    }
+    if (server->listening) {
+        return hixl_fail(error, HIXL_FAILED, "the server listens already");
+    }
+    server->restricted = true;
+    return HIXL_SUCCESS;
+}
+
+static HixlStatus check_token(const uint8_t *token, hixl_error *error) {
+    static const uint8_t none[16];
+    return token != NULL && memcmp(token, none, sizeof none) != 0
+               ? HIXL_SUCCESS
+               : hixl_fail(error, HIXL_PARAM_INVALID, "token is %s: it names no client", token == NULL ? "NULL" : "zero");
+}
+
+/* Locked. */
+static hixl_admission *find_admission(hixl_server *server, const uint8_t token[16]) {
+    size_t i;
+    for (i = 0; i < server->num_admissions; i++) {
+        if (memcmp(server->admissions[i].token, token, sizeof server->admissions[i].token) == 0) {
+            return &server->admissions[i];
+        }
+    }
+    return NULL;
+}
+
+uint32_t hixl_server_rights(hixl_server *server, const uint8_t token[16]) {
+    const hixl_admission *found = server->restricted ? find_admission(server, token) : NULL;
+    return !server->restricted ? LDD_RIGHT_READ | LDD_RIGHT_WRITE : found != NULL ? found->rights : 0;
+}
+
+static HixlStatus admit_locked(hixl_server *server, const uint8_t token[16], uint32_t rights, hixl_error *error) {
+    hixl_admission *entry = find_admission(server, token);
+    if (entry == NULL) {
+        if (server->num_admissions == server->admission_capacity) {
+            size_t capacity = server->admission_capacity == 0 ? 16 : 2 * server->admission_capacity;
+            hixl_admission *grown = realloc(server->admissions, capacity * sizeof *grown);
+            if (grown == NULL) {
+                return hixl_fail(error, HIXL_RESOURCE_EXHAUSTED, "no memory to admit another client");
+            }
+            server->admissions = grown;
+            server->admission_capacity = capacity;
+        }
+        entry = &server->admissions[server->num_admissions++];
+        memcpy(entry->token, token, sizeof entry->token);
+    }
+    entry->rights = rights;
+    return HIXL_SUCCESS;
+}
+
+LDD_EXPORT HixlStatus LddServerAdmitPeer(HixlServerHandle handle, const uint8_t token[16], uint32_t rights) {
+    hixl_error *error = hixl_thread_error();
+    hixl_server *server = hixl_checked_server(handle, error);
+    HixlStatus status;
+    if (server == NULL) {
+        return error->status;
+    }
+    status = check_token(token, error);
+    if (status == HIXL_SUCCESS && (!(rights & LDD_RIGHT_READ) || (rights & ~(uint32_t)(LDD_RIGHT_READ | LDD_RIGHT_WRITE)) != 0)) {
+        status = hixl_fail(error, HIXL_PARAM_INVALID, "rights are %#x; reading (1), or reading and writing (3) expected", rights);
+    }
+    if (status == HIXL_SUCCESS) {
+        pthread_mutex_lock(&server->lock);
+        status = admit_locked(server, token, rights, error);
+        pthread_mutex_unlock(&server->lock);
+    }
+    return status;
+}
+
 LDD_EXPORT HixlStatus HixlCSServerRegMem(HixlServerHandle handle, const char *tag, const CommMem *mem,
                                          MemHandle *out_handle) {
     hixl_error *error = hixl_thread_error();
@@ -174,6 +251,15 @@ static HixlStatus start_service(hixl_server *server, hixl_error *error) {
                      : hixl_fail(error, HIXL_RESOURCE_EXHAUSTED, "start the service thread: %s", strerror(code));
 }
 
+/* A part of the descriptors that the process may open: its links, its own clients and the application need some. */
+static size_t allowed_conns(void) {
+    struct rlimit files;
+    if (getrlimit(RLIMIT_NOFILE, &files) != 0 || files.rlim_cur / 2 > MAX_CONNS) {
+        return MAX_CONNS;
+    }
+    return (size_t)files.rlim_cur / 2;
+}
+
 LDD_EXPORT HixlStatus HixlCSServerListen(HixlServerHandle handle, uint32_t backlog) {
     hixl_error *error = hixl_thread_error();
     int queue = backlog == 0 ? SOMAXCONN : backlog > 65535 ? 65535 : (int)backlog;
@@ -188,6 +274,7 @@ LDD_EXPORT HixlStatus HixlCSServerListen(HixlServerHandle handle, uint32_t backl
     if (server->address.size == 0) { /* port 0 */
         return HIXL_SUCCESS;
     }
+    server->max_conns = allowed_conns();
     server->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     server->wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     if (server->epoll_fd < 0 || server->wake_fd < 0) {
@@ -231,17 +318,18 @@ static bool is_served(hixl_server *server, const uint8_t token[16]) {
 }
 
 LDD_EXPORT HixlStatus LddServerDropPeer(HixlServerHandle handle, const uint8_t token[16]) {
-    static const uint8_t none[16];
     hixl_error *error = hixl_thread_error();
     hixl_server *server = hixl_checked_server(handle, error);
+    hixl_admission *admission;
     hixl_conn *conn;
-    if (server == NULL) {
+    if (server == NULL || check_token(token, error) != HIXL_SUCCESS) {
         return error->status;
     }
-    if (token == NULL || memcmp(token, none, sizeof none) == 0) {
-        return hixl_fail(error, HIXL_PARAM_INVALID, "token is %s: it names no client", token == NULL ? "NULL" : "zero");
-    }
     pthread_mutex_lock(&server->lock);
+    admission = find_admission(server, token);
+    if (admission != NULL) {
+        *admission = server->admissions[--server->num_admissions];
+    }
     TAILQ_FOREACH(conn, &server->conns, entry) {
         if (memcmp(conn->session->token, token, 16) == 0) {
             conn->session->dropped = true; /* admits no further connection of this client */
@@ -273,6 +361,7 @@ LDD_EXPORT HixlStatus HixlCSServerDestroy(HixlServerHandle handle) {
     hixl_handle_withdraw(handle);
     hixl_fork_forget(&server->fork_node);
     hixl_regions_destroy(&server->regions);
+    free(server->admissions);
     pthread_cond_destroy(&server->fetch_changed);
     pthread_mutex_destroy(&server->fetch_lock);
     pthread_cond_destroy(&server->unserved);

@@ -28,11 +28,18 @@
 
 struct hixl_fetch;
 
+/* A client that a restricted server lets in. */
+typedef struct {
+    uint8_t token[16];
+    uint32_t rights;
+} hixl_admission;
+
 /* One client: the connections that carry its id. Lives as long as its ADMIN connection. */
 typedef struct hixl_session {
     TAILQ_ENTRY(hixl_session) entry;
     uint8_t client_id[16];
     uint8_t token[16];
+    uint32_t rights;
     bool dropped; /* takes no further connections */
     size_t num_conns;
 } hixl_session;
@@ -93,6 +100,10 @@ typedef struct hixl_server {
     struct hixl_conn_list closed;   /* freed once no event of the current round can name them */
     TAILQ_HEAD(, hixl_session) sessions;
     size_t num_pending, num_conns;
+    size_t max_conns;         /* so that descriptors are left for the rest of the process */
+    bool restricted;          /* lets in whom `admissions` name; otherwise all, with every right */
+    hixl_admission *admissions;
+    size_t num_admissions, admission_capacity;
     LddFetchHooks fetch_hooks; /* all NULL: fetches are refused */
     void *fetch_context;
     pthread_mutex_t fetch_lock; /* see hixl/server/fetch.h */
@@ -105,6 +116,7 @@ typedef struct hixl_server {
 
 /* hixl/server/server.c */
 hixl_server *hixl_checked_server(HixlServerHandle handle, hixl_error *error); /* NULL: error says why */
+uint32_t hixl_server_rights(hixl_server *server, const uint8_t token[16]);    /* locked; 0: it may not come in */
 
 /* hixl/server/service.c */
 void *hixl_service_main(void *server);

@@ -12,9 +12,9 @@
 
 enum {
     MAX_PENDING = 256,   /* connections without a hello; the oldest makes room, so silence cannot keep others out */
-    MAX_CONNS = 16384,
     MAX_SESSION_CONNS = 40, /* of one client, which opens up to 18; each data connection may cost a thread */
     MAX_SESSIONS = 4,       /* of one token: a client, and those of earlier attempts that have not ended yet */
+    MAX_TOKEN_CONNS = 64,   /* of all these together */
     ACCEPTS_PER_ROUND = 64, /* then those that have connected get their turn */
     EVENTS_PER_ROUND = 64,
     DATA_STACK_BYTES = 256 << 10
@@ -187,7 +187,8 @@ static bool answer_list(hixl_server *server, hixl_conn *conn, hixl_wire_reply *r
 }
 
 static bool answer_map(hixl_server *server, hixl_conn *conn, hixl_wire_reply *reply) {
-    int fd = hixl_regions_dup_backing(&server->regions, conn->in.request.argument, &reply->argument);
+    const bool writable = (conn->session->rights & LDD_RIGHT_WRITE) != 0;
+    int fd = hixl_regions_dup_backing(&server->regions, conn->in.request.argument, writable, &reply->argument);
     ssize_t sent;
     if (fd < 0) {
         reply->status = HIXL_PARAM_INVALID;
@@ -242,29 +243,36 @@ static hixl_session *find_session(hixl_server *server, const uint8_t client_id[1
     return NULL;
 }
 
-/* Those without a token have nothing in common. */
-static unsigned count_sessions(hixl_server *server, const uint8_t token[16]) {
+/* Whether a token may have another connection. Those without one have nothing in common. */
+static bool has_room(hixl_server *server, const uint8_t token[16], bool new_session) {
     static const uint8_t none[16];
     hixl_session *session;
-    unsigned count = 0;
+    size_t num_sessions = 0, num_conns = 0;
     if (memcmp(token, none, sizeof none) != 0) {
         TAILQ_FOREACH(session, &server->sessions, entry) {
-            count += memcmp(session->token, token, sizeof session->token) == 0;
+            if (memcmp(session->token, token, sizeof session->token) == 0) {
+                num_sessions++;
+                num_conns += session->num_conns;
+            }
         }
     }
-    return count;
+    return num_conns < MAX_TOKEN_CONNS && (!new_session || num_sessions < MAX_SESSIONS);
 }
 
 /* Locked. Find or make the session a hello belongs to. */
 static HixlStatus join_session(hixl_server *server, hixl_conn *conn) {
     const hixl_wire_hello *hello = &conn->in.hello;
     hixl_session *session = find_session(server, hello->client_id);
+    const uint32_t rights = hixl_server_rights(server, hello->token);
+    if (rights == 0) {
+        return HIXL_NOT_CONNECTED;
+    }
+    if (!has_room(server, hello->token, hello->kind == HIXL_KIND_ADMIN)) {
+        return HIXL_RESOURCE_EXHAUSTED;
+    }
     if (hello->kind == HIXL_KIND_ADMIN) {
         if (session != NULL || conn->is_local) {
             return HIXL_PARAM_INVALID;
-        }
-        if (count_sessions(server, hello->token) >= MAX_SESSIONS) {
-            return HIXL_RESOURCE_EXHAUSTED;
         }
         session = calloc(1, sizeof *session);
         if (session == NULL) {
@@ -272,6 +280,7 @@ static HixlStatus join_session(hixl_server *server, hixl_conn *conn) {
         }
         memcpy(session->client_id, hello->client_id, sizeof session->client_id);
         memcpy(session->token, hello->token, sizeof session->token);
+        session->rights = rights;
         TAILQ_INSERT_TAIL(&server->sessions, session, entry);
         conn->is_admin = true;
     } else {
@@ -306,7 +315,7 @@ static bool welcome(hixl_server *server, hixl_conn *conn) {
     }
     if (hello->version != HIXL_WIRE_VERSION || hello->reserved != 0) {
         reply.status = HIXL_UNSUPPORTED;
-    } else if (server->num_conns >= MAX_CONNS) {
+    } else if (server->num_conns >= server->max_conns) {
         reply.status = HIXL_RESOURCE_EXHAUSTED;
     } else {
         pthread_mutex_lock(&server->lock);
