@@ -94,7 +94,7 @@ def test_layouts_and_numbers_are_the_documented_ones(tmp_path):
 def table_names():
     text = (INCLUDE / "llm_datadist" / "ldd_provider.h").read_text()
     names = re.findall(r"\bX\((\w+)\)", text)
-    assert len(names) > 60
+    assert len(names) > 40
     return names
 
 
@@ -113,7 +113,9 @@ def test_the_library_exports_nothing_else_and_needs_no_python():
 
 def test_every_table_name_is_declared_by_a_header_and_by_the_core():
     declared = "".join((INCLUDE / header).read_text() for header in HEADERS[:5])
-    core = (INCLUDE.parent / "llm_datadist" / "core" / "provider.pxd").read_text()
+    core = (INCLUDE.parent / "llm_datadist" / "core" / "base" / "provider.pxd").read_text()
     for name in table_names():
         assert re.search(rf"\b{name}\(", declared), name
-        assert f"(*{name})(" in core, name
+    # Two are called while the table is filled, and by nobody later.
+    assert set(table_names()) - set(re.findall(r"\(\*((?:acl|Hixl|Ldd)\w+)\)", core)) == {
+        "aclrtGetDeviceCount", "aclrtGetVersion"}

@@ -22,7 +22,7 @@ from llm_datadist.managers.base import (
 
 
 def test_key_kinds_are_those_of_the_core():
-    from llm_datadist.core import engine
+    from llm_datadist.core.engine import engine
 
     assert (KEY_REQ, KEY_PREFIX, KEY_BLOCKS, KEY_BY_ID) == (
         engine.KEY_REQ, engine.KEY_PREFIX, engine.KEY_BLOCKS, engine.KEY_BY_ID)

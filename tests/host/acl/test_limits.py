@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[3]
 MIB = 1 << 20
 DRIVER = r"""
 #include <stdio.h>
-#include "host_memory.h"
+#include "acl/memory.h"
 static const char *root;
 FILE *fopen_below(const char *path, const char *mode) {
     char below[8192];
@@ -40,7 +40,8 @@ def program(tmp_path_factory):
     shim.write_text("#include <stdio.h>\nFILE *fopen_below(const char *path, const char *mode);\n"
                     "#define fopen fopen_below\n")
     objects = []
-    for source, extra in ((driver, []), (ROOT / "llm_datadist" / "host" / "limits.c", ["-include", str(shim)])):
+    limits = ROOT / "llm_datadist" / "host" / "acl" / "limits.c"
+    for source, extra in ((driver, []), (limits, ["-include", str(shim)])):
         objects.append(str(directory / f"{source.stem}.o"))
         run(gcc, "-std=gnu11", "-Wall", "-Wextra", "-Werror", *include, *extra, "-c", str(source), "-o", objects[-1])
     run(gcc, *objects, "-o", str(found))
