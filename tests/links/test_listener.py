@@ -14,6 +14,7 @@ from support.control_frames import (
     HELLO,
     HELLO_FRAME_BYTES,
     LEASE,
+    MAGIC,
     PING,
     RANGES,
     RELEASE,

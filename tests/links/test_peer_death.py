@@ -4,7 +4,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from support.link_steps import TCP_ONLY, fetch_code, link, offer, stopped, until, withdraw
+from support.link_steps import TCP_ONLY, fetch_code, link, offer, stopped, until
 
 from llm_datadist import LLMStatusCode
 
