@@ -30,7 +30,7 @@ HOT = {
     "batch": ["ldd_batch_run", "ldd_batch_finish"],
     "shared_reader": ["ldd_reader_resolve", "ldd_reader_done"],
     "pool": ["ldd_pool_alloc_tensors", "ldd_pool_free"],
-    "serve_pull": ["_on_begin", "_on_look", "_on_end", "_cut"],
+    "serve_pull": ["_on_begin", "_on_end", "_cut"],
     "service": ["_service_main", "_on_readable"],
     "steps": ["ldd_transfer_run", "_move_steps"],
     "wait": ["ldd_wait_complete"],

@@ -52,6 +52,7 @@ def test_a_call_that_cannot_get_the_table_ends_with_the_timeout_status(dist, cal
 def test_who_waits_for_the_table_holds_up_no_other_thread(call):
     """In a program of its own: otherwise this thread never gets to give the table back."""
     assert output_of("""
+        from llm_datadist_probes.table import hold_table
         engine = start(1, timeout_ms=60000)
         calls = {"stats": (), "caches": (), "deallocate": (1,), "remove_key": (0, 7, 0)}
         arguments = calls[sys.argv[1]]
