@@ -29,10 +29,13 @@ def announcement(path):
     return np.memmap(path, dtype=np.uint64, mode="r+", shape=(2,))
 
 
-def offer_until_told(node, path):
-    """Bind key after key, each filled with its number before it is announced; take back the oldest, mostly pulled."""
-    told, manager, number = announcement(path), node.cache_manager, 0
-    while not told[1]:
+def offer_for_a_while(node, path, number):
+    """Bind key after key, each filled with its number before it is announced; take back the oldest, mostly pulled.
+
+    Goes on after `number`, and returns how far it came in five seconds, or when it was told to stop.
+    """
+    told, manager, until = announcement(path), node.cache_manager, time.monotonic() + 5
+    while not told[1] and time.monotonic() < until:
         number += 1
         if number > WINDOW:
             manager.remove_cache_key(key_of(number - WINDOW))
@@ -41,9 +44,13 @@ def offer_until_told(node, path):
             tensor[:] = number
         manager.deallocate_cache(cache)         # the key keeps it
         told[0] = number                        # what the table's own fences put after the bytes
-    for last in range(max(1, number - WINDOW), number + 1):
-        manager.remove_cache_key(key_of(last))
     return number
+
+
+def take_back(node, number):
+    """Remove the keys that are left."""
+    for last in range(max(1, number - WINDOW), number + 1):
+        node.cache_manager.remove_cache_key(key_of(last))
 
 
 def pull(node, path, count, seed):
@@ -82,13 +89,17 @@ def test_a_pull_brings_the_bytes_of_its_key(peers, tmp_path, path):
     told, results = announcement(file), []
     share = PULLS // 3 // len(READERS)
     batches = [2000] * (share // 2000) + [share % 2000]         # a call into a process has a time limit
-    offering = threading.Thread(target=lambda: offered.append(owner.call(offer_until_told, file)))
-    offered = []
+    offered = [0]
+
+    def offer():
+        while not told[1]:
+            offered.append(owner.call(offer_for_a_while, file, offered[-1]))
 
     def run(reader):
         for turn, count in enumerate(batches):
             results.append(reader.call(pull, file, count, turn * 10 + reader.cluster_id))
 
+    offering = threading.Thread(target=offer)
     threads = [threading.Thread(target=run, args=(reader,)) for reader in readers]
     for thread in [offering, *threads]:
         thread.start()
@@ -96,9 +107,10 @@ def test_a_pull_brings_the_bytes_of_its_key(peers, tmp_path, path):
         thread.join()
     told[1] = 1
     offering.join()
+    owner.call(take_back, offered[-1])
     assert len(results) == len(batches) * len(READERS)
     assert [wrong for _, wrong in results if wrong] == []
-    assert sum(came for came, _ in results) > 0 and offered[0] > 0
+    assert sum(came for came, _ in results) > 0 and offered[-1] > WINDOW
     counts = owner.settled()
     assert (counts["keys"], counts["caches"], counts["pins"]) == (0, 0, 0)
     assert counts["device_pool"]["free_bytes"] == counts["device_pool"]["bytes"]
