@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import io
 import re
 import tokenize
@@ -242,6 +243,29 @@ def test_the_provider_includes_the_seam_and_itself(path):
 @pytest.mark.parametrize("path", HOST, ids=name_of)
 def test_the_folders_of_the_provider_use_those_below_them(path):
     assert {room_of(header) for header in included(path)} <= HOST_ROOMS[room_of(path)] | {room_of(path)}
+
+
+def test_the_files_of_the_provider_include_each_other_in_one_direction():
+    """A C file and its header are one; what includes a header uses that one."""
+    uses = {}
+    for path in HOST:
+        uses.setdefault(path.with_suffix(""), set()).update(header.with_suffix("") for header in included(path))
+    order = graphlib.TopologicalSorter({file: used - {file} for file, used in uses.items()})
+    try:
+        order.prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" -> ".join(name_of(file) for file in error.args[1]))
+
+
+def test_every_function_of_the_provider_is_declared_by_the_header_of_its_file():
+    """So that the includes tell who calls whom: no header speaks for the file of another."""
+    defined = re.compile(r"^(?!static|LDD_EXPORT|typedef)[A-Za-z_][\w *]*?\b(\w+)\([^;{]*\)\s*{", re.MULTILINE)
+    for path in HOST:
+        if path.suffix == ".c":
+            header = path.with_suffix(".h")
+            declared = read(header) if header.is_file() else ""
+            for name in defined.findall(read(path)):
+                assert re.search(rf"\b{name}\(", declared), f"{name_of(path)}: {name}"
 
 
 # ------------------------------------------------------------------------------------------------------------ tools

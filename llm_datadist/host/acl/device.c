@@ -9,7 +9,10 @@
 #include <stdlib.h>
 #include <unistd.h>
 
-#include "acl/runtime.h"
+#include "acl/context.h"
+#include "acl/memory.h"
+#include "acl/register.h"
+#include "acl/stream.h"
 
 enum { MAX_DEVICES = LDD_HOST_MAX_DEVICES, DEFAULT_DEVICES = 8 };
 
@@ -24,13 +27,6 @@ typedef struct {
 static pthread_mutex_t device_lock = PTHREAD_MUTEX_INITIALIZER; /* guards the two below */
 static device_state devices[MAX_DEVICES];
 static uint64_t num_inits; /* aclInit calls that aclFinalizeReference has not undone */
-
-/* The current context. Its device is remembered for as long as no handle has ended since it was looked up. */
-static _Thread_local struct {
-    void *handle;
-    uint64_t withdrawals;
-    int32_t device;
-} current;
 
 /* ---- devices ---- */
 
@@ -78,31 +74,6 @@ LDD_EXPORT aclError aclrtGetDeviceCount(uint32_t *out_count) {
 
 /* ---- contexts ---- */
 
-static void destroy_context(ldd_host_object *object) {
-    ldd_host_context *context = (ldd_host_context *)object;
-    pthread_mutex_destroy(&context->lock);
-    free(context);
-}
-
-static aclError create_context(const char *function, int32_t device, bool primary, void **handle) {
-    ldd_host_context *context = calloc(1, sizeof *context);
-    if (context == NULL) {
-        return ldd_host_acl_fail(ACL_ERROR_RT_RESOURCE_ALLOC_FAIL, "%s: no memory for a context", function);
-    }
-    context->object.kind = LDD_HOST_CONTEXT;
-    context->object.refs = 1;
-    context->object.destroy = destroy_context;
-    context->device = device;
-    context->primary = primary;
-    pthread_mutex_init(&context->lock, NULL);
-    if (!ldd_host_publish(&context->object)) {
-        destroy_context(&context->object);
-        return ldd_host_acl_fail(ACL_ERROR_RT_RESOURCE_ALLOC_FAIL, "%s: no handle left for a context", function);
-    }
-    *handle = context->object.handle;
-    return ACL_SUCCESS;
-}
-
 /* End a context and its streams; threads that have it current get ACL_ERROR_RT_CONTEXT_NULL from now on. */
 static bool end_context(void *handle) {
     ldd_host_context *context = (ldd_host_context *)ldd_host_withdraw(handle, LDD_HOST_CONTEXT);
@@ -117,46 +88,6 @@ static bool end_context(void *handle) {
     return true;
 }
 
-static void make_current(void *handle, int32_t device, uint64_t withdrawals) {
-    current.handle = handle;
-    current.device = device;
-    current.withdrawals = withdrawals;
-}
-
-int32_t ldd_host_current_device(void) {
-    uint64_t withdrawals = ldd_host_withdrawals(); /* before the look-up: a later end makes us look again */
-    ldd_host_context *context;
-    if (current.handle == NULL) {
-        return -1;
-    }
-    if (current.withdrawals != withdrawals) {
-        context = (ldd_host_context *)ldd_host_acquire(current.handle, LDD_HOST_CONTEXT);
-        if (context == NULL) {
-            current.handle = NULL;
-            return -1;
-        }
-        make_current(current.handle, context->device, withdrawals);
-        ldd_host_release(&context->object);
-    }
-    return current.device;
-}
-
-static aclError no_context(const char *function) {
-    return ldd_host_acl_fail(ACL_ERROR_RT_CONTEXT_NULL,
-                             "%s: the calling thread has no current context; call aclrtSetDevice first", function);
-}
-
-aclError ldd_host_require_context(const char *function, int32_t *device) {
-    *device = ldd_host_current_device();
-    return *device >= 0 ? ACL_SUCCESS : no_context(function);
-}
-
-aclError ldd_host_enter_context(const char *function, ldd_host_context **context) {
-    *context = current.handle == NULL ? NULL
-                                      : (ldd_host_context *)ldd_host_acquire(current.handle, LDD_HOST_CONTEXT);
-    return *context != NULL ? ACL_SUCCESS : no_context(function);
-}
-
 LDD_EXPORT aclError aclrtSetDevice(int32_t device) {
     aclError error = check_device(__func__, device);
     if (error != ACL_SUCCESS) {
@@ -164,11 +95,11 @@ LDD_EXPORT aclError aclrtSetDevice(int32_t device) {
     }
     pthread_mutex_lock(&device_lock);
     if (devices[device].sets == 0) {
-        error = create_context(__func__, device, true, &devices[device].primary);
+        error = ldd_host_create_context(__func__, device, true, &devices[device].primary);
     }
     if (error == ACL_SUCCESS) {
         devices[device].sets++;
-        make_current(devices[device].primary, device, ldd_host_withdrawals());
+        ldd_host_make_current(devices[device].primary, device, ldd_host_withdrawals());
     }
     pthread_mutex_unlock(&device_lock);
     return error;
@@ -224,10 +155,10 @@ LDD_EXPORT aclError aclrtCreateContext(aclrtContext *out_context, int32_t device
         error = check_device(__func__, device);
     }
     if (error == ACL_SUCCESS) {
-        error = create_context(__func__, device, false, out_context);
+        error = ldd_host_create_context(__func__, device, false, out_context);
     }
     if (error == ACL_SUCCESS) {
-        make_current(*out_context, device, withdrawals);
+        ldd_host_make_current(*out_context, device, withdrawals);
     }
     return error;
 }
@@ -260,7 +191,7 @@ LDD_EXPORT aclError aclrtSetCurrentContext(aclrtContext context) {
     if (found == NULL) {
         return ldd_host_acl_fail(ACL_ERROR_RT_INVALID_HANDLE, "%s: %p is no context", __func__, context);
     }
-    make_current(context, found->device, withdrawals);
+    ldd_host_make_current(context, found->device, withdrawals);
     ldd_host_release(&found->object);
     return ACL_SUCCESS;
 }
@@ -272,7 +203,7 @@ LDD_EXPORT aclError aclrtGetCurrentContext(aclrtContext *out_context) {
         error = ldd_host_require_context(__func__, &device);
     }
     if (error == ACL_SUCCESS) {
-        *out_context = current.handle;
+        *out_context = ldd_host_current_handle();
     }
     return error;
 }
@@ -460,7 +391,7 @@ static void after_fork_in_child(void) {
         devices[i].sets = 0;
     }
     num_inits = 0;
-    current.handle = NULL;
+    ldd_host_make_current(NULL, -1, 0);
     pthread_mutex_unlock(&device_lock);
 }
 

@@ -4,7 +4,7 @@
 #include <stdarg.h>
 #include <stdio.h>
 
-#include "acl/memory.h"
+#include "acl/error.h"
 
 static _Thread_local char recent_text[512];
 

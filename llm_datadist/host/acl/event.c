@@ -7,7 +7,9 @@
 #include <errno.h>
 #include <stdlib.h>
 
-#include "acl/runtime.h"
+#include "acl/clock.h"
+#include "acl/context.h"
+#include "acl/event.h"
 
 static void destroy_event(ldd_host_object *object) {
     ldd_host_event *event = (ldd_host_event *)object;
@@ -48,7 +50,7 @@ static aclError create_event(const char *function, aclrtEvent *out_event, uint32
     return ACL_SUCCESS;
 }
 
-static aclError enter_event(const char *function, aclrtEvent handle, ldd_host_event **event) {
+aclError ldd_host_enter_event(const char *function, aclrtEvent handle, ldd_host_event **event) {
     int32_t device;
     aclError error = ldd_host_require_context(function, &device);
     if (error != ACL_SUCCESS) {
@@ -111,55 +113,13 @@ void ldd_host_event_kick(ldd_host_event *event) {
 
 /* ---- from callers ---- */
 
-LDD_EXPORT aclError aclrtRecordEvent(aclrtEvent event, aclrtStream stream) {
-    ldd_host_event *found_event;
-    ldd_host_stream *found_stream;
-    uint64_t sequence;
-    aclError error = enter_event(__func__, event, &found_event);
-    if (error != ACL_SUCCESS) {
-        return error;
-    }
-    error = ldd_host_enter_stream(__func__, stream, &found_stream);
-    if (error != ACL_SUCCESS) {
-        ldd_host_release(&found_event->object);
-        return error;
-    }
-    pthread_mutex_lock(&found_event->lock);
-    sequence = ++found_event->issued;
-    pthread_mutex_unlock(&found_event->lock);
-    error = ldd_host_submit_record(found_stream, found_event, sequence);
-    ldd_host_release_stream(found_stream);
-    return error;
-}
-
-LDD_EXPORT aclError aclrtStreamWaitEvent(aclrtStream stream, aclrtEvent event) {
-    ldd_host_event *found_event;
-    ldd_host_stream *found_stream;
-    uint64_t sequence;
-    aclError error = enter_event(__func__, event, &found_event);
-    if (error != ACL_SUCCESS) {
-        return error;
-    }
-    error = ldd_host_enter_stream(__func__, stream, &found_stream);
-    if (error != ACL_SUCCESS) {
-        ldd_host_release(&found_event->object);
-        return error;
-    }
-    pthread_mutex_lock(&found_event->lock);
-    sequence = found_event->issued > 0 ? found_event->issued : 1;
-    pthread_mutex_unlock(&found_event->lock);
-    error = ldd_host_submit_wait(found_stream, found_event, sequence);
-    ldd_host_release_stream(found_stream);
-    return error;
-}
-
 LDD_EXPORT aclError aclrtQueryEventStatus(aclrtEvent event, aclrtEventRecordedStatus *out_status) {
     ldd_host_event *found;
     aclError error;
     if (out_status == NULL) {
         return ldd_host_acl_fail(ACL_ERROR_INVALID_PARAM, "%s: result pointer is NULL", __func__);
     }
-    error = enter_event(__func__, event, &found);
+    error = ldd_host_enter_event(__func__, event, &found);
     if (error != ACL_SUCCESS) {
         return error;
     }
@@ -175,7 +135,7 @@ static aclError synchronize_event(const char *function, aclrtEvent handle, int32
     struct timespec deadline = ldd_host_deadline(timeout_ms > 0 ? timeout_ms : 0);
     ldd_host_event *event;
     uint64_t sequence;
-    aclError error = enter_event(function, handle, &event);
+    aclError error = ldd_host_enter_event(function, handle, &event);
     if (error != ACL_SUCCESS) {
         return error;
     }

@@ -10,7 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "acl/memory.h"
+#include "acl/limits.h"
 
 enum { PATH_BYTES = 4096 };
 

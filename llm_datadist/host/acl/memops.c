@@ -8,32 +8,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "acl/runtime.h"
-
-/* A copy that may be cancelled looks at its flag after each piece: about a millisecond of work. */
-#define PIECE_BYTES ((size_t)8 << 20)
-
-void ldd_host_run_copy(const ldd_host_copy *copy, const atomic_bool *cancelled) {
-    uint8_t *dst = copy->dst;
-    const uint8_t *src = copy->src;
-    size_t left = copy->size;
-    if (dst < src + left && src < dst + left) {
-        memmove(dst, src, left); /* overlapping: in pieces it would depend on the direction */
-        return;
-    }
-    while (left > 0 && !atomic_load_explicit(cancelled, memory_order_acquire)) {
-        size_t piece = left < PIECE_BYTES ? left : PIECE_BYTES;
-        memcpy(dst, src, piece);
-        dst += piece;
-        src += piece;
-        left -= piece;
-    }
-}
-
-void ldd_host_unpin_copy(const ldd_host_copy *copy) {
-    ldd_host_unpin(copy->dst_pin);
-    ldd_host_unpin(copy->src_pin);
-}
+#include "acl/register.h"
+#include "acl/stream.h"
 
 static aclError check_range(const char *function, const char *what, const void *ptr, size_t size) {
     if (ptr == NULL) {

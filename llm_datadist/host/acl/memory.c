@@ -16,7 +16,10 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "acl/runtime.h"
+#include "acl/context.h"
+#include "acl/limits.h"
+#include "acl/memory.h"
+#include "acl/register.h"
 
 #ifndef MFD_NOEXEC_SEAL
 #define MFD_NOEXEC_SEAL 0x0008U

@@ -1,5 +1,5 @@
 /*
- * What the acl half of the host provider offers its other half: allocations and error texts.
+ * Allocations of device memory and of page-locked host memory.
  *
  * Memory of aclrtMalloc and aclrtMallocHost is one sealed memfd per allocation, mapped shared; a peer
  * that receives a duplicate of the descriptor maps the very same pages. Everything here is safe from any
@@ -12,10 +12,8 @@
 #include <stdint.h>
 
 #include "acl/acl_rt.h"
+#include "acl/error.h"
 #include "hcomm/hcomm_types.h"
-
-/* The library hides every symbol but those of the seam, which carry this mark at their definition. */
-#define LDD_EXPORT __attribute__((visibility("default")))
 
 typedef struct {
     uint64_t id;      /* unique in this process, never reused: tells a new allocation at an old address apart */
@@ -48,24 +46,10 @@ void ldd_host_unpin(ldd_host_pin *pin); /* NULL is ignored */
  */
 bool ldd_host_overruns(uint64_t addr, uint64_t len);
 
-/* Whether the range is the caller's own memory, registered with aclrtHostRegister. */
-bool ldd_host_is_registered(uint64_t addr, uint64_t len);
-
-/* Device of the calling thread's current context, or -1 without one. */
-int32_t ldd_host_current_device(void);
-
-/* Set the text aclGetRecentErrMsg answers in this thread, and return `error`. */
-__attribute__((format(printf, 2, 3))) aclError ldd_host_acl_fail(aclError error, const char *format, ...);
-
 /* ---- inside the acl half ---- */
-
-/* Bytes this process may still fill, from the kernel and the memory limits of its control groups; and the total. */
-void ldd_host_machine_memory(uint64_t *available_bytes, uint64_t *total_bytes);
 
 /* Around fork(): as in acl/object.h, but the allocations stay valid in the child. */
 void ldd_host_memory_before_fork(void);
 void ldd_host_memory_after_fork(bool child);
-void ldd_host_ranges_before_fork(void);
-void ldd_host_ranges_after_fork(bool child);
 
 #endif

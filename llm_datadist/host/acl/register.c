@@ -12,7 +12,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "acl/runtime.h"
+#include "acl/context.h"
+#include "acl/register.h"
 
 enum { PAGES_PER_PROBE = 4096 };
 

@@ -9,7 +9,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "acl/runtime.h"
+#include "acl/clock.h"
+#include "acl/stream.h"
 
 enum { MAX_STREAMS = 1984 }; /* per device, as on real parts */
 

@@ -7,7 +7,11 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "hixl/client/client.h"
+#include "hixl/client/connect.h"
+#include "hixl/client/copy.h"
+#include "hixl/client/plan.h"
+#include "hixl/client/remote.h"
+#include "hixl/client/tcp.h"
 #include "acl/memory.h"
 #include "llm_datadist/ldd_ext.h"
 
@@ -99,7 +103,8 @@ static void free_slot(hixl_batch *batch) {
     client->free_slots[client->num_free++] = (uint16_t)batch->slot;
 }
 
-void hixl_batch_fail(hixl_batch *batch, const hixl_error *error) {
+/* End the batch as failed, which poisons the client; no byte of it moves afterwards. */
+static void fail_batch(hixl_batch *batch, const hixl_error *error) {
     hixl_client *client = batch->client;
     if (batch->copying) {
         copy_job_stop(&batch->job);
@@ -115,6 +120,14 @@ void hixl_batch_fail(hixl_batch *batch, const hixl_error *error) {
     end_batch(batch, HIXL_BATCH_FAILED);
 }
 
+static void progress_streams(hixl_client *client) {
+    hixl_error error = {0};
+    hixl_batch *failed = hixl_tcp_progress(client, &error);
+    if (failed != NULL) {
+        fail_batch(failed, &error);
+    }
+}
+
 /* Move what can be moved without waiting, and see whether the batch has ended. */
 static void advance(hixl_client *client, hixl_batch *batch) {
     hixl_error error;
@@ -122,17 +135,17 @@ static void advance(hixl_client *client, hixl_batch *batch) {
         batch->copying = false;
         if (atomic_load(&batch->job.stopped)) {
             error = batch->error;
-            hixl_batch_fail(batch, &error);
+            fail_batch(batch, &error);
         }
     }
     if (batch->state == HIXL_BATCH_RUNNING && batch->tcp_pending) {
         if (client->poison.status != HIXL_SUCCESS) { /* another batch took the streams down */
             error = client->poison;
-            hixl_batch_fail(batch, &error);
+            fail_batch(batch, &error);
         } else if (hixl_link_check(client, &error) != HIXL_SUCCESS) {
-            hixl_batch_fail(batch, &error);
+            fail_batch(batch, &error);
         } else {
-            hixl_tcp_progress(client);
+            progress_streams(client);
         }
     }
     if (batch->state == HIXL_BATCH_RUNNING && !batch->copying && !batch->tcp_pending) {
@@ -197,7 +210,7 @@ static void cancel(hixl_batch *batch, HixlStatus status, const char *why) {
         hixl_error error;
         hixl_fail(&error, status, "batch of %" PRIu64 " bytes with %s: %s", batch->num_bytes,
                   batch->client->address.text, why);
-        hixl_batch_fail(batch, &error);
+        fail_batch(batch, &error);
     }
 }
 
@@ -242,6 +255,7 @@ static HixlStatus start(hixl_client *client, hixl_batch *batch, uint64_t inline_
     }
     if (batch->num_tcp_ops > 0) {
         hixl_tcp_submit(client, batch);
+        progress_streams(client); /* the request leaves now, not when somebody comes to wait */
         if (batch->state != HIXL_BATCH_RUNNING) {
             return HIXL_SUCCESS;
         }
@@ -249,7 +263,7 @@ static HixlStatus start(hixl_client *client, hixl_batch *batch, uint64_t inline_
     if (copies && at_once) {
         if (!hixl_copy_all(batch)) {
             hixl_error failure = batch->error;
-            hixl_batch_fail(batch, &failure);
+            fail_batch(batch, &failure);
         }
     } else if (copies) {
         batch->copying = true;

@@ -1,7 +1,5 @@
 /* Life cycle of a client: creation, configuration, connecting, destruction. */
 #define _GNU_SOURCE
-#include "hixl/client/client.h"
-
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -9,30 +7,12 @@
 #include <unistd.h>
 
 #include "acl/memory.h"
+#include "hixl/client/connect.h"
+#include "hixl/client/remote.h"
+#include "hixl/client/tcp.h"
 #include "llm_datadist/ldd_ext.h"
 
 enum { DEFAULT_STREAMS = 2 };
-
-const char *const hixl_path_names[HIXL_NUM_PATHS] = {"shm", "cma", "tcp"};
-
-hixl_client *hixl_checked_client(HixlClientHandle handle, hixl_error *error) {
-    hixl_client *client = hixl_handle_object(HIXL_CLIENT_HANDLE, handle);
-    if (client == NULL) {
-        hixl_fail(error, HIXL_PARAM_INVALID, "client handle %p is not open", handle);
-        return NULL;
-    }
-    if (client->pid != getpid()) {
-        hixl_fail(error, HIXL_FAILED, "client belongs to process %d, of which this is a fork", client->pid);
-        return NULL;
-    }
-    return client;
-}
-
-void hixl_poison(hixl_client *client, const hixl_error *error) {
-    if (client->poison.status == HIXL_SUCCESS) {
-        client->poison = *error;
-    }
-}
 
 /* LLM_DATADIST_HOST_PATHS: "shm,cma,tcp" or with bars; tcp comes last even when it is not named. */
 static HixlStatus parse_paths(hixl_path paths[HIXL_NUM_PATHS], unsigned *num_paths, hixl_error *error) {

@@ -13,7 +13,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-#include "hixl/client/client.h"
+#include "hixl/client/connect.h"
 
 /* A death is noticed by the first batch that starts this long after it; asking more often costs small batches. */
 #define ALIVE_NS (HIXL_MS_NS / 2)

@@ -13,7 +13,7 @@
 #include <sys/uio.h>
 
 #include "copy/kernel.h"
-#include "hixl/client/client.h"
+#include "hixl/client/copy.h"
 
 enum {
     CMA_IOVECS = 256, /* per call; more gain nothing, fewer cost (measured 64..1024: within 3 %) */

@@ -8,7 +8,8 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-#include "hixl/client/client.h"
+#include "hixl/client/plan.h"
+#include "hixl/client/remote.h"
 #include "acl/memory.h"
 #include "base/probe.h"
 

@@ -9,7 +9,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "hixl/client/client.h"
+#include "hixl/client/remote.h"
 
 #ifndef F_GET_SEALS
 #define F_GET_SEALS 1034

@@ -19,7 +19,8 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-#include "hixl/client/client.h"
+#include "hixl/client/connect.h"
+#include "hixl/client/tcp.h"
 
 enum { SLICE_IOVECS = 64 };
 /* Up to here one connection carries a batch alone: a second request and wake-up cost more than they save. */
@@ -395,7 +396,6 @@ static stream_state confirm(hixl_client *client, const hixl_batch *batch, hixl_e
 void hixl_tcp_submit(hixl_client *client, hixl_batch *batch) {
     batch->tcp_pending = true;
     TAILQ_INSERT_TAIL(&client->tcp_queue, batch, entry);
-    hixl_tcp_progress(client); /* the request leaves now, not when somebody comes to wait */
 }
 
 /* One round over the streams of the batch at the head. */
@@ -490,22 +490,18 @@ bool hixl_tcp_round(hixl_client *client, int64_t deadline_ns) {
     return true;
 }
 
-void hixl_tcp_progress(hixl_client *client) {
+hixl_batch *hixl_tcp_progress(hixl_client *client, hixl_error *error) {
     hixl_batch *batch;
     while (!client->in_round && (batch = TAILQ_FIRST(&client->tcp_queue)) != NULL) {
-        hixl_error error = {0};
-        stream_state state = progress_head(client, batch, &error);
-        if (state == STREAM_PENDING) {
-            return;
-        }
-        if (state == STREAM_FAILED) {
-            hixl_batch_fail(batch, &error); /* takes the batch out and the streams down */
-            return;
+        stream_state state = progress_head(client, batch, error);
+        if (state != STREAM_DONE) {
+            return state == STREAM_FAILED ? batch : NULL;
         }
         TAILQ_REMOVE(&client->tcp_queue, batch, entry);
         batch->tcp_pending = false;
         client->tcp_started = false;
     }
+    return NULL;
 }
 
 size_t hixl_tcp_poll_set(hixl_client *client, struct pollfd *entries) {

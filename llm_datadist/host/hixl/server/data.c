@@ -13,8 +13,8 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include "hixl/server/data.h"
 #include "hixl/server/fetch.h"
-#include "hixl/server/server.h"
 #include "base/deadline.h"
 #include "base/probe.h"
 

@@ -12,7 +12,7 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 
-#include "hixl/server/server.h"
+#include "hixl/server/state.h"
 #include "llm_datadist/ldd_ext.h"
 
 typedef struct hixl_fetch {

@@ -1,6 +1,5 @@
+/* Life cycle of a server: creation, registration, listening, dropping a client, destruction. */
 #define _GNU_SOURCE
-#include "hixl/server/server.h"
-
 #include <errno.h>
 #include <signal.h>
 #include <stdio.h>
@@ -12,23 +11,11 @@
 #include <unistd.h>
 
 #include "hixl/server/fetch.h"
+#include "hixl/server/service.h"
 #include "acl/memory.h"
 #include "llm_datadist/ldd_ext.h"
 
 enum { MAX_CONNS = 16384 };
-
-hixl_server *hixl_checked_server(HixlServerHandle handle, hixl_error *error) {
-    hixl_server *server = hixl_handle_object(HIXL_SERVER_HANDLE, handle);
-    if (server == NULL) {
-        hixl_fail(error, HIXL_PARAM_INVALID, "server handle %p is not open", handle);
-        return NULL;
-    }
-    if (server->pid != getpid()) {
-        hixl_fail(error, HIXL_FAILED, "server belongs to process %d, of which this is a fork", server->pid);
-        return NULL;
-    }
-    return server;
-}
 
 static void close_listeners(hixl_server *server) {
     hixl_close_fd(&server->tcp_fd);
@@ -134,7 +121,7 @@ LDD_EXPORT HixlStatus LddServerRestrict(HixlServerHandle handle) {
     if (server->listening) {
         return hixl_fail(error, HIXL_FAILED, "the server listens already");
     }
-    server->restricted = true;
+    server->admissions.restricted = true;
     return HIXL_SUCCESS;
 }
 
@@ -143,41 +130,6 @@ static HixlStatus check_token(const uint8_t *token, hixl_error *error) {
     return token != NULL && memcmp(token, none, sizeof none) != 0
                ? HIXL_SUCCESS
                : hixl_fail(error, HIXL_PARAM_INVALID, "token is %s: it names no client", token == NULL ? "NULL" : "zero");
-}
-
-/* Locked. */
-static hixl_admission *find_admission(hixl_server *server, const uint8_t token[16]) {
-    size_t i;
-    for (i = 0; i < server->num_admissions; i++) {
-        if (memcmp(server->admissions[i].token, token, sizeof server->admissions[i].token) == 0) {
-            return &server->admissions[i];
-        }
-    }
-    return NULL;
-}
-
-uint32_t hixl_server_rights(hixl_server *server, const uint8_t token[16]) {
-    const hixl_admission *found = server->restricted ? find_admission(server, token) : NULL;
-    return !server->restricted ? LDD_RIGHT_READ | LDD_RIGHT_WRITE : found != NULL ? found->rights : 0;
-}
-
-static HixlStatus admit_locked(hixl_server *server, const uint8_t token[16], uint32_t rights, hixl_error *error) {
-    hixl_admission *entry = find_admission(server, token);
-    if (entry == NULL) {
-        if (server->num_admissions == server->admission_capacity) {
-            size_t capacity = server->admission_capacity == 0 ? 16 : 2 * server->admission_capacity;
-            hixl_admission *grown = realloc(server->admissions, capacity * sizeof *grown);
-            if (grown == NULL) {
-                return hixl_fail(error, HIXL_RESOURCE_EXHAUSTED, "no memory to admit another client");
-            }
-            server->admissions = grown;
-            server->admission_capacity = capacity;
-        }
-        entry = &server->admissions[server->num_admissions++];
-        memcpy(entry->token, token, sizeof entry->token);
-    }
-    entry->rights = rights;
-    return HIXL_SUCCESS;
 }
 
 LDD_EXPORT HixlStatus LddServerAdmitPeer(HixlServerHandle handle, const uint8_t token[16], uint32_t rights) {
@@ -193,7 +145,9 @@ LDD_EXPORT HixlStatus LddServerAdmitPeer(HixlServerHandle handle, const uint8_t 
     }
     if (status == HIXL_SUCCESS) {
         pthread_mutex_lock(&server->lock);
-        status = admit_locked(server, token, rights, error);
+        if (!hixl_admission_add(&server->admissions, token, rights)) {
+            status = hixl_fail(error, HIXL_RESOURCE_EXHAUSTED, "no memory to admit another client");
+        }
         pthread_mutex_unlock(&server->lock);
     }
     return status;
@@ -320,16 +274,12 @@ static bool is_served(hixl_server *server, const uint8_t token[16]) {
 LDD_EXPORT HixlStatus LddServerDropPeer(HixlServerHandle handle, const uint8_t token[16]) {
     hixl_error *error = hixl_thread_error();
     hixl_server *server = hixl_checked_server(handle, error);
-    hixl_admission *admission;
     hixl_conn *conn;
     if (server == NULL || check_token(token, error) != HIXL_SUCCESS) {
         return error->status;
     }
     pthread_mutex_lock(&server->lock);
-    admission = find_admission(server, token);
-    if (admission != NULL) {
-        *admission = server->admissions[--server->num_admissions];
-    }
+    hixl_admission_remove(&server->admissions, token);
     TAILQ_FOREACH(conn, &server->conns, entry) {
         if (memcmp(conn->session->token, token, 16) == 0) {
             conn->session->dropped = true; /* admits no further connection of this client */
@@ -361,7 +311,7 @@ LDD_EXPORT HixlStatus HixlCSServerDestroy(HixlServerHandle handle) {
     hixl_handle_withdraw(handle);
     hixl_fork_forget(&server->fork_node);
     hixl_regions_destroy(&server->regions);
-    free(server->admissions);
+    free(server->admissions.items);
     pthread_cond_destroy(&server->fetch_changed);
     pthread_mutex_destroy(&server->fetch_lock);
     pthread_cond_destroy(&server->unserved);

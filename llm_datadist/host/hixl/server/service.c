@@ -6,8 +6,9 @@
 #include <sys/epoll.h>
 #include <unistd.h>
 
+#include "hixl/server/data.h"
 #include "hixl/server/fetch.h"
-#include "hixl/server/server.h"
+#include "hixl/server/service.h"
 #include "base/deadline.h"
 
 enum {
@@ -21,12 +22,6 @@ enum {
 };
 #define HELLO_TIMEOUT_NS (2 * HIXL_SECOND_NS)
 #define ACCEPT_REST_NS (100 * HIXL_MS_NS)
-
-void hixl_wake_service(hixl_server *server) {
-    uint64_t one = 1;
-    ssize_t written = write(server->wake_fd, &one, sizeof one);
-    (void)written; /* full means it is awake anyway */
-}
 
 static void set_watch(hixl_server *server, hixl_conn *conn, int operation, uint32_t events) {
     struct epoll_event event = {.events = events, .data.ptr = conn};
@@ -263,7 +258,7 @@ static bool has_room(hixl_server *server, const uint8_t token[16], bool new_sess
 static HixlStatus join_session(hixl_server *server, hixl_conn *conn) {
     const hixl_wire_hello *hello = &conn->in.hello;
     hixl_session *session = find_session(server, hello->client_id);
-    const uint32_t rights = hixl_server_rights(server, hello->token);
+    const uint32_t rights = hixl_admission_rights(&server->admissions, hello->token);
     if (rights == 0) {
         return HIXL_NOT_CONNECTED;
     }

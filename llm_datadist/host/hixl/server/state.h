@@ -1,5 +1,8 @@
 /*
- * The server side: who listens, its connections, and the threads that serve them.
+ * What a server knows: who listens, its connections, and the threads that serve them.
+ *
+ * Who uses whom: server (life cycle) -> service (the service thread) -> data (threads of data connections) -> fetch
+ * -> this; admission (who may come in) and region (what they reach) stand by themselves.
  *
  * One service thread accepts, does handshakes, answers LIST and MAP, and watches idle data connections; it never
  * blocks. A data connection whose peer asks for bytes gets a thread of its own, which hands the connection back
@@ -10,8 +13,8 @@
  * which protects fetches under way (hixl/server/fetch.h).
  * Only the service thread closes connections, so a descriptor in use is never closed under its user.
  */
-#ifndef LLM_DATADIST_HIXL_SERVER_H
-#define LLM_DATADIST_HIXL_SERVER_H
+#ifndef LLM_DATADIST_HIXL_SERVER_STATE_H
+#define LLM_DATADIST_HIXL_SERVER_STATE_H
 
 #include <pthread.h>
 #include <stdatomic.h>
@@ -20,19 +23,14 @@
 #include <sys/types.h>
 
 #include "hixl/shared/fork.h"
-#include "hixl/shared/handle.h"
+#include "hixl/server/admission.h"
 #include "hixl/server/region.h"
+#include "hixl/shared/handle.h"
 #include "hixl/shared/socket.h"
 #include "hixl/shared/wire.h"
 #include "llm_datadist/ldd_ext.h"
 
 struct hixl_fetch;
-
-/* A client that a restricted server lets in. */
-typedef struct {
-    uint8_t token[16];
-    uint32_t rights;
-} hixl_admission;
 
 /* One client: the connections that carry its id. Lives as long as its ADMIN connection. */
 typedef struct hixl_session {
@@ -101,9 +99,7 @@ typedef struct hixl_server {
     TAILQ_HEAD(, hixl_session) sessions;
     size_t num_pending, num_conns;
     size_t max_conns;         /* so that descriptors are left for the rest of the process */
-    bool restricted;          /* lets in whom `admissions` name; otherwise all, with every right */
-    hixl_admission *admissions;
-    size_t num_admissions, admission_capacity;
+    hixl_admissions admissions;
     LddFetchHooks fetch_hooks; /* all NULL: fetches are refused */
     void *fetch_context;
     pthread_mutex_t fetch_lock; /* see hixl/server/fetch.h */
@@ -114,15 +110,9 @@ typedef struct hixl_server {
     int64_t accept_after_ns; /* out of descriptors: the listeners rest until then; 0: they do not */
 } hixl_server;
 
-/* hixl/server/server.c */
-hixl_server *hixl_checked_server(HixlServerHandle handle, hixl_error *error); /* NULL: error says why */
-uint32_t hixl_server_rights(hixl_server *server, const uint8_t token[16]);    /* locked; 0: it may not come in */
+/* NULL: error says why. */
+hixl_server *hixl_checked_server(HixlServerHandle handle, hixl_error *error);
 
-/* hixl/server/service.c */
-void *hixl_service_main(void *server);
 void hixl_wake_service(hixl_server *server);
-
-/* hixl/server/data.c: thread of a data connection. */
-void *hixl_serve_data_main(void *conn);
 
 #endif

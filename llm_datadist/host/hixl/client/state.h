@@ -1,15 +1,15 @@
 /*
- * The client side: one connection to one server, its view of the server's regions, and the batches in flight.
+ * What a client knows: one connection to one server, its view of the server's regions, and the batches in flight.
  *
  * Any thread may call; one lock per client covers everything below except the bytes of a copy, which move without
  * it, the streams during a round (tcp.c), and waits in poll(), which are taken with it released. Several clients run
  * in parallel.
  *
- * Files: client.c life cycle; connect.c connecting and liveness; remote.c regions and mappings; plan.c descriptors to
- * segments; copy.c the shm and cma paths; tcp.c the tcp path; batch.c submission, completion, cancellation.
+ * Who uses whom: client (life cycle) -> batch (submission, completion, cancellation) -> plan (descriptors to segments),
+ * copy (the shm and cma paths), tcp (the tcp path) -> remote (regions and mappings), connect (and liveness) -> this.
  */
-#ifndef LLM_DATADIST_HIXL_CLIENT_H
-#define LLM_DATADIST_HIXL_CLIENT_H
+#ifndef LLM_DATADIST_HIXL_CLIENT_STATE_H
+#define LLM_DATADIST_HIXL_CLIENT_STATE_H
 
 #include <poll.h>
 #include <pthread.h>
@@ -186,55 +186,15 @@ struct hixl_client {
     hixl_stream streams[HIXL_MAX_STREAMS];
 };
 
-/* hixl/client/client.c */
-hixl_client *hixl_checked_client(HixlClientHandle handle, hixl_error *error); /* NULL: error says why */
+/* NULL: error says why. */
+hixl_client *hixl_checked_client(HixlClientHandle handle, hixl_error *error);
+
+/* The first failure after which nothing more is started. */
 void hixl_poison(hixl_client *client, const hixl_error *error);
 
 /* A number for the next request; streams of a round take theirs without the lock. */
 static inline uint32_t hixl_next_sequence(hixl_client *client) {
     return atomic_fetch_add_explicit(&client->sequence, 1, memory_order_relaxed) + 1;
 }
-
-/* hixl/client/connect.c; locked */
-HixlStatus hixl_link_open(hixl_client *client, int64_t deadline_ns, hixl_error *error);
-void hixl_link_close(hixl_client *client);
-/* HIXL_NOT_CONNECTED once the server has gone. Cheap: asks the kernel at most every half millisecond. */
-HixlStatus hixl_link_check(hixl_client *client, hixl_error *error);
-void hixl_data_hello(const hixl_client *client, hixl_wire_hello *hello);
-HixlStatus hixl_check_welcome(const hixl_client *client, const hixl_wire_welcome *welcome, bool first,
-                              hixl_error *error);
-
-/* hixl/client/remote.c; locked */
-HixlStatus hixl_remote_refresh(hixl_client *client, int64_t deadline_ns, bool for_user, uint32_t *count,
-                               hixl_error *error);
-const hixl_remote_region *hixl_remote_find(hixl_client *client, uint64_t address, uint64_t bytes);
-void hixl_remote_unmap_retired(hixl_client *client);
-void hixl_remote_close(hixl_client *client);
-
-/* hixl/client/plan.c; locked. Fills the segments and operations of the batch; nothing moves. */
-HixlStatus hixl_plan(hixl_batch *batch, const HixlOneSideOpDesc *ops, uint32_t num_ops, int64_t deadline_ns,
-                     hixl_error *error);
-
-/* The same for a fetch, whose operations name local memory alone. */
-HixlStatus hixl_plan_fetch(hixl_batch *batch, const HixlOneSideOpDesc *ops, uint32_t num_ops, hixl_error *error);
-
-/* hixl/client/copy.c */
-bool hixl_copy_cut(hixl_batch *batch); /* segments to pieces; false: no memory */
-bool hixl_copy_run(copy_job *job, size_t index);
-bool hixl_copy_all(hixl_batch *batch); /* in this thread, without pieces */
-
-/* hixl/client/tcp.c; locked */
-void hixl_tcp_submit(hixl_client *client, hixl_batch *batch);
-/* Move what can be moved without waiting; batches that end leave the queue. */
-void hixl_tcp_progress(hixl_client *client);
-/* Where bytes flow on several streams, move them by several threads for a while; false when there is no need. Releases
- * the lock meanwhile. */
-bool hixl_tcp_round(hixl_client *client, int64_t deadline_ns);
-size_t hixl_tcp_poll_set(hixl_client *client, struct pollfd *entries); /* at most HIXL_MAX_STREAMS */
-void hixl_tcp_abort(hixl_client *client);                               /* close the streams */
-void hixl_tcp_close(hixl_client *client);
-
-/* hixl/client/batch.c; locked. End the batch as failed, which poisons the client; no byte of it moves afterwards. */
-void hixl_batch_fail(hixl_batch *batch, const hixl_error *error);
 
 #endif

@@ -1,0 +1,21 @@
+/* Copies that were checked: carried out piece by piece, by a stream or at once. */
+#ifndef LLM_DATADIST_HOST_COPY_H
+#define LLM_DATADIST_HOST_COPY_H
+
+#include <stdatomic.h>
+#include <stddef.h>
+
+#include "acl/memory.h"
+
+/* One copy that was checked; the pins keep what it touches mapped until it is done. */
+typedef struct {
+    void *dst;
+    const void *src;
+    size_t size;
+    ldd_host_pin *dst_pin, *src_pin; /* NULL: memory of the caller */
+} ldd_host_copy;
+
+void ldd_host_run_copy(const ldd_host_copy *copy, const atomic_bool *cancelled);
+void ldd_host_unpin_copy(const ldd_host_copy *copy);
+
+#endif
