@@ -220,7 +220,7 @@ cdef ldd_status _accept_forward(ldd_service* service, ldd_conn* conn, const ldd_
     link.data_port = hello.data_port
     memcpy(link.endpoint, hello.endpoint, sizeof(link.endpoint))
     ldd_regions_own_endpoint(&node.regions, answer.endpoint)
-    status = ldd_regions_admit_peer(&node.regions, port, link.token, node.mode & LDD_MODE_REMOTE_ACCESSIBLE, detail)
+    status = ldd_regions_admit_peer(&node.regions, port, link.token, detail)
     if status < 0:
         ldd_link_unref(link)
         return status

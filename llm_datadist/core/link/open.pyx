@@ -25,8 +25,7 @@ from llm_datadist.core.link.region cimport (
 from llm_datadist.core.link.requests cimport ldd_exchange, ldd_link_ready, ldd_request_unlink
 from llm_datadist.core.link.service cimport ldd_service_serve
 from llm_datadist.core.link.wire cimport (
-    LDD_FRAME_HELLO, LDD_FRAME_WELCOME, LDD_HELLO_FORWARD, LDD_HELLO_REVERSE, LDD_MODE_REMOTE_ACCESSIBLE,
-    ldd_hello, ldd_welcome,
+    LDD_FRAME_HELLO, LDD_FRAME_WELCOME, LDD_HELLO_FORWARD, LDD_HELLO_REVERSE, ldd_hello, ldd_welcome,
 )
 
 cdef extern from "<sys/random.h>" nogil:
@@ -159,8 +158,7 @@ cdef ldd_status _open_parts(ldd_link* link, const char* ip, int port, const uint
     ldd_socket_peer_ip(link.ask_fd, link.peer_ip, sizeof(link.peer_ip))
     status = ldd_regions_serve(&link.node.regions, local_ip, &data_port, detail)
     if status == LDD_OK:
-        status = ldd_regions_admit_peer(&link.node.regions, data_port, link.token,
-                                        link.node.mode & LDD_MODE_REMOTE_ACCESSIBLE, detail)
+        status = ldd_regions_admit_peer(&link.node.regions, data_port, link.token, detail)
     if status == LDD_OK:
         status = _greet(link, link.ask_fd, LDD_HELLO_FORWARD, comm, data_port, &answer, deadline_ns, detail)
     if status < 0:

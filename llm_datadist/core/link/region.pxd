@@ -55,8 +55,9 @@ cdef ldd_status ldd_regions_register_client(ldd_regions* regions, HixlClientHand
                                             ldd_detail* detail) noexcept nogil
 # Nothing answers fetches any more; those under way have ended.
 cdef void ldd_regions_end_fetches(ldd_regions* regions) noexcept nogil
-# Let whoever knows the token of a link read, and perhaps write, by the data server at this port; ends with drop_peer.
-cdef ldd_status ldd_regions_admit_peer(ldd_regions* regions, uint32_t port, const uint8_t* token, bint write,
+# Let whoever knows the token of a link use the data server at this port, until ldd_regions_drop_peer. It may write: in
+# either mode a peer does so to ranges on which it has a lease.
+cdef ldd_status ldd_regions_admit_peer(ldd_regions* regions, uint32_t port, const uint8_t* token,
                                        ldd_detail* detail) noexcept nogil
 # Returns once no server moves bytes for the link of this token any more.
 cdef void ldd_regions_drop_peer(ldd_regions* regions, const uint8_t* token) noexcept nogil

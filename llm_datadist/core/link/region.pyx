@@ -223,7 +223,7 @@ cdef ldd_status ldd_regions_register_client(ldd_regions* regions, HixlClientHand
     return status
 
 
-cdef ldd_status ldd_regions_admit_peer(ldd_regions* regions, uint32_t port, const uint8_t* token, bint write,
+cdef ldd_status ldd_regions_admit_peer(ldd_regions* regions, uint32_t port, const uint8_t* token,
                                        ldd_detail* detail) noexcept nogil:
     cdef uint32_t s
     cdef ldd_status status = LDD_OK
@@ -233,7 +233,7 @@ cdef ldd_status ldd_regions_admit_peer(ldd_regions* regions, uint32_t port, cons
     for s in range(regions.num_servers):
         if regions.servers[s].port == port and status == LDD_OK:
             status = ldd_hixl_result(regions.provider, regions.provider.ext.LddServerAdmitPeer(
-                regions.servers[s].handle, token, LDD_RIGHT_READ | (LDD_RIGHT_WRITE if write else 0)),
+                regions.servers[s].handle, token, LDD_RIGHT_READ | LDD_RIGHT_WRITE),
                 b"admit a peer to the data server", detail)
     ldd_unlock(&regions.lock)
     return status
