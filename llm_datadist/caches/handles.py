@@ -365,8 +365,8 @@ class KvCache:
 
         Notes
         -----
-        BF16 is shown as its bits, uint16. An array keeps this handle from being collected, and the memory in place, also
-        after the engine was finalised; once the cache is deallocated the memory may be another's.
+        BF16 is shown as its bits, uint16. An array keeps this handle from being collected, and the memory in place,
+        also after the engine was finalised; once the cache is deallocated the memory may be another's.
         """
         return [view.numpy() for view in self.tensor_views(device_index)]
 

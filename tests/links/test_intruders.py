@@ -185,7 +185,7 @@ def test_accepted_links_leave_files_for_others(peers):
         accepted = statuses.count(0)
         assert 4 <= accepted < 20 and statuses[:accepted] == [0] * accepted
         assert owner.call(footprint)["fds"] < 100
-        code, codes = peers.start(32).call(link, (30, owner.address))
+        code, _ = peers.start(32).call(link, (30, owner.address))
         assert code is S.LLM_LINK_FAILED
         assert reader.call(fetch, 30)
     assert until(lambda: owner.call(links) == [(31, "peer", "active")])

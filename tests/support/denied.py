@@ -32,7 +32,8 @@ def deny(*names: str, code: int = errno.EPERM) -> None:
     words = b"".join(struct.pack("<HBBI", *step) for step in steps)
     libc = ctypes.CDLL(None, use_errno=True)
     program = _Program(len(steps), words)
-    for arguments in ((_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), (_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(program))):
+    for arguments in ((_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0),
+                      (_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(program))):
         if libc.prctl(*arguments) != 0:
             raise OSError(ctypes.get_errno(), "prctl")
 

@@ -79,7 +79,7 @@ cdef class PoolMemory:
                 self._provider.table.acl.aclrtSetCurrentContext(before)
 
 
-@cython.no_gc_clear                             # __dealloc__ needs _provider, and so does a LayerPush that goes after us
+@cython.no_gc_clear                             # __dealloc__ needs _provider, and a LayerPush that outlives us too
 cdef class EngineCore:
     """What every part of an engine stands on; see ``engine.pyx`` for the whole."""
 

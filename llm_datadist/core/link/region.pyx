@@ -10,7 +10,8 @@ from libc.string cimport memset, strcmp, strlen, memcpy
 
 from llm_datadist.core.base.provider cimport (
     COMM_MEM_TYPE_DEVICE, COMM_MEM_TYPE_HOST, LDD_CAP_ADMIT, LDD_CAP_ANY_LOCAL, LDD_CAP_DROP_PEER,
-    LDD_CAP_FETCH, LDD_CAP_LATE_REGISTRATION, LDD_RIGHT_READ, LDD_RIGHT_WRITE, CommMem, HixlServerConfig, HixlServerDesc,
+    LDD_CAP_FETCH, LDD_CAP_LATE_REGISTRATION, LDD_RIGHT_READ, LDD_RIGHT_WRITE, CommMem, HixlServerConfig,
+    HixlServerDesc,
 )
 from llm_datadist.core.base.sockets cimport ldd_socket_free_port
 from llm_datadist.core.base.status cimport LDD_E_FAILED, LDD_E_NOT_ENABLED, LDD_E_NO_MEMORY, LDD_OK, ldd_fail

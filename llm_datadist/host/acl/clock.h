@@ -9,7 +9,7 @@
 #include "acl/error.h"
 
 /* A condition variable on the monotonic clock: no jump of the wall clock moves a deadline. */
-static inline void ldd_host_init_condition(pthread_cond_t *condition) {
+static inline void acl_init_condition(pthread_cond_t *condition) {
     pthread_condattr_t attributes;
     pthread_condattr_init(&attributes);
     pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
@@ -17,7 +17,7 @@ static inline void ldd_host_init_condition(pthread_cond_t *condition) {
     pthread_condattr_destroy(&attributes);
 }
 
-static inline struct timespec ldd_host_deadline(int32_t timeout_ms) {
+static inline struct timespec acl_deadline(int32_t timeout_ms) {
     struct timespec deadline;
     clock_gettime(CLOCK_MONOTONIC, &deadline);
     deadline.tv_sec += timeout_ms / 1000;
@@ -30,11 +30,11 @@ static inline struct timespec ldd_host_deadline(int32_t timeout_ms) {
 }
 
 /* -1 waits for ever; 0 has no meaning in this interface. */
-static inline aclError ldd_host_check_timeout(const char *function, int32_t timeout_ms) {
+static inline aclError acl_check_timeout(const char *function, int32_t timeout_ms) {
     if (timeout_ms == -1 || timeout_ms > 0) {
         return ACL_SUCCESS;
     }
-    return ldd_host_acl_fail(ACL_ERROR_RT_PARAM_INVALID, "%s: timeout is %d ms; -1 or at least 1 expected", function,
+    return acl_fail(ACL_ERROR_RT_PARAM_INVALID, "%s: timeout is %d ms; -1 or at least 1 expected", function,
                              timeout_ms);
 }
 

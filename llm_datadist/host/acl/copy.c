@@ -6,7 +6,7 @@
 /* A copy that may be cancelled looks at its flag after each piece: about a millisecond of work. */
 #define PIECE_BYTES ((size_t)8 << 20)
 
-void ldd_host_run_copy(const ldd_host_copy *copy, const atomic_bool *cancelled) {
+void acl_run_copy(const acl_copy *copy, const atomic_bool *cancelled) {
     uint8_t *dst = copy->dst;
     const uint8_t *src = copy->src;
     size_t left = copy->size;
@@ -23,7 +23,7 @@ void ldd_host_run_copy(const ldd_host_copy *copy, const atomic_bool *cancelled) 
     }
 }
 
-void ldd_host_unpin_copy(const ldd_host_copy *copy) {
-    ldd_host_unpin(copy->dst_pin);
-    ldd_host_unpin(copy->src_pin);
+void acl_unpin_copy(const acl_copy *copy) {
+    acl_unpin(copy->dst_pin);
+    acl_unpin(copy->src_pin);
 }

@@ -12,10 +12,10 @@ typedef struct {
     void *dst;
     const void *src;
     size_t size;
-    ldd_host_pin *dst_pin, *src_pin; /* NULL: memory of the caller */
-} ldd_host_copy;
+    acl_pin *dst_pin, *src_pin; /* NULL: memory of the caller */
+} acl_copy;
 
-void ldd_host_run_copy(const ldd_host_copy *copy, const atomic_bool *cancelled);
-void ldd_host_unpin_copy(const ldd_host_copy *copy);
+void acl_run_copy(const acl_copy *copy, const atomic_bool *cancelled);
+void acl_unpin_copy(const acl_copy *copy);
 
 #endif

@@ -14,7 +14,7 @@
 #include "acl/register.h"
 #include "acl/stream.h"
 
-enum { MAX_DEVICES = LDD_HOST_MAX_DEVICES, DEFAULT_DEVICES = 8 };
+enum { MAX_DEVICES = ACL_HOST_MAX_DEVICES, DEFAULT_DEVICES = 8 };
 
 /* What aclrtGetVersion answers: the interface that this provider implements. */
 enum { VERSION_MAJOR = 1, VERSION_MINOR = 0, VERSION_PATCH = 0 };
@@ -37,7 +37,7 @@ static aclError count_devices(const char *function, uint32_t *count) {
         char *end;
         value = strtoul(text, &end, 10);
         if (*end != '\0' || text[0] == '-' || value > MAX_DEVICES) {
-            return ldd_host_acl_fail(ACL_ERROR_INVALID_PARAM,
+            return acl_fail(ACL_ERROR_INVALID_PARAM,
                                      "%s: LLM_DATADIST_HOST_DEVICES is '%.32s'; 0 to %d expected", function, text,
                                      MAX_DEVICES);
         }
@@ -53,10 +53,10 @@ static aclError check_device(const char *function, int32_t device) {
         return error;
     }
     if (count == 0) {
-        return ldd_host_acl_fail(ACL_ERROR_RT_NO_DEVICE, "%s: LLM_DATADIST_HOST_DEVICES is 0", function);
+        return acl_fail(ACL_ERROR_RT_NO_DEVICE, "%s: LLM_DATADIST_HOST_DEVICES is 0", function);
     }
     if (device < 0 || (uint32_t)device >= count) {
-        return ldd_host_acl_fail(ACL_ERROR_RT_INVALID_DEVICEID, "%s: device is %d; 0 to %u expected", function, device,
+        return acl_fail(ACL_ERROR_RT_INVALID_DEVICEID, "%s: device is %d; 0 to %u expected", function, device,
                                  count - 1);
     }
     return ACL_SUCCESS;
@@ -64,7 +64,7 @@ static aclError check_device(const char *function, int32_t device) {
 
 static aclError check_out(const char *function, const void *out) {
     return out != NULL ? ACL_SUCCESS
-                       : ldd_host_acl_fail(ACL_ERROR_INVALID_PARAM, "%s: result pointer is NULL", function);
+                       : acl_fail(ACL_ERROR_INVALID_PARAM, "%s: result pointer is NULL", function);
 }
 
 LDD_EXPORT aclError aclrtGetDeviceCount(uint32_t *out_count) {
@@ -76,15 +76,15 @@ LDD_EXPORT aclError aclrtGetDeviceCount(uint32_t *out_count) {
 
 /* End a context and its streams; threads that have it current get ACL_ERROR_RT_CONTEXT_NULL from now on. */
 static bool end_context(void *handle) {
-    ldd_host_context *context = (ldd_host_context *)ldd_host_withdraw(handle, LDD_HOST_CONTEXT);
+    acl_context *context = (acl_context *)acl_withdraw(handle, ACL_HOST_CONTEXT);
     if (context == NULL) {
         return false;
     }
     pthread_mutex_lock(&context->lock);
     context->closed = true;
     pthread_mutex_unlock(&context->lock);
-    ldd_host_end_streams(handle);
-    ldd_host_release(&context->object);
+    acl_end_streams(handle);
+    acl_release(&context->object);
     return true;
 }
 
@@ -95,11 +95,11 @@ LDD_EXPORT aclError aclrtSetDevice(int32_t device) {
     }
     pthread_mutex_lock(&device_lock);
     if (devices[device].sets == 0) {
-        error = ldd_host_create_context(__func__, device, true, &devices[device].primary);
+        error = acl_create_context(__func__, device, true, &devices[device].primary);
     }
     if (error == ACL_SUCCESS) {
         devices[device].sets++;
-        ldd_host_make_current(devices[device].primary, device, ldd_host_withdrawals());
+        acl_make_current(devices[device].primary, device, acl_withdrawals());
     }
     pthread_mutex_unlock(&device_lock);
     return error;
@@ -113,7 +113,7 @@ static aclError reset_device(const char *function, int32_t device, bool force) {
     }
     pthread_mutex_lock(&device_lock);
     if (devices[device].sets == 0) {
-        error = ldd_host_acl_fail(ACL_ERROR_RT_CONTEXT_NULL, "%s: device %d is not set", function, device);
+        error = acl_fail(ACL_ERROR_RT_CONTEXT_NULL, "%s: device %d is not set", function, device);
     } else {
         devices[device].sets = force ? 0 : devices[device].sets - 1;
         if (devices[device].sets == 0) {
@@ -140,7 +140,7 @@ LDD_EXPORT aclError aclrtGetDevice(int32_t *out_device) {
     aclError error = check_out(__func__, out_device);
     int32_t device = 0;
     if (error == ACL_SUCCESS) {
-        error = ldd_host_require_context(__func__, &device);
+        error = acl_require_context(__func__, &device);
     }
     if (error == ACL_SUCCESS) {
         *out_device = device;
@@ -149,50 +149,50 @@ LDD_EXPORT aclError aclrtGetDevice(int32_t *out_device) {
 }
 
 LDD_EXPORT aclError aclrtCreateContext(aclrtContext *out_context, int32_t device) {
-    uint64_t withdrawals = ldd_host_withdrawals();
+    uint64_t withdrawals = acl_withdrawals();
     aclError error = check_out(__func__, out_context);
     if (error == ACL_SUCCESS) {
         error = check_device(__func__, device);
     }
     if (error == ACL_SUCCESS) {
-        error = ldd_host_create_context(__func__, device, false, out_context);
+        error = acl_create_context(__func__, device, false, out_context);
     }
     if (error == ACL_SUCCESS) {
-        ldd_host_make_current(*out_context, device, withdrawals);
+        acl_make_current(*out_context, device, withdrawals);
     }
     return error;
 }
 
 LDD_EXPORT aclError aclrtDestroyContext(aclrtContext context) {
-    ldd_host_context *found = (ldd_host_context *)ldd_host_acquire(context, LDD_HOST_CONTEXT);
+    acl_context *found = (acl_context *)acl_acquire(context, ACL_HOST_CONTEXT);
     bool primary;
     if (found == NULL) {
-        return ldd_host_acl_fail(ACL_ERROR_RT_INVALID_HANDLE, "%s: %p is no context", __func__, context);
+        return acl_fail(ACL_ERROR_RT_INVALID_HANDLE, "%s: %p is no context", __func__, context);
     }
     primary = found->primary;
-    ldd_host_release(&found->object);
+    acl_release(&found->object);
     if (primary) {
-        return ldd_host_acl_fail(ACL_ERROR_RT_PARAM_INVALID, "%s: %p is a default context; aclrtResetDevice ends it",
+        return acl_fail(ACL_ERROR_RT_PARAM_INVALID, "%s: %p is a default context; aclrtResetDevice ends it",
                                  __func__, context);
     }
     if (!end_context(context)) { /* another thread was faster */
-        return ldd_host_acl_fail(ACL_ERROR_RT_INVALID_HANDLE, "%s: %p is no context", __func__, context);
+        return acl_fail(ACL_ERROR_RT_INVALID_HANDLE, "%s: %p is no context", __func__, context);
     }
     return ACL_SUCCESS;
 }
 
 LDD_EXPORT aclError aclrtSetCurrentContext(aclrtContext context) {
-    uint64_t withdrawals = ldd_host_withdrawals();
-    ldd_host_context *found;
+    uint64_t withdrawals = acl_withdrawals();
+    acl_context *found;
     if (context == NULL) {
-        return ldd_host_acl_fail(ACL_ERROR_RT_CONTEXT_NULL, "%s: context is NULL", __func__);
+        return acl_fail(ACL_ERROR_RT_CONTEXT_NULL, "%s: context is NULL", __func__);
     }
-    found = (ldd_host_context *)ldd_host_acquire(context, LDD_HOST_CONTEXT);
+    found = (acl_context *)acl_acquire(context, ACL_HOST_CONTEXT);
     if (found == NULL) {
-        return ldd_host_acl_fail(ACL_ERROR_RT_INVALID_HANDLE, "%s: %p is no context", __func__, context);
+        return acl_fail(ACL_ERROR_RT_INVALID_HANDLE, "%s: %p is no context", __func__, context);
     }
-    ldd_host_make_current(context, found->device, withdrawals);
-    ldd_host_release(&found->object);
+    acl_make_current(context, found->device, withdrawals);
+    acl_release(&found->object);
     return ACL_SUCCESS;
 }
 
@@ -200,30 +200,30 @@ LDD_EXPORT aclError aclrtGetCurrentContext(aclrtContext *out_context) {
     aclError error = check_out(__func__, out_context);
     int32_t device;
     if (error == ACL_SUCCESS) {
-        error = ldd_host_require_context(__func__, &device);
+        error = acl_require_context(__func__, &device);
     }
     if (error == ACL_SUCCESS) {
-        *out_context = ldd_host_current_handle();
+        *out_context = acl_current_handle();
     }
     return error;
 }
 
 LDD_EXPORT aclError aclrtCtxGetCurrentDefaultStream(aclrtStream *out_stream) {
-    ldd_host_context *context;
+    acl_context *context;
     aclError error = check_out(__func__, out_stream);
     if (error == ACL_SUCCESS) {
-        error = ldd_host_enter_context(__func__, &context);
+        error = acl_enter_context(__func__, &context);
     }
     if (error != ACL_SUCCESS) {
         return error;
     }
     pthread_mutex_lock(&context->lock);
     if (context->default_stream == NULL) {
-        error = ldd_host_create_stream(context, true, &context->default_stream);
+        error = acl_create_stream(context, true, &context->default_stream);
     }
     *out_stream = context->default_stream;
     pthread_mutex_unlock(&context->lock);
-    ldd_host_release(&context->object);
+    acl_release(&context->object);
     return error;
 }
 
@@ -277,7 +277,7 @@ LDD_EXPORT aclError aclrtGetDeviceInfo(uint32_t device, int attribute, int64_t *
         error = check_device(__func__, device > INT32_MAX ? -1 : (int32_t)device);
     }
     if (error == ACL_SUCCESS) {
-        error = ldd_host_acl_fail(ACL_ERROR_RT_FEATURE_NOT_SUPPORT, "%s: an emulated device has no attribute %d",
+        error = acl_fail(ACL_ERROR_RT_FEATURE_NOT_SUPPORT, "%s: an emulated device has no attribute %d",
                                   __func__, attribute);
     }
     return error;
@@ -299,12 +299,12 @@ LDD_EXPORT aclError aclrtDeviceCanAccessPeer(int32_t *out_can_access, int32_t de
 
 LDD_EXPORT aclError aclrtDeviceEnablePeerAccess(int32_t peer, uint32_t flags) {
     int32_t device;
-    aclError error = ldd_host_require_context(__func__, &device);
+    aclError error = acl_require_context(__func__, &device);
     if (error == ACL_SUCCESS) {
         error = check_device(__func__, peer);
     }
     if (error == ACL_SUCCESS && flags != 0) {
-        error = ldd_host_acl_fail(ACL_ERROR_INVALID_PARAM, "%s: flags are %u; 0 expected", __func__, flags);
+        error = acl_fail(ACL_ERROR_INVALID_PARAM, "%s: flags are %u; 0 expected", __func__, flags);
     }
     return error;
 }
@@ -314,13 +314,13 @@ LDD_EXPORT aclError aclrtDeviceEnablePeerAccess(int32_t peer, uint32_t flags) {
 LDD_EXPORT aclError aclInit(const char *config_path) {
     bool repeated;
     if (config_path != NULL && config_path[0] != '\0' && access(config_path, R_OK) != 0) {
-        return ldd_host_acl_fail(ACL_ERROR_INVALID_PARAM, "%s: configuration file %.256s is not readable", __func__,
+        return acl_fail(ACL_ERROR_INVALID_PARAM, "%s: configuration file %.256s is not readable", __func__,
                                  config_path);
     }
     pthread_mutex_lock(&device_lock);
     repeated = num_inits++ > 0;
     pthread_mutex_unlock(&device_lock);
-    return repeated ? ldd_host_acl_fail(ACL_ERROR_REPEAT_INITIALIZE, "%s: initialised before; this call is counted",
+    return repeated ? acl_fail(ACL_ERROR_REPEAT_INITIALIZE, "%s: initialised before; this call is counted",
                                         __func__)
                     : ACL_SUCCESS;
 }
@@ -332,7 +332,7 @@ static aclError finalize(const char *function, bool all, uint64_t *out_count) {
     pthread_mutex_lock(&device_lock);
     if (num_inits == 0) {
         pthread_mutex_unlock(&device_lock);
-        return ldd_host_acl_fail(ACL_ERROR_REPEAT_FINALIZE, "%s: not initialised, or finalised before", function);
+        return acl_fail(ACL_ERROR_REPEAT_FINALIZE, "%s: not initialised, or finalised before", function);
     }
     num_inits = all ? 0 : num_inits - 1;
     if (out_count != NULL) {
@@ -368,30 +368,30 @@ LDD_EXPORT aclError aclFinalizeReference(uint64_t *out_count) {
  */
 static void before_fork(void) {
     pthread_mutex_lock(&device_lock);
-    ldd_host_objects_before_fork();
-    ldd_host_memory_before_fork();
-    ldd_host_ranges_before_fork();
+    acl_objects_before_fork();
+    acl_memory_before_fork();
+    acl_ranges_before_fork();
 }
 
 static void after_fork_in_parent(void) {
-    ldd_host_ranges_after_fork(false);
-    ldd_host_memory_after_fork(false);
-    ldd_host_objects_after_fork(false);
+    acl_ranges_after_fork(false);
+    acl_memory_after_fork(false);
+    acl_objects_after_fork(false);
     pthread_mutex_unlock(&device_lock);
 }
 
 static void after_fork_in_child(void) {
     int i;
-    ldd_host_ranges_after_fork(true);
-    ldd_host_memory_after_fork(true);
-    ldd_host_objects_after_fork(true);
-    ldd_host_forget_streams();
+    acl_ranges_after_fork(true);
+    acl_memory_after_fork(true);
+    acl_objects_after_fork(true);
+    acl_forget_streams();
     for (i = 0; i < MAX_DEVICES; i++) {
         devices[i].primary = NULL;
         devices[i].sets = 0;
     }
     num_inits = 0;
-    ldd_host_make_current(NULL, -1, 0);
+    acl_make_current(NULL, -1, 0);
     pthread_mutex_unlock(&device_lock);
 }
 

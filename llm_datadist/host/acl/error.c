@@ -8,7 +8,7 @@
 
 static _Thread_local char recent_text[512];
 
-aclError ldd_host_acl_fail(aclError error, const char *format, ...) {
+aclError acl_fail(aclError error, const char *format, ...) {
     va_list args;
     va_start(args, format);
     vsnprintf(recent_text, sizeof recent_text, format, args);

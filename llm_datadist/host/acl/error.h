@@ -8,6 +8,6 @@
 #define LDD_EXPORT __attribute__((visibility("default")))
 
 /* Set the text aclGetRecentErrMsg answers in this thread, and return `error`. */
-__attribute__((format(printf, 2, 3))) aclError ldd_host_acl_fail(aclError error, const char *format, ...);
+__attribute__((format(printf, 2, 3))) aclError acl_fail(aclError error, const char *format, ...);
 
 #endif

@@ -9,19 +9,19 @@
 #include "acl/object.h"
 
 typedef struct {
-    ldd_host_object object;
+    acl_object object;
     pthread_mutex_t lock; /* guards what follows */
     pthread_cond_t changed;
     uint64_t issued;    /* records asked for so far */
     uint64_t completed; /* the latest record that a stream reached */
-} ldd_host_event;
+} acl_event;
 
 /* The event of a handle, with a reference for the caller. */
-aclError ldd_host_enter_event(const char *function, aclrtEvent handle, ldd_host_event **event);
+aclError acl_enter_event(const char *function, aclrtEvent handle, acl_event **event);
 
 /* Called by a stream: the record is reached, or wait until it is or until *cancelled. */
-void ldd_host_event_reached(ldd_host_event *event, uint64_t sequence);
-void ldd_host_event_wait(ldd_host_event *event, uint64_t sequence, const atomic_bool *cancelled);
-void ldd_host_event_kick(ldd_host_event *event);
+void acl_event_reached(acl_event *event, uint64_t sequence);
+void acl_event_wait(acl_event *event, uint64_t sequence, const atomic_bool *cancelled);
+void acl_event_kick(acl_event *event);
 
 #endif

@@ -91,7 +91,7 @@ static void apply_groups(const group_files *files, const char *group, uint64_t *
     }
 }
 
-void ldd_host_machine_memory(uint64_t *available_bytes, uint64_t *total_bytes) {
+void acl_machine_memory(uint64_t *available_bytes, uint64_t *total_bytes) {
     char line[PATH_BYTES];
     FILE *stream;
     *total_bytes = read_field("/proc/meminfo", "MemTotal:", UINT64_MAX >> 10) << 10;

@@ -5,6 +5,6 @@
 #include <stdint.h>
 
 /* Bytes this process may still fill, from the kernel and the memory limits of its control groups; and the total. */
-void ldd_host_machine_memory(uint64_t *available_bytes, uint64_t *total_bytes);
+void acl_machine_memory(uint64_t *available_bytes, uint64_t *total_bytes);
 
 #endif

@@ -30,14 +30,14 @@
 /* MemAvailable is an estimate, and the process needs memory for other things too: 1/32 of it is left alone. */
 #define HEADROOM_SHARE 32
 
-struct ldd_host_pin {
-    ldd_host_allocation info;
+struct acl_pin {
+    acl_allocation info;
     atomic_uint refs; /* the registry's, and one per pin */
 };
 
 static pthread_mutex_t admission_lock = PTHREAD_MUTEX_INITIALIZER; /* one allocation at a time asks what is left */
 static pthread_rwlock_t registry_lock = PTHREAD_RWLOCK_INITIALIZER; /* guards what follows; a leaf */
-static ldd_host_pin **allocations; /* sorted by base; they never overlap */
+static acl_pin **allocations; /* sorted by base; they never overlap */
 static size_t num_allocations, max_allocations;
 static uint64_t last_id;
 
@@ -58,18 +58,18 @@ static size_t above(uint64_t addr) {
 }
 
 /* The allocation that addr lies in, or NULL. Registry locked. */
-static ldd_host_pin *at(uint64_t addr) {
+static acl_pin *at(uint64_t addr) {
     size_t index = above(addr);
-    ldd_host_pin *found = index > 0 ? allocations[index - 1] : NULL;
+    acl_pin *found = index > 0 ? allocations[index - 1] : NULL;
     return found != NULL && addr - found->info.base < found->info.size ? found : NULL;
 }
 
-static bool holds(const ldd_host_pin *allocation, uint64_t addr, uint64_t len) {
+static bool holds(const acl_pin *allocation, uint64_t addr, uint64_t len) {
     return len <= allocation->info.size - (addr - allocation->info.base);
 }
 
-int ldd_host_find_allocation(uint64_t addr, uint64_t len, ldd_host_allocation *out) {
-    ldd_host_pin *found;
+int acl_find_allocation(uint64_t addr, uint64_t len, acl_allocation *out) {
+    acl_pin *found;
     int result = -1;
     pthread_rwlock_rdlock(&registry_lock);
     found = at(addr);
@@ -81,8 +81,8 @@ int ldd_host_find_allocation(uint64_t addr, uint64_t len, ldd_host_allocation *o
     return result;
 }
 
-ldd_host_pin *ldd_host_pin_range(uint64_t addr, uint64_t len, ldd_host_allocation *out) {
-    ldd_host_pin *found;
+acl_pin *acl_pin_range(uint64_t addr, uint64_t len, acl_allocation *out) {
+    acl_pin *found;
     pthread_rwlock_rdlock(&registry_lock);
     found = at(addr);
     if (found != NULL && holds(found, addr, len)) {
@@ -97,7 +97,7 @@ ldd_host_pin *ldd_host_pin_range(uint64_t addr, uint64_t len, ldd_host_allocatio
     return found;
 }
 
-void ldd_host_unpin(ldd_host_pin *pin) {
+void acl_unpin(acl_pin *pin) {
     /* acq_rel: whoever unmaps does so after the last access of every other holder */
     if (pin != NULL && atomic_fetch_sub_explicit(&pin->refs, 1, memory_order_acq_rel) == 1) {
         munmap((void *)(uintptr_t)pin->info.base, pin->info.mapped);
@@ -106,8 +106,8 @@ void ldd_host_unpin(ldd_host_pin *pin) {
     }
 }
 
-bool ldd_host_overruns(uint64_t addr, uint64_t len) {
-    ldd_host_pin *found;
+bool acl_overruns(uint64_t addr, uint64_t len) {
+    acl_pin *found;
     bool result;
     pthread_rwlock_rdlock(&registry_lock);
     found = at(addr);
@@ -116,7 +116,7 @@ bool ldd_host_overruns(uint64_t addr, uint64_t len) {
     return result;
 }
 
-int ldd_host_dup_allocation_fd(uint64_t id) {
+int acl_dup_allocation_fd(uint64_t id) {
     int fd = -1;
     size_t i;
     errno = ENOENT;
@@ -131,13 +131,13 @@ int ldd_host_dup_allocation_fd(uint64_t id) {
     return fd;
 }
 
-static bool register_allocation(ldd_host_pin *allocation) {
+static bool register_allocation(acl_pin *allocation) {
     size_t index;
     bool registered = false;
     pthread_rwlock_wrlock(&registry_lock);
     if (num_allocations == max_allocations) {
         size_t wanted = max_allocations == 0 ? 64 : max_allocations * 2;
-        ldd_host_pin **grown = realloc(allocations, wanted * sizeof *grown);
+        acl_pin **grown = realloc(allocations, wanted * sizeof *grown);
         if (grown != NULL) {
             allocations = grown;
             max_allocations = wanted;
@@ -178,17 +178,17 @@ static uint64_t promised_bytes(void) {
 /* What may still be allocated, and what there is in all. */
 static uint64_t free_bytes(uint64_t *total) {
     uint64_t available, promised = promised_bytes();
-    ldd_host_machine_memory(&available, total);
+    acl_machine_memory(&available, total);
     available -= available / HEADROOM_SHARE;
     return available > promised ? available - promised : 0;
 }
 
-void ldd_host_memory_before_fork(void) {
+void acl_memory_before_fork(void) {
     pthread_mutex_lock(&admission_lock);
     pthread_rwlock_wrlock(&registry_lock);
 }
 
-void ldd_host_memory_after_fork(bool child) {
+void acl_memory_after_fork(bool child) {
     if (child) { /* the owner noted in the lock is a thread of the parent */
         pthread_rwlock_init(&registry_lock, NULL);
     } else {
@@ -247,16 +247,16 @@ static aclError system_failure(const char *function, const char *call, uint64_t 
                        : errno == ENOMEM ? " (see RLIMIT_AS and vm.max_map_count)"
                                          : "";
     aclError error = errno == EMFILE || errno == ENFILE ? ACL_ERROR_RT_RESOURCE_ALLOC_FAIL : out_of_memory;
-    return ldd_host_acl_fail(error, "%s: %s of %llu bytes: %s%s", function, call, (unsigned long long)size,
+    return acl_fail(error, "%s: %s of %llu bytes: %s%s", function, call, (unsigned long long)size,
                              strerror(errno), hint);
 }
 
 /* Build and register an allocation that was admitted. */
-static aclError allocate_admitted(const char *function, ldd_host_allocation *wanted, aclError out_of_memory) {
-    ldd_host_pin *allocation = malloc(sizeof *allocation);
+static aclError allocate_admitted(const char *function, acl_allocation *wanted, aclError out_of_memory) {
+    acl_pin *allocation = malloc(sizeof *allocation);
     void *start;
     if (allocation == NULL) {
-        return ldd_host_acl_fail(out_of_memory, "%s: no memory for bookkeeping", function);
+        return acl_fail(out_of_memory, "%s: no memory for bookkeeping", function);
     }
     wanted->fd = create_sealed_memfd(wanted->mapped);
     if (wanted->fd < 0) {
@@ -275,29 +275,29 @@ static aclError allocate_admitted(const char *function, ldd_host_allocation *wan
     allocation->info = *wanted;
     allocation->refs = 1;
     if (!register_allocation(allocation)) {
-        ldd_host_unpin(allocation);
-        return ldd_host_acl_fail(out_of_memory, "%s: no memory for bookkeeping", function);
+        acl_unpin(allocation);
+        return acl_fail(out_of_memory, "%s: no memory for bookkeeping", function);
     }
     return ACL_SUCCESS;
 }
 
 static aclError allocate(const char *function, void **out_ptr, size_t size, CommMemType kind, aclError out_of_memory) {
     const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE), unit = size >= HUGE_PAGE ? HUGE_PAGE : page;
-    ldd_host_allocation wanted = {.size = size, .kind = kind, .fd = -1};
+    acl_allocation wanted = {.size = size, .kind = kind, .fd = -1};
     uint64_t left, total;
     aclError error;
     if (out_ptr == NULL || size == 0) {
-        return ldd_host_acl_fail(ACL_ERROR_INVALID_PARAM, "%s: result pointer is %p, size is %zu; neither may be 0",
+        return acl_fail(ACL_ERROR_INVALID_PARAM, "%s: result pointer is %p, size is %zu; neither may be 0",
                                  function, (void *)out_ptr, size);
     }
-    error = ldd_host_require_context(function, &wanted.device);
+    error = acl_require_context(function, &wanted.device);
     if (error != ACL_SUCCESS) {
         return error;
     }
     pthread_mutex_lock(&admission_lock);
     left = free_bytes(&total);
     if (size > left) { /* before rounding, which could overflow */
-        error = ldd_host_acl_fail(out_of_memory, "%s: %zu bytes asked for, %llu of %llu available", function, size,
+        error = acl_fail(out_of_memory, "%s: %zu bytes asked for, %llu of %llu available", function, size,
                                   (unsigned long long)left, (unsigned long long)total);
     } else {
         wanted.mapped = (size + unit - 1) / unit * unit;
@@ -311,13 +311,13 @@ static aclError allocate(const char *function, void **out_ptr, size_t size, Comm
 }
 
 static aclError free_allocation(const char *function, void *ptr, CommMemType kind) {
-    ldd_host_pin *found;
+    acl_pin *found;
     int32_t device;
     aclError error;
     if (ptr == NULL) {
-        return ldd_host_acl_fail(ACL_ERROR_INVALID_PARAM, "%s: pointer is NULL", function);
+        return acl_fail(ACL_ERROR_INVALID_PARAM, "%s: pointer is NULL", function);
     }
-    error = ldd_host_require_context(function, &device);
+    error = acl_require_context(function, &device);
     if (error != ACL_SUCCESS) {
         return error;
     }
@@ -332,10 +332,10 @@ static aclError free_allocation(const char *function, void *ptr, CommMemType kin
     }
     pthread_rwlock_unlock(&registry_lock);
     if (found == NULL) {
-        return ldd_host_acl_fail(ACL_ERROR_RT_PARAM_INVALID, "%s: %p is not the start of %s memory", function, ptr,
+        return acl_fail(ACL_ERROR_RT_PARAM_INVALID, "%s: %p is not the start of %s memory", function, ptr,
                                  kind == COMM_MEM_TYPE_DEVICE ? "device" : "page-locked host");
     }
-    ldd_host_unpin(found);
+    acl_unpin(found);
     return ACL_SUCCESS;
 }
 
@@ -349,10 +349,10 @@ LDD_EXPORT aclError aclrtMalloc(void **out_ptr, size_t size, aclrtMemMallocPolic
     const unsigned bandwidths = ACL_MEM_TYPE_LOW_BAND_WIDTH | ACL_MEM_TYPE_HIGH_BAND_WIDTH;
     unsigned pages = (unsigned)policy & ~bandwidths;
     if (pages > ACL_MEM_MALLOC_HUGE1G_ONLY_P2P) {
-        return ldd_host_acl_fail(ACL_ERROR_INVALID_PARAM, "%s: policy is %#x", __func__, (unsigned)policy);
+        return acl_fail(ACL_ERROR_INVALID_PARAM, "%s: policy is %#x", __func__, (unsigned)policy);
     }
     if (pages == ACL_MEM_MALLOC_HUGE1G_ONLY || pages == ACL_MEM_MALLOC_HUGE1G_ONLY_P2P) {
-        return ldd_host_acl_fail(ACL_ERROR_RT_FEATURE_NOT_SUPPORT, "%s: pages of 1 GiB", __func__);
+        return acl_fail(ACL_ERROR_RT_FEATURE_NOT_SUPPORT, "%s: pages of 1 GiB", __func__);
     }
     return allocate(__func__, out_ptr, size, COMM_MEM_TYPE_DEVICE, ACL_ERROR_RT_DEVICE_OOM);
 }
@@ -360,7 +360,7 @@ LDD_EXPORT aclError aclrtMalloc(void **out_ptr, size_t size, aclrtMemMallocPolic
 LDD_EXPORT aclError aclrtMallocWithCfg(void **out_ptr, size_t size, aclrtMemMallocPolicy policy,
                                        aclrtMallocConfig *config) {
     if (config != NULL) {
-        return ldd_host_acl_fail(ACL_ERROR_RT_FEATURE_NOT_SUPPORT, "%s: a configuration; NULL expected", __func__);
+        return acl_fail(ACL_ERROR_RT_FEATURE_NOT_SUPPORT, "%s: a configuration; NULL expected", __func__);
     }
     return aclrtMalloc(out_ptr, size, policy);
 }
@@ -383,10 +383,10 @@ LDD_EXPORT aclError aclrtGetMemInfo(aclrtMemAttr attr, size_t *out_free, size_t 
     int32_t device;
     aclError error;
     if (out_free == NULL || out_total == NULL || (unsigned)attr > ACL_HBM_MEM_NORMAL) {
-        return ldd_host_acl_fail(ACL_ERROR_INVALID_PARAM, "%s: a result pointer is NULL, or attribute %d is unknown",
+        return acl_fail(ACL_ERROR_INVALID_PARAM, "%s: a result pointer is NULL, or attribute %d is unknown",
                                  __func__, (int)attr);
     }
-    error = ldd_host_require_context(__func__, &device);
+    error = acl_require_context(__func__, &device);
     if (error != ACL_SUCCESS) {
         return error;
     }
@@ -397,32 +397,32 @@ LDD_EXPORT aclError aclrtGetMemInfo(aclrtMemAttr attr, size_t *out_free, size_t 
 }
 
 LDD_EXPORT aclError aclrtPointerGetAttributes(const void *ptr, aclrtPtrAttributes *out_attributes) {
-    ldd_host_allocation found;
+    acl_allocation found;
     if (ptr == NULL || out_attributes == NULL) {
-        return ldd_host_acl_fail(ACL_ERROR_INVALID_PARAM, "%s: pointer is %p, result pointer is %p", __func__, ptr,
+        return acl_fail(ACL_ERROR_INVALID_PARAM, "%s: pointer is %p, result pointer is %p", __func__, ptr,
                                  (void *)out_attributes);
     }
     memset(out_attributes, 0, sizeof *out_attributes);
     out_attributes->pageSize = (uint32_t)sysconf(_SC_PAGESIZE);
-    if (ldd_host_find_allocation((uintptr_t)ptr, 0, &found) == 0) {
+    if (acl_find_allocation((uintptr_t)ptr, 0, &found) == 0) {
         bool on_device = found.kind == COMM_MEM_TYPE_DEVICE;
         out_attributes->location.type = on_device ? ACL_MEM_LOCATION_TYPE_DEVICE : ACL_MEM_LOCATION_TYPE_HOST;
         out_attributes->location.id = on_device ? (uint32_t)found.device : 0;
     } else {
-        bool registered = ldd_host_is_registered((uintptr_t)ptr, 1);
+        bool registered = acl_is_registered((uintptr_t)ptr, 1);
         out_attributes->location.type = registered ? ACL_MEM_LOCATION_TYPE_HOST : ACL_MEM_LOCATION_TYPE_UNREGISTERED;
     }
     return ACL_SUCCESS;
 }
 
 LDD_EXPORT aclError aclrtMemGetAddressRange(void *ptr, void **out_base, size_t *out_size) {
-    ldd_host_allocation found;
+    acl_allocation found;
     if (ptr == NULL || (out_base == NULL && out_size == NULL)) {
-        return ldd_host_acl_fail(ACL_ERROR_INVALID_PARAM, "%s: pointer is %p, and no result is asked for", __func__,
+        return acl_fail(ACL_ERROR_INVALID_PARAM, "%s: pointer is %p, and no result is asked for", __func__,
                                  ptr);
     }
-    if (ldd_host_find_allocation((uintptr_t)ptr, 0, &found) != 0) {
-        return ldd_host_acl_fail(ACL_ERROR_RT_PARAM_INVALID, "%s: %p is in no allocation", __func__, ptr);
+    if (acl_find_allocation((uintptr_t)ptr, 0, &found) != 0) {
+        return acl_fail(ACL_ERROR_RT_PARAM_INVALID, "%s: %p is in no allocation", __func__, ptr);
     }
     if (out_base != NULL) {
         *out_base = (void *)(uintptr_t)found.base;

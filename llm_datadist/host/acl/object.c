@@ -7,7 +7,7 @@
 #include "acl/object.h"
 
 typedef struct {
-    ldd_host_object *object; /* NULL: free */
+    acl_object *object; /* NULL: free */
     uint32_t generation;
     uint32_t next_free; /* slot number + 1 */
 } handle_slot;
@@ -24,7 +24,7 @@ static void *handle_of(uint32_t slot) {
 }
 
 /* The slot a live handle of this kind names, or NULL. Table locked. */
-static handle_slot *find_slot(void *handle, ldd_host_kind kind) {
+static handle_slot *find_slot(void *handle, acl_kind kind) {
     uint64_t value = (uintptr_t)handle;
     uint64_t number = value & ((1u << SLOT_BITS) - 1u);
     handle_slot *slot;
@@ -56,7 +56,7 @@ static bool grow_table(void) {
     return true;
 }
 
-bool ldd_host_publish(ldd_host_object *object) {
+bool acl_publish(acl_object *object) {
     bool published = false;
     pthread_mutex_lock(&table_lock);
     if (first_free != 0 || grow_table()) {
@@ -70,8 +70,8 @@ bool ldd_host_publish(ldd_host_object *object) {
     return published;
 }
 
-ldd_host_object *ldd_host_acquire(void *handle, ldd_host_kind kind) {
-    ldd_host_object *object = NULL;
+acl_object *acl_acquire(void *handle, acl_kind kind) {
+    acl_object *object = NULL;
     handle_slot *slot;
     pthread_mutex_lock(&table_lock);
     slot = find_slot(handle, kind);
@@ -83,8 +83,8 @@ ldd_host_object *ldd_host_acquire(void *handle, ldd_host_kind kind) {
     return object;
 }
 
-ldd_host_object *ldd_host_withdraw(void *handle, ldd_host_kind kind) {
-    ldd_host_object *object = NULL;
+acl_object *acl_withdraw(void *handle, acl_kind kind) {
+    acl_object *object = NULL;
     handle_slot *slot;
     pthread_mutex_lock(&table_lock);
     slot = find_slot(handle, kind);
@@ -100,21 +100,21 @@ ldd_host_object *ldd_host_withdraw(void *handle, ldd_host_kind kind) {
     return object;
 }
 
-void ldd_host_release(ldd_host_object *object) {
+void acl_release(acl_object *object) {
     /* acq_rel: what other holders wrote before they let go is seen by the one who frees */
     if (atomic_fetch_sub_explicit(&object->refs, 1, memory_order_acq_rel) == 1) {
         object->destroy(object);
     }
 }
 
-bool ldd_host_collect(ldd_host_kind kind, bool (*wanted)(const ldd_host_object *, const void *), const void *argument,
-                      ldd_host_object ***objects, size_t *count) {
+bool acl_collect(acl_kind kind, bool (*wanted)(const acl_object *, const void *), const void *argument,
+                      acl_object ***objects, size_t *count) {
     uint32_t i;
     *count = 0;
     pthread_mutex_lock(&table_lock);
     *objects = malloc((num_slots + 1) * sizeof **objects);
     for (i = 0; *objects != NULL && i < num_slots; i++) {
-        ldd_host_object *object = slots[i].object;
+        acl_object *object = slots[i].object;
         if (object != NULL && object->kind == kind && wanted(object, argument)) {
             atomic_fetch_add_explicit(&object->refs, 1, memory_order_relaxed);
             (*objects)[(*count)++] = object;
@@ -124,15 +124,15 @@ bool ldd_host_collect(ldd_host_kind kind, bool (*wanted)(const ldd_host_object *
     return *objects != NULL;
 }
 
-uint64_t ldd_host_withdrawals(void) {
+uint64_t acl_withdrawals(void) {
     return atomic_load_explicit(&withdrawals, memory_order_acquire);
 }
 
-void ldd_host_objects_before_fork(void) {
+void acl_objects_before_fork(void) {
     pthread_mutex_lock(&table_lock);
 }
 
-void ldd_host_objects_after_fork(bool child) {
+void acl_objects_after_fork(bool child) {
     uint32_t i;
     if (child) {
         /* The threads that served these objects are not in the child: it forgets them, and their handles end. */

@@ -39,7 +39,7 @@ static size_t ending_above(uint64_t addr) {
     return low;
 }
 
-bool ldd_host_is_registered(uint64_t addr, uint64_t len) {
+bool acl_is_registered(uint64_t addr, uint64_t len) {
     size_t index;
     bool result;
     pthread_rwlock_rdlock(&ranges_lock);
@@ -50,11 +50,11 @@ bool ldd_host_is_registered(uint64_t addr, uint64_t len) {
     return result;
 }
 
-void ldd_host_ranges_before_fork(void) {
+void acl_ranges_before_fork(void) {
     pthread_rwlock_wrlock(&ranges_lock);
 }
 
-void ldd_host_ranges_after_fork(bool child) {
+void acl_ranges_after_fork(bool child) {
     if (child) { /* the owner noted in the lock is a thread of the parent */
         pthread_rwlock_init(&ranges_lock, NULL);
     } else {
@@ -83,7 +83,7 @@ static aclError add_range(const char *function, uint64_t addr, uint64_t size) {
     pthread_rwlock_wrlock(&ranges_lock);
     index = ending_above(addr);
     if (index < num_ranges && ranges[index].addr < addr + size) {
-        error = ldd_host_acl_fail(ACL_ERROR_RT_HOST_MEMORY_ALREADY_REGISTERED,
+        error = acl_fail(ACL_ERROR_RT_HOST_MEMORY_ALREADY_REGISTERED,
                                   "%s: [%#llx, +%llu) overlaps the registered [%#llx, +%llu)", function,
                                   (unsigned long long)addr, (unsigned long long)size,
                                   (unsigned long long)ranges[index].addr, (unsigned long long)ranges[index].size);
@@ -91,7 +91,7 @@ static aclError add_range(const char *function, uint64_t addr, uint64_t size) {
         size_t wanted = max_ranges == 0 ? 16 : max_ranges * 2;
         host_range *grown = realloc(ranges, wanted * sizeof *grown);
         if (grown == NULL) {
-            error = ldd_host_acl_fail(ACL_ERROR_RT_RESOURCE_ALLOC_FAIL, "%s: no memory for bookkeeping", function);
+            error = acl_fail(ACL_ERROR_RT_RESOURCE_ALLOC_FAIL, "%s: no memory for bookkeeping", function);
         } else {
             ranges = grown;
             max_ranges = wanted;
@@ -111,19 +111,19 @@ LDD_EXPORT aclError aclrtHostRegister(void *ptr, uint64_t size, aclrtHostRegiste
     int32_t device;
     aclError error;
     if (ptr == NULL || size == 0 || out_device_ptr == NULL || (uintptr_t)ptr + size < size) {
-        return ldd_host_acl_fail(ACL_ERROR_INVALID_PARAM, "%s: pointer is %p, size is %llu, result pointer is %p",
+        return acl_fail(ACL_ERROR_INVALID_PARAM, "%s: pointer is %p, size is %llu, result pointer is %p",
                                  __func__, ptr, (unsigned long long)size, (void *)out_device_ptr);
     }
     if (type != ACL_HOST_REGISTER_MAPPED) {
-        return ldd_host_acl_fail(ACL_ERROR_RT_FEATURE_NOT_SUPPORT, "%s: type %d; ACL_HOST_REGISTER_MAPPED expected",
+        return acl_fail(ACL_ERROR_RT_FEATURE_NOT_SUPPORT, "%s: type %d; ACL_HOST_REGISTER_MAPPED expected",
                                  __func__, (int)type);
     }
-    error = ldd_host_require_context(__func__, &device);
+    error = acl_require_context(__func__, &device);
     if (error != ACL_SUCCESS) {
         return error;
     }
     if (!is_mapped((uintptr_t)ptr, size)) {
-        return ldd_host_acl_fail(ACL_ERROR_RT_PARAM_INVALID, "%s: [%p, +%llu) is not mapped: %s", __func__, ptr,
+        return acl_fail(ACL_ERROR_RT_PARAM_INVALID, "%s: [%p, +%llu) is not mapped: %s", __func__, ptr,
                                  (unsigned long long)size, strerror(errno));
     }
     error = add_range(__func__, (uintptr_t)ptr, size);
@@ -136,7 +136,7 @@ LDD_EXPORT aclError aclrtHostRegister(void *ptr, uint64_t size, aclrtHostRegiste
 LDD_EXPORT aclError aclrtHostUnregister(void *ptr) {
     int32_t device;
     size_t index;
-    aclError error = ldd_host_require_context(__func__, &device);
+    aclError error = acl_require_context(__func__, &device);
     if (error != ACL_SUCCESS) {
         return error;
     }
@@ -146,7 +146,7 @@ LDD_EXPORT aclError aclrtHostUnregister(void *ptr) {
         num_ranges--;
         memmove(&ranges[index], &ranges[index + 1], (num_ranges - index) * sizeof *ranges);
     } else {
-        error = ldd_host_acl_fail(ACL_ERROR_RT_HOST_MEMORY_NOT_REGISTERED,
+        error = acl_fail(ACL_ERROR_RT_HOST_MEMORY_NOT_REGISTERED,
                                   "%s: %p is not the start of a registered range", __func__, ptr);
     }
     pthread_rwlock_unlock(&ranges_lock);

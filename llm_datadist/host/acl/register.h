@@ -6,10 +6,10 @@
 #include <stdint.h>
 
 /* Whether the range is the caller's own memory, registered with aclrtHostRegister. */
-bool ldd_host_is_registered(uint64_t addr, uint64_t len);
+bool acl_is_registered(uint64_t addr, uint64_t len);
 
 /* Around fork(): as in acl/object.h, but the ranges stay registered in the child. */
-void ldd_host_ranges_before_fork(void);
-void ldd_host_ranges_after_fork(bool child);
+void acl_ranges_before_fork(void);
+void acl_ranges_after_fork(bool child);
 
 #endif

@@ -17,14 +17,14 @@ enum { MAX_STREAMS = 1984 }; /* per device, as on real parts */
 typedef struct stream_task {
     struct stream_task *next;
     enum { TASK_COPIES, TASK_RECORD, TASK_WAIT } kind;
-    ldd_host_event *event; /* reference held; records and waits */
+    acl_event *event; /* reference held; records and waits */
     uint64_t sequence;
     size_t num_copies;
-    ldd_host_copy copies[];
+    acl_copy copies[];
 } stream_task;
 
-struct ldd_host_stream {
-    ldd_host_object object;
+struct acl_stream {
+    acl_object object;
     void *context; /* handle: compared, never followed */
     int32_t device;
     bool is_default; /* lives as long as its context */
@@ -36,7 +36,7 @@ struct ldd_host_stream {
     uint64_t submitted, finished; /* tasks so far; dropped ones count as finished */
     uint64_t started;             /* tasks the thread took so far */
     uint64_t aborts;
-    ldd_host_event *waiting_for; /* by the running task */
+    acl_event *waiting_for; /* by the running task */
     bool running;
     bool has_thread;
     bool closing;       /* the thread ends when nothing is queued */
@@ -45,15 +45,15 @@ struct ldd_host_stream {
     atomic_bool cancelled; /* the running task gives up at its next piece */
 };
 
-static atomic_uint num_streams[LDD_HOST_MAX_DEVICES];
+static atomic_uint num_streams[ACL_HOST_MAX_DEVICES];
 
 static void free_task(stream_task *task) {
     size_t i;
     for (i = 0; i < task->num_copies; i++) {
-        ldd_host_unpin_copy(&task->copies[i]);
+        acl_unpin_copy(&task->copies[i]);
     }
     if (task->event != NULL) {
-        ldd_host_release(&task->event->object);
+        acl_release(&task->event->object);
     }
     free(task);
 }
@@ -66,8 +66,8 @@ static void free_tasks(stream_task *task) {
     }
 }
 
-static void destroy_stream(ldd_host_object *object) {
-    ldd_host_stream *stream = (ldd_host_stream *)object;
+static void destroy_stream(acl_object *object) {
+    acl_stream *stream = (acl_stream *)object;
     atomic_fetch_sub(&num_streams[stream->device], 1);
     pthread_cond_destroy(&stream->work);
     pthread_cond_destroy(&stream->done);
@@ -75,31 +75,31 @@ static void destroy_stream(ldd_host_object *object) {
     free(stream);
 }
 
-void ldd_host_release_stream(ldd_host_stream *stream) {
-    ldd_host_release(&stream->object);
+void acl_release_stream(acl_stream *stream) {
+    acl_release(&stream->object);
 }
 
 /* ---- the thread of a stream ---- */
 
-static void run_task(ldd_host_stream *stream, const stream_task *task) {
+static void run_task(acl_stream *stream, const stream_task *task) {
     size_t i;
     switch (task->kind) {
     case TASK_COPIES:
         for (i = 0; i < task->num_copies; i++) {
-            ldd_host_run_copy(&task->copies[i], &stream->cancelled);
+            acl_run_copy(&task->copies[i], &stream->cancelled);
         }
         break;
     case TASK_RECORD:
-        ldd_host_event_reached(task->event, task->sequence);
+        acl_event_reached(task->event, task->sequence);
         break;
     case TASK_WAIT:
-        ldd_host_event_wait(task->event, task->sequence, &stream->cancelled);
+        acl_event_wait(task->event, task->sequence, &stream->cancelled);
         break;
     }
 }
 
 static void *serve_stream(void *argument) {
-    ldd_host_stream *stream = argument;
+    acl_stream *stream = argument;
     stream_task *task;
     pthread_mutex_lock(&stream->lock);
     for (;;) {
@@ -132,7 +132,7 @@ static void *serve_stream(void *argument) {
         pthread_mutex_lock(&stream->lock);
     }
     pthread_mutex_unlock(&stream->lock);
-    ldd_host_release_stream(stream);
+    acl_release_stream(stream);
     return NULL;
 }
 
@@ -142,18 +142,18 @@ typedef struct {
 } stream_ticket;
 
 /* Queue a task, starting the thread when it is the first. On failure the task is freed. */
-static aclError submit(ldd_host_stream *stream, stream_task *task, stream_ticket *ticket) {
+static aclError submit(acl_stream *stream, stream_task *task, stream_ticket *ticket) {
     aclError error = ACL_SUCCESS;
     pthread_mutex_lock(&stream->lock);
     if (stream->closing) {
-        error = ldd_host_acl_fail(ACL_ERROR_RT_INVALID_HANDLE, "stream %p is being destroyed", stream->object.handle);
+        error = acl_fail(ACL_ERROR_RT_INVALID_HANDLE, "stream %p is being destroyed", stream->object.handle);
     } else if (!stream->has_thread) {
         int failure;
         atomic_fetch_add_explicit(&stream->object.refs, 1, memory_order_relaxed); /* the thread's */
         failure = pthread_create(&stream->thread, NULL, serve_stream, stream);
         if (failure != 0) {
             atomic_fetch_sub_explicit(&stream->object.refs, 1, memory_order_relaxed);
-            error = ldd_host_acl_fail(ACL_ERROR_RT_RESOURCE_ALLOC_FAIL,
+            error = acl_fail(ACL_ERROR_RT_RESOURCE_ALLOC_FAIL,
                                       "no thread for stream %p: %s (see RLIMIT_NPROC)", stream->object.handle,
                                       strerror(failure));
         } else {
@@ -176,14 +176,14 @@ static aclError submit(ldd_host_stream *stream, stream_task *task, stream_ticket
 
 /* ---- waiting and aborting ---- */
 
-static aclError wait_for_ticket(const char *function, ldd_host_stream *stream, const stream_ticket *ticket,
+static aclError wait_for_ticket(const char *function, acl_stream *stream, const stream_ticket *ticket,
                                 const struct timespec *deadline) {
     aclError error = ACL_SUCCESS;
     bool late = false;
     pthread_mutex_lock(&stream->lock);
     for (;;) {
         if (stream->aborts != ticket->aborts) { /* asked first: dropped tasks count as finished */
-            error = ldd_host_acl_fail(ACL_ERROR_RT_STREAM_ABORT, "%s: stream %p was aborted", function,
+            error = acl_fail(ACL_ERROR_RT_STREAM_ABORT, "%s: stream %p was aborted", function,
                                       stream->object.handle);
             break;
         }
@@ -191,7 +191,7 @@ static aclError wait_for_ticket(const char *function, ldd_host_stream *stream, c
             break;
         }
         if (late) {
-            error = ldd_host_acl_fail(ACL_ERROR_RT_STREAM_SYNC_TIMEOUT,
+            error = acl_fail(ACL_ERROR_RT_STREAM_SYNC_TIMEOUT,
                                       "%s: stream %p has %llu tasks to go when the time is over", function,
                                       stream->object.handle, (unsigned long long)(ticket->number - stream->finished));
             break;
@@ -207,7 +207,7 @@ static aclError wait_for_ticket(const char *function, ldd_host_stream *stream, c
 }
 
 /* Wait until everything submitted so far has ended. */
-static aclError drain(const char *function, ldd_host_stream *stream, const struct timespec *deadline) {
+static aclError drain(const char *function, acl_stream *stream, const struct timespec *deadline) {
     stream_ticket ticket;
     pthread_mutex_lock(&stream->lock);
     ticket.number = stream->submitted;
@@ -217,9 +217,9 @@ static aclError drain(const char *function, ldd_host_stream *stream, const struc
 }
 
 /* Drop what is queued and make the running task give up; on return nothing of it touches memory any more. */
-static void abort_stream(ldd_host_stream *stream, bool close) {
+static void abort_stream(acl_stream *stream, bool close) {
     stream_task *dropped, *task;
-    ldd_host_event *event;
+    acl_event *event;
     uint64_t running;
     pthread_mutex_lock(&stream->lock);
     dropped = stream->head;
@@ -237,7 +237,7 @@ static void abort_stream(ldd_host_stream *stream, bool close) {
         atomic_store(&stream->cancelled, true);
         event = stream->waiting_for;
         if (event != NULL) {
-            ldd_host_event_kick(event);
+            acl_event_kick(event);
         }
     }
     /* A task submitted after this point has a higher number and is not ours to wait for. */
@@ -252,7 +252,7 @@ static void abort_stream(ldd_host_stream *stream, bool close) {
  * The handle has ended: end the stream. Its thread finishes what is queued and then itself; it is waited for when
  * nothing was left to do, so that a stream destroyed after synchronising leaves no thread behind.
  */
-static void end_stream(ldd_host_stream *stream, bool drop) {
+static void end_stream(acl_stream *stream, bool drop) {
     bool idle, has_thread;
     if (drop) {
         abort_stream(stream, true);
@@ -269,27 +269,27 @@ static void end_stream(ldd_host_stream *stream, bool drop) {
     } else if (has_thread) {
         pthread_detach(stream->thread);
     }
-    ldd_host_release_stream(stream);
+    acl_release_stream(stream);
 }
 
 /* ---- for the other files ---- */
 
-aclError ldd_host_create_stream(ldd_host_context *context, bool is_default, aclrtStream *out_stream) {
-    ldd_host_stream *stream;
+aclError acl_create_stream(acl_context *context, bool is_default, aclrtStream *out_stream) {
+    acl_stream *stream;
     if (context->closed) {
-        return ldd_host_acl_fail(ACL_ERROR_RT_CONTEXT_NULL, "context %p is being destroyed", context->object.handle);
+        return acl_fail(ACL_ERROR_RT_CONTEXT_NULL, "context %p is being destroyed", context->object.handle);
     }
     if (atomic_fetch_add(&num_streams[context->device], 1) >= MAX_STREAMS) {
         atomic_fetch_sub(&num_streams[context->device], 1);
-        return ldd_host_acl_fail(ACL_ERROR_RT_NO_STREAM_RESOURCE, "device %d has %d streams", context->device,
+        return acl_fail(ACL_ERROR_RT_NO_STREAM_RESOURCE, "device %d has %d streams", context->device,
                                  MAX_STREAMS);
     }
     stream = calloc(1, sizeof *stream);
     if (stream == NULL) {
         atomic_fetch_sub(&num_streams[context->device], 1);
-        return ldd_host_acl_fail(ACL_ERROR_RT_RESOURCE_ALLOC_FAIL, "no memory for a stream");
+        return acl_fail(ACL_ERROR_RT_RESOURCE_ALLOC_FAIL, "no memory for a stream");
     }
-    stream->object.kind = LDD_HOST_STREAM;
+    stream->object.kind = ACL_HOST_STREAM;
     stream->object.refs = 1;
     stream->object.destroy = destroy_stream;
     stream->context = context->object.handle;
@@ -297,17 +297,17 @@ aclError ldd_host_create_stream(ldd_host_context *context, bool is_default, aclr
     stream->is_default = is_default;
     stream->tail = &stream->head;
     pthread_mutex_init(&stream->lock, NULL);
-    ldd_host_init_condition(&stream->work);
-    ldd_host_init_condition(&stream->done);
-    if (!ldd_host_publish(&stream->object)) {
+    acl_init_condition(&stream->work);
+    acl_init_condition(&stream->done);
+    if (!acl_publish(&stream->object)) {
         destroy_stream(&stream->object);
-        return ldd_host_acl_fail(ACL_ERROR_RT_RESOURCE_ALLOC_FAIL, "no handle left for a stream");
+        return acl_fail(ACL_ERROR_RT_RESOURCE_ALLOC_FAIL, "no handle left for a stream");
     }
     *out_stream = stream->object.handle;
     return ACL_SUCCESS;
 }
 
-aclError ldd_host_enter_stream(const char *function, aclrtStream handle, ldd_host_stream **stream) {
+aclError acl_enter_stream(const char *function, aclrtStream handle, acl_stream **stream) {
     aclrtContext context;
     aclError error = aclrtGetCurrentContext(&context);
     if (error == ACL_SUCCESS && handle == NULL) {
@@ -316,45 +316,45 @@ aclError ldd_host_enter_stream(const char *function, aclrtStream handle, ldd_hos
     if (error != ACL_SUCCESS) {
         return error;
     }
-    *stream = (ldd_host_stream *)ldd_host_acquire(handle, LDD_HOST_STREAM);
+    *stream = (acl_stream *)acl_acquire(handle, ACL_HOST_STREAM);
     if (*stream == NULL) {
-        return ldd_host_acl_fail(ACL_ERROR_RT_INVALID_HANDLE, "%s: %p is no stream", function, handle);
+        return acl_fail(ACL_ERROR_RT_INVALID_HANDLE, "%s: %p is no stream", function, handle);
     }
     if ((*stream)->context != context) {
-        ldd_host_release_stream(*stream);
-        return ldd_host_acl_fail(ACL_ERROR_RT_STREAM_CONTEXT, "%s: stream %p belongs to another context", function,
+        acl_release_stream(*stream);
+        return acl_fail(ACL_ERROR_RT_STREAM_CONTEXT, "%s: stream %p belongs to another context", function,
                                  handle);
     }
     return ACL_SUCCESS;
 }
 
-void ldd_host_forget_streams(void) {
+void acl_forget_streams(void) {
     int32_t device;
-    for (device = 0; device < LDD_HOST_MAX_DEVICES; device++) {
+    for (device = 0; device < ACL_HOST_MAX_DEVICES; device++) {
         atomic_store(&num_streams[device], 0);
     }
 }
 
-static bool is_of_context(const ldd_host_object *object, const void *context) {
-    return ((const ldd_host_stream *)object)->context == context;
+static bool is_of_context(const acl_object *object, const void *context) {
+    return ((const acl_stream *)object)->context == context;
 }
 
-static bool is_of_device(const ldd_host_object *object, const void *device) {
-    return ((const ldd_host_stream *)object)->device == *(const int32_t *)device;
+static bool is_of_device(const acl_object *object, const void *device) {
+    return ((const acl_stream *)object)->device == *(const int32_t *)device;
 }
 
-void ldd_host_end_streams(void *context_handle) {
-    ldd_host_object **streams;
+void acl_end_streams(void *context_handle) {
+    acl_object **streams;
     size_t count, i;
-    if (!ldd_host_collect(LDD_HOST_STREAM, is_of_context, context_handle, &streams, &count)) {
+    if (!acl_collect(ACL_HOST_STREAM, is_of_context, context_handle, &streams, &count)) {
         return; /* no memory: the streams stay, unreachable, until the process ends */
     }
     for (i = 0; i < count; i++) {
-        ldd_host_object *withdrawn = ldd_host_withdraw(streams[i]->handle, LDD_HOST_STREAM);
+        acl_object *withdrawn = acl_withdraw(streams[i]->handle, ACL_HOST_STREAM);
         if (withdrawn != NULL) {
-            end_stream((ldd_host_stream *)withdrawn, true);
+            end_stream((acl_stream *)withdrawn, true);
         }
-        ldd_host_release(streams[i]);
+        acl_release(streams[i]);
     }
     free(streams);
 }
@@ -362,7 +362,7 @@ void ldd_host_end_streams(void *context_handle) {
 static stream_task *create_task(int kind, size_t num_copies) {
     stream_task *task = calloc(1, sizeof *task + num_copies * sizeof task->copies[0]);
     if (task == NULL) {
-        ldd_host_acl_fail(ACL_ERROR_RT_RESOURCE_ALLOC_FAIL, "no memory for a task of %zu copies", num_copies);
+        acl_fail(ACL_ERROR_RT_RESOURCE_ALLOC_FAIL, "no memory for a task of %zu copies", num_copies);
         return NULL;
     }
     task->kind = kind;
@@ -370,14 +370,14 @@ static stream_task *create_task(int kind, size_t num_copies) {
     return task;
 }
 
-aclError ldd_host_submit_copies(ldd_host_stream *stream, const ldd_host_copy *copies, size_t num_copies, bool wait) {
+aclError acl_submit_copies(acl_stream *stream, const acl_copy *copies, size_t num_copies, bool wait) {
     stream_task *task = create_task(TASK_COPIES, num_copies);
     stream_ticket ticket;
     size_t i;
     aclError error;
     if (task == NULL) {
         for (i = 0; i < num_copies; i++) {
-            ldd_host_unpin_copy(&copies[i]);
+            acl_unpin_copy(&copies[i]);
         }
         return ACL_ERROR_RT_RESOURCE_ALLOC_FAIL;
     }
@@ -391,11 +391,11 @@ aclError ldd_host_submit_copies(ldd_host_stream *stream, const ldd_host_copy *co
     return error;
 }
 
-static aclError submit_event_task(ldd_host_stream *stream, int kind, ldd_host_event *event, uint64_t sequence) {
+static aclError submit_event_task(acl_stream *stream, int kind, acl_event *event, uint64_t sequence) {
     stream_task *task = create_task(kind, 0);
     stream_ticket ticket;
     if (task == NULL) {
-        ldd_host_release(&event->object);
+        acl_release(&event->object);
         return ACL_ERROR_RT_RESOURCE_ALLOC_FAIL;
     }
     task->event = event;
@@ -403,11 +403,11 @@ static aclError submit_event_task(ldd_host_stream *stream, int kind, ldd_host_ev
     return submit(stream, task, &ticket);
 }
 
-aclError ldd_host_submit_record(ldd_host_stream *stream, ldd_host_event *event, uint64_t sequence) {
+aclError acl_submit_record(acl_stream *stream, acl_event *event, uint64_t sequence) {
     return submit_event_task(stream, TASK_RECORD, event, sequence);
 }
 
-aclError ldd_host_submit_wait(ldd_host_stream *stream, ldd_host_event *event, uint64_t sequence) {
+aclError acl_submit_wait(acl_stream *stream, acl_event *event, uint64_t sequence) {
     return submit_event_task(stream, TASK_WAIT, event, sequence);
 }
 
@@ -415,25 +415,25 @@ aclError ldd_host_submit_wait(ldd_host_stream *stream, ldd_host_event *event, ui
 
 LDD_EXPORT aclError aclrtCreateStreamWithConfig(aclrtStream *out_stream, uint32_t priority, uint32_t flags) {
     const uint32_t hints = ACL_STREAM_FAST_LAUNCH | ACL_STREAM_FAST_SYNC | ACL_STREAM_HUGE;
-    ldd_host_context *context;
+    acl_context *context;
     aclError error;
     if (out_stream == NULL) {
-        return ldd_host_acl_fail(ACL_ERROR_INVALID_PARAM, "%s: result pointer is NULL", __func__);
+        return acl_fail(ACL_ERROR_INVALID_PARAM, "%s: result pointer is NULL", __func__);
     }
     if (priority != 0) {
-        return ldd_host_acl_fail(ACL_ERROR_INVALID_PARAM, "%s: priority is %u; 0 expected", __func__, priority);
+        return acl_fail(ACL_ERROR_INVALID_PARAM, "%s: priority is %u; 0 expected", __func__, priority);
     }
     if ((flags & ~hints) != 0) {
-        return ldd_host_acl_fail(ACL_ERROR_RT_FEATURE_NOT_SUPPORT, "%s: stream flags %#x", __func__, flags & ~hints);
+        return acl_fail(ACL_ERROR_RT_FEATURE_NOT_SUPPORT, "%s: stream flags %#x", __func__, flags & ~hints);
     }
-    error = ldd_host_enter_context(__func__, &context);
+    error = acl_enter_context(__func__, &context);
     if (error != ACL_SUCCESS) {
         return error;
     }
     pthread_mutex_lock(&context->lock);
-    error = ldd_host_create_stream(context, false, out_stream);
+    error = acl_create_stream(context, false, out_stream);
     pthread_mutex_unlock(&context->lock);
-    ldd_host_release(&context->object);
+    acl_release(&context->object);
     return error;
 }
 
@@ -442,28 +442,28 @@ LDD_EXPORT aclError aclrtCreateStream(aclrtStream *out_stream) {
 }
 
 static aclError withdraw_stream(const char *function, aclrtStream handle, bool drop) {
-    ldd_host_stream *stream;
-    ldd_host_object *withdrawn;
+    acl_stream *stream;
+    acl_object *withdrawn;
     bool is_default;
     aclError error;
     if (handle == NULL) {
-        return ldd_host_acl_fail(ACL_ERROR_INVALID_PARAM, "%s: stream is NULL", function);
+        return acl_fail(ACL_ERROR_INVALID_PARAM, "%s: stream is NULL", function);
     }
-    error = ldd_host_enter_stream(function, handle, &stream);
+    error = acl_enter_stream(function, handle, &stream);
     if (error != ACL_SUCCESS) {
         return error;
     }
     is_default = stream->is_default;
-    ldd_host_release_stream(stream);
+    acl_release_stream(stream);
     if (is_default) {
-        return ldd_host_acl_fail(ACL_ERROR_RT_PARAM_INVALID, "%s: %p is the default stream of its context", function,
+        return acl_fail(ACL_ERROR_RT_PARAM_INVALID, "%s: %p is the default stream of its context", function,
                                  handle);
     }
-    withdrawn = ldd_host_withdraw(handle, LDD_HOST_STREAM);
+    withdrawn = acl_withdraw(handle, ACL_HOST_STREAM);
     if (withdrawn == NULL) { /* another thread was faster */
-        return ldd_host_acl_fail(ACL_ERROR_RT_INVALID_HANDLE, "%s: %p is no stream", function, handle);
+        return acl_fail(ACL_ERROR_RT_INVALID_HANDLE, "%s: %p is no stream", function, handle);
     }
-    end_stream((ldd_host_stream *)withdrawn, drop);
+    end_stream((acl_stream *)withdrawn, drop);
     return ACL_SUCCESS;
 }
 
@@ -476,13 +476,13 @@ LDD_EXPORT aclError aclrtDestroyStreamForce(aclrtStream stream) {
 }
 
 static aclError synchronize_stream(const char *function, aclrtStream handle, const struct timespec *deadline) {
-    ldd_host_stream *stream;
-    aclError error = ldd_host_enter_stream(function, handle, &stream);
+    acl_stream *stream;
+    aclError error = acl_enter_stream(function, handle, &stream);
     if (error != ACL_SUCCESS) {
         return error;
     }
     error = drain(function, stream, deadline);
-    ldd_host_release_stream(stream);
+    acl_release_stream(stream);
     return error;
 }
 
@@ -491,8 +491,8 @@ LDD_EXPORT aclError aclrtSynchronizeStream(aclrtStream stream) {
 }
 
 LDD_EXPORT aclError aclrtSynchronizeStreamWithTimeout(aclrtStream stream, int32_t timeout_ms) {
-    struct timespec deadline = ldd_host_deadline(timeout_ms > 0 ? timeout_ms : 0);
-    aclError error = ldd_host_check_timeout(__func__, timeout_ms);
+    struct timespec deadline = acl_deadline(timeout_ms > 0 ? timeout_ms : 0);
+    aclError error = acl_check_timeout(__func__, timeout_ms);
     if (error != ACL_SUCCESS) {
         return error;
     }
@@ -501,22 +501,22 @@ LDD_EXPORT aclError aclrtSynchronizeStreamWithTimeout(aclrtStream stream, int32_
 
 /* All streams of the device of the current context, whatever context they are in. */
 static aclError synchronize_device(const char *function, const struct timespec *deadline) {
-    ldd_host_object **streams;
+    acl_object **streams;
     size_t count, i;
     int32_t device;
-    aclError error = ldd_host_require_context(function, &device);
+    aclError error = acl_require_context(function, &device);
     if (error != ACL_SUCCESS) {
         return error;
     }
-    if (!ldd_host_collect(LDD_HOST_STREAM, is_of_device, &device, &streams, &count)) {
-        return ldd_host_acl_fail(ACL_ERROR_RT_RESOURCE_ALLOC_FAIL, "%s: no memory to list the streams", function);
+    if (!acl_collect(ACL_HOST_STREAM, is_of_device, &device, &streams, &count)) {
+        return acl_fail(ACL_ERROR_RT_RESOURCE_ALLOC_FAIL, "%s: no memory to list the streams", function);
     }
     for (i = 0; i < count; i++) {
-        ldd_host_stream *stream = (ldd_host_stream *)streams[i];
+        acl_stream *stream = (acl_stream *)streams[i];
         if (error == ACL_SUCCESS) {
             error = drain(function, stream, deadline);
         }
-        ldd_host_release_stream(stream);
+        acl_release_stream(stream);
     }
     free(streams);
     return error;
@@ -527,8 +527,8 @@ LDD_EXPORT aclError aclrtSynchronizeDevice(void) {
 }
 
 LDD_EXPORT aclError aclrtSynchronizeDeviceWithTimeout(int32_t timeout_ms) {
-    struct timespec deadline = ldd_host_deadline(timeout_ms > 0 ? timeout_ms : 0);
-    aclError error = ldd_host_check_timeout(__func__, timeout_ms);
+    struct timespec deadline = acl_deadline(timeout_ms > 0 ? timeout_ms : 0);
+    aclError error = acl_check_timeout(__func__, timeout_ms);
     if (error != ACL_SUCCESS) {
         return error;
     }
@@ -536,52 +536,52 @@ LDD_EXPORT aclError aclrtSynchronizeDeviceWithTimeout(int32_t timeout_ms) {
 }
 
 LDD_EXPORT aclError aclrtStreamQuery(aclrtStream stream, aclrtStreamStatus *out_status) {
-    ldd_host_stream *found;
+    acl_stream *found;
     aclError error;
     if (out_status == NULL) {
-        return ldd_host_acl_fail(ACL_ERROR_INVALID_PARAM, "%s: result pointer is NULL", __func__);
+        return acl_fail(ACL_ERROR_INVALID_PARAM, "%s: result pointer is NULL", __func__);
     }
-    error = ldd_host_enter_stream(__func__, stream, &found);
+    error = acl_enter_stream(__func__, stream, &found);
     if (error != ACL_SUCCESS) {
         return error;
     }
     pthread_mutex_lock(&found->lock);
     *out_status = found->finished == found->submitted ? ACL_STREAM_STATUS_COMPLETE : ACL_STREAM_STATUS_NOT_READY;
     pthread_mutex_unlock(&found->lock);
-    ldd_host_release_stream(found);
+    acl_release_stream(found);
     return ACL_SUCCESS;
 }
 
 LDD_EXPORT aclError aclrtStreamAbort(aclrtStream stream) {
-    ldd_host_stream *found;
-    aclError error = ldd_host_enter_stream(__func__, stream, &found);
+    acl_stream *found;
+    aclError error = acl_enter_stream(__func__, stream, &found);
     if (error != ACL_SUCCESS) {
         return error;
     }
     abort_stream(found, false);
-    ldd_host_release_stream(found);
+    acl_release_stream(found);
     return ACL_SUCCESS;
 }
 
 /* Tasks are checked when they are queued and do not fail later, so either mode is kept by doing nothing more. */
 LDD_EXPORT aclError aclrtSetStreamFailureMode(aclrtStream stream, uint64_t mode) {
-    ldd_host_stream *found;
+    acl_stream *found;
     aclError error;
     if (mode != ACL_CONTINUE_ON_FAILURE && mode != ACL_STOP_ON_FAILURE) {
-        return ldd_host_acl_fail(ACL_ERROR_INVALID_PARAM, "%s: mode is %llu; 0 or 1 expected", __func__,
+        return acl_fail(ACL_ERROR_INVALID_PARAM, "%s: mode is %llu; 0 or 1 expected", __func__,
                                  (unsigned long long)mode);
     }
-    error = ldd_host_enter_stream(__func__, stream, &found);
+    error = acl_enter_stream(__func__, stream, &found);
     if (error != ACL_SUCCESS) {
         return error;
     }
     pthread_mutex_lock(&found->lock);
     if (found->has_failure_mode) {
-        error = ldd_host_acl_fail(ACL_ERROR_RT_PARAM_INVALID, "%s: stream %p has its failure mode already", __func__,
+        error = acl_fail(ACL_ERROR_RT_PARAM_INVALID, "%s: stream %p has its failure mode already", __func__,
                                   stream);
     }
     found->has_failure_mode = true;
     pthread_mutex_unlock(&found->lock);
-    ldd_host_release_stream(found);
+    acl_release_stream(found);
     return error;
 }

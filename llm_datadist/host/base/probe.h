@@ -19,10 +19,14 @@ typedef struct {
     int read_fd, write_fd;
 } base_probe;
 
-/* Each of `ranges` is one byte. The number of good ones before the first bad; -1: the kernel cannot be asked (errno). */
+/*
+ * Each of `ranges` is one byte. The number of good ones before the first bad; -1: the kernel cannot be asked (errno).
+ */
 int base_probe_readable(base_probe *probe, const struct iovec *ranges, size_t count);
 
-/* The same for writing, which puts the byte of `from` there: what will be written anyway, so that no one sees another. */
+/*
+ * The same for writing, which puts the byte of `from` there: what will be written anyway, so that no one sees another.
+ */
 int base_probe_writable(base_probe *probe, const struct iovec *from, const struct iovec *ranges, size_t count);
 
 void base_probe_close(base_probe *probe);

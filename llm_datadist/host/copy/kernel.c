@@ -1,3 +1,4 @@
+/* Copies that go past the caches; see copy/kernel.h for when they pay. */
 #include "copy/kernel.h"
 
 #include <stdint.h>

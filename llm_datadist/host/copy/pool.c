@@ -1,3 +1,4 @@
+/* Helper threads that share large copies; see copy/pool.h. */
 #define _GNU_SOURCE
 #include "copy/pool.h"
 

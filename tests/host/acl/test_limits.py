@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[3]
 MIB = 1 << 20
 DRIVER = r"""
 #include <stdio.h>
-#include "acl/memory.h"
+#include "acl/limits.h"
 static const char *root;
 FILE *fopen_below(const char *path, const char *mode) {
     char below[8192];
@@ -22,7 +22,7 @@ FILE *fopen_below(const char *path, const char *mode) {
 int main(int argc, char **argv) {
     uint64_t available, total;
     root = argv[argc - 1];
-    ldd_host_machine_memory(&available, &total);
+    acl_machine_memory(&available, &total);
     printf("%llu %llu\n", (unsigned long long)available, (unsigned long long)total);
     return 0;
 }

@@ -104,7 +104,7 @@ def test_what_may_be_read_is_mapped_to_be_read(api, server, monkeypatch):
 
 
 def test_a_dropped_peer_is_admitted_no_more(api, server):
-    handle, port, addr = server
+    handle, port, _ = server
     try:
         with api.client(port, config(GOOD)) as client:
             client.connect()
@@ -142,9 +142,8 @@ def test_connections_of_one_token_are_limited(server):
 def test_parameters(api, server):
     handle = server[0]
     lib = api.lib
-    for call in (lambda: lib.LddServerAdmitPeer(handle, None, READ), lambda: lib.LddServerAdmitPeer(handle, bytes(16), READ),
-                 lambda: lib.LddServerAdmitPeer(handle, UNKNOWN, 0), lambda: lib.LddServerAdmitPeer(handle, UNKNOWN, WRITE),
-                 lambda: lib.LddServerAdmitPeer(handle, UNKNOWN, 4 | READ), lambda: lib.LddServerAdmitPeer(None, UNKNOWN, READ),
-                 lambda: lib.LddServerRestrict(None)):
-        assert call() == hixl.PARAM_INVALID
+    for arguments in ((handle, None, READ), (handle, bytes(16), READ), (handle, UNKNOWN, 0), (handle, UNKNOWN, WRITE),
+                      (handle, UNKNOWN, 4 | READ), (None, UNKNOWN, READ)):
+        assert lib.LddServerAdmitPeer(*arguments) == hixl.PARAM_INVALID
+    assert lib.LddServerRestrict(None) == hixl.PARAM_INVALID
     assert lib.LddServerRestrict(handle) == hixl.FAILED             # it listens already

@@ -119,7 +119,7 @@ static void remember_good(hixl_client *client, uint64_t first, uint64_t end, boo
 /* Skip what lies in allocations of this provider, check the rest in groups. */
 static HixlStatus check_unknown(base_probe *probe, const hixl_segments *segments, bool all_mapped, bool is_put,
                                 hixl_error *error) {
-    ldd_host_allocation allocation = {0};
+    acl_allocation allocation = {0};
     hixl_segment unknown[PROBE_OPS];
     HixlStatus status = HIXL_SUCCESS;
     size_t i, num_unknown = 0;
@@ -127,7 +127,7 @@ static HixlStatus check_unknown(base_probe *probe, const hixl_segments *segments
         const hixl_segment *segment = &segments->items[i];
         if ((segment->local >= allocation.base &&
              segment->local + segment->bytes <= allocation.base + allocation.size) ||
-            ldd_host_find_allocation(segment->local, segment->bytes, &allocation) == 0) {
+            acl_find_allocation(segment->local, segment->bytes, &allocation) == 0) {
             continue;
         }
         unknown[num_unknown++] = *segment;
@@ -147,7 +147,7 @@ static HixlStatus check_unknown(base_probe *probe, const hixl_segments *segments
  */
 static HixlStatus check_local(hixl_client *client, const hixl_segments *segments, bool is_put, hixl_error *error) {
     uint64_t first = UINT64_MAX, end = 0;
-    ldd_host_allocation allocation;
+    acl_allocation allocation;
     base_probe probe = {0};
     HixlStatus status;
     bool all_mapped;
@@ -159,7 +159,7 @@ static HixlStatus check_local(hixl_client *client, const hixl_segments *segments
         end = segment->local + segment->bytes > end ? segment->local + segment->bytes : end;
     }
     if ((first >= client->good_first && end <= client->good_end && (is_put || client->good_to_write)) ||
-        ldd_host_find_allocation(first, end - first, &allocation) == 0) {
+        acl_find_allocation(first, end - first, &allocation) == 0) {
         return HIXL_SUCCESS;
     }
     all_mapped = is_mapped(first, end);
@@ -244,8 +244,8 @@ HixlStatus hixl_plan_fetch(hixl_batch *batch, const HixlOneSideOpDesc *ops, uint
         uint64_t local = (uintptr_t)ops[i].local_buf;
         if (ops[i].len == 0 || local == 0 || ops[i].len > UINT64_MAX - local) {
             return hixl_fail(error, HIXL_PARAM_INVALID,
-                             "descriptor %u: local 0x%" PRIx64 ", length %" PRIu64 " is empty or wraps around", i, local,
-                             ops[i].len);
+                             "descriptor %u: local 0x%" PRIx64 ", length %" PRIu64 " is empty or wraps around", i,
+                             local, ops[i].len);
         }
         /* The stream of a fetch stands for a region: what follows in it and in memory is one operation. */
         if (!add_tcp_op(batch, local, 0, 0, batch->num_bytes, ops[i].len)) {

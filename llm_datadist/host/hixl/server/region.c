@@ -1,3 +1,4 @@
+/* The regions a server lets its clients read and write; see hixl/server/region.h. */
 #define _GNU_SOURCE
 #include "hixl/server/region.h"
 
@@ -68,7 +69,7 @@ void hixl_regions_destroy(hixl_region_table *table) {
 }
 
 /* Locked. Find or make the entry of an allocation's memfd. */
-static HixlStatus hold_backing(hixl_region_table *table, const ldd_host_allocation *allocation, hixl_backing **out,
+static HixlStatus hold_backing(hixl_region_table *table, const acl_allocation *allocation, hixl_backing **out,
                                hixl_error *error) {
     hixl_backing *backing;
     for (backing = table->backings; backing != NULL; backing = backing->next) {
@@ -82,7 +83,7 @@ static HixlStatus hold_backing(hixl_region_table *table, const ldd_host_allocati
     if (backing == NULL) {
         return hixl_fail(error, HIXL_RESOURCE_EXHAUSTED, "no memory for a region");
     }
-    backing->fd = ldd_host_dup_allocation_fd(allocation->id);
+    backing->fd = acl_dup_allocation_fd(allocation->id);
     if (backing->fd < 0) {
         int code = errno;
         free(backing);
@@ -124,7 +125,7 @@ static hixl_region *vacant_slot(hixl_region_table *table) {
 
 static HixlStatus add_locked(hixl_region_table *table, char *tag, const CommMem *mem, MemHandle *out,
                              hixl_error *error) {
-    ldd_host_allocation allocation;
+    acl_allocation allocation;
     hixl_backing *backing = NULL;
     hixl_region *region;
     uint64_t slot, address = (uintptr_t)mem->addr;
@@ -132,7 +133,7 @@ static HixlStatus add_locked(hixl_region_table *table, char *tag, const CommMem 
     if (table->num_live >= HIXL_MAX_REGIONS) {
         return hixl_fail(error, HIXL_RESOURCE_EXHAUSTED, "a server holds at most %u regions", HIXL_MAX_REGIONS);
     }
-    if (ldd_host_find_allocation(address, mem->size, &allocation) == 0) {
+    if (acl_find_allocation(address, mem->size, &allocation) == 0) {
         HixlStatus status = hold_backing(table, &allocation, &backing, error);
         if (status != HIXL_SUCCESS) {
             return status;

@@ -129,7 +129,8 @@ static HixlStatus check_token(const uint8_t *token, hixl_error *error) {
     static const uint8_t none[16];
     return token != NULL && memcmp(token, none, sizeof none) != 0
                ? HIXL_SUCCESS
-               : hixl_fail(error, HIXL_PARAM_INVALID, "token is %s: it names no client", token == NULL ? "NULL" : "zero");
+               : hixl_fail(error, HIXL_PARAM_INVALID, "token is %s: it names no client",
+                           token == NULL ? "NULL" : "zero");
 }
 
 LDD_EXPORT HixlStatus LddServerAdmitPeer(HixlServerHandle handle, const uint8_t token[16], uint32_t rights) {
@@ -140,8 +141,8 @@ LDD_EXPORT HixlStatus LddServerAdmitPeer(HixlServerHandle handle, const uint8_t 
         return error->status;
     }
     status = check_token(token, error);
-    if (status == HIXL_SUCCESS && (!(rights & LDD_RIGHT_READ) || (rights & ~(uint32_t)(LDD_RIGHT_READ | LDD_RIGHT_WRITE)) != 0)) {
-        status = hixl_fail(error, HIXL_PARAM_INVALID, "rights are %#x; reading (1), or reading and writing (3) expected", rights);
+    if (status == HIXL_SUCCESS && rights != LDD_RIGHT_READ && rights != (LDD_RIGHT_READ | LDD_RIGHT_WRITE)) {
+        status = hixl_fail(error, HIXL_PARAM_INVALID, "rights are %#x; 1 (read) or 3 (read and write) expected", rights);
     }
     if (status == HIXL_SUCCESS) {
         pthread_mutex_lock(&server->lock);

@@ -1,3 +1,4 @@
+/* The text of the latest failure in each thread, and what this provider can do beyond CANN. */
 #include "hixl/shared/error.h"
 
 #include <stdarg.h>

@@ -1,3 +1,4 @@
+/* What servers and clients do around a fork of the process. */
 #define _GNU_SOURCE
 #include "hixl/shared/fork.h"
 

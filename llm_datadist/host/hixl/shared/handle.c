@@ -1,3 +1,4 @@
+/* Handles of servers and clients, as numbers that are checked before anything is followed. */
 #include "hixl/shared/handle.h"
 
 #include <stdatomic.h>

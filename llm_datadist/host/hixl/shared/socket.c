@@ -1,3 +1,4 @@
+/* Sockets of the transfer protocol: addresses, listening, connecting, sending and receiving whole frames and files. */
 #define _GNU_SOURCE
 #include "hixl/shared/socket.h"
 
