@@ -1,5 +1,5 @@
 /*
- * Monotonic time, and mutexes and conditions that wait until a monotonic deadline.
+ * Monotonic time, mutexes and conditions that wait until a monotonic deadline, and the pause of a loop that spins.
  *
  * A deadline is CLOCK_MONOTONIC in nanoseconds; INT64_MAX waits for ever and anything in the past tries once.
  * Needs _GNU_SOURCE (Python.h sets it) for pthread_mutex_clocklock.
@@ -16,14 +16,14 @@
 
 #define LDD_NEVER INT64_MAX
 
-/* For the body of a loop that waits for another processor: lets its twin have the core. */
-static inline void ldd_cpu_relax(void) {
+/* Once per turn of a loop that spins: tells the processor that it may let the other thread of its core go first. */
 #if defined(__x86_64__) || defined(__i386__)
-    __builtin_ia32_pause();
+#define ldd_cpu_relax() __builtin_ia32_pause()
 #elif defined(__aarch64__)
-    __asm__ volatile("isb" ::: "memory");
+#define ldd_cpu_relax() __asm__ __volatile__("yield" ::: "memory")
+#else
+#define ldd_cpu_relax() __asm__ __volatile__("" ::: "memory")
 #endif
-}
 
 typedef pthread_mutex_t ldd_mutex;
 typedef pthread_cond_t ldd_cond;

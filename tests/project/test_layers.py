@@ -227,6 +227,11 @@ def test_the_seam_includes_nothing_but_itself(path):
         assert (INCLUDE / name).is_file(), name
 
 
+@pytest.mark.parametrize("path", CORE + HOST, ids=name_of)
+def test_a_loop_that_spins_pauses_by_the_one_macro_for_it(path):
+    assert not re.search(r"ia32_pause|_mm_pause|asm\b[^;]*\b(?:yield|isb|pause)\b", read(path)), "ldd_cpu_relax"
+
+
 def included(path):
     """The files of the host provider that one of its files includes."""
     return [PACKAGE / "host" / name for name in INCLUDED.findall(read(path)) if (PACKAGE / "host" / name).is_file()]

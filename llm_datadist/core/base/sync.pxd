@@ -1,4 +1,4 @@
-"""Mutexes, conditions and the monotonic clock, for ``nogil`` code; see ``ldd_sync.h`` for deadlines."""
+"""Mutexes, conditions, the monotonic clock and a pause, for ``nogil`` code; see ``ldd_sync.h`` for deadlines."""
 from libc.stdint cimport int64_t
 
 from llm_datadist.core.base.status cimport ldd_status
