@@ -39,12 +39,15 @@ class BuildContext:
         ``LDD_WERROR=1``: compiler warnings, Cython warnings and Cython performance hints fail the build.
     parts : tuple of str
         ``LDD_WITH=bench,tests``: what else to compile, names of `PARTS`; default nothing.
+    coverage : bool
+        ``LDD_COVERAGE=1``: every line counts how often it runs, those of the core as lines of their ``.pyx`` file.
     """
 
     debug: bool = False
     sanitize: Tuple[str, ...] = ()
     werror: bool = False
     parts: Tuple[str, ...] = ()
+    coverage: bool = False
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> "BuildContext":
@@ -52,8 +55,10 @@ class BuildContext:
         sanitize = _names(environ, "LDD_SANITIZE", ("address", "leak", "thread", "undefined"))
         if "thread" in sanitize and "address" in sanitize:
             raise ValueError("LDD_SANITIZE: address and thread exclude each other")
-        return cls(debug=_flag(environ, "LDD_DEBUG"), sanitize=sanitize, werror=_flag(environ, "LDD_WERROR"),
-                   parts=_names(environ, "LDD_WITH", tuple(PARTS)))
+        return cls(
+            debug=_flag(environ, "LDD_DEBUG"), sanitize=sanitize, werror=_flag(environ, "LDD_WERROR"),
+            parts=_names(environ, "LDD_WITH", tuple(PARTS)), coverage=_flag(environ, "LDD_COVERAGE"),
+        )
 
     @property
     def directives(self) -> Dict[str, object]:
@@ -74,6 +79,9 @@ class BuildContext:
             args += ["-fno-sanitize-recover=undefined"] if "undefined" in self.sanitize else []
             # Fences are not modelled. No report hangs on one: whatever they order is atomic besides.
             args += ["-Wno-tsan"] if "thread" in self.sanitize else []
+        if self.coverage:
+            # Atomic: modules count in threads without the GIL, and warnings about lines would be about the wrong ones.
+            args += ["-O0", "--coverage", "-fprofile-update=atomic"]
         if self.werror:
             args.append("-Werror")
         return args
@@ -84,8 +92,10 @@ class BuildContext:
         args = ["-pthread"]
         if self.sanitize:
             args.append(f"-fsanitize={','.join(self.sanitize)}")
-        elif not self.debug:
+        elif not self.debug and not self.coverage:
             args.append("-Wl,-s")
+        if self.coverage:
+            args.append("--coverage")
         return args
 
     @property

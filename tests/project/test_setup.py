@@ -81,6 +81,12 @@ def test_objects_carry_no_symbols_but_for_a_debugger(build):
         assert context.compile_args[::-1].index("-g") < ([*context.compile_args[::-1], "-g0"]).index("-g0")
 
 
+def test_coverage_counts_without_losing_any(build):
+    context = build.BuildContext.read({"LDD_COVERAGE": "1"})
+    assert {"--coverage", "-fprofile-update=atomic"} <= set(context.compile_args)
+    assert "--coverage" in context.link_args
+
+
 def test_warnings_become_errors(build):
     assert "-Werror" in build.BuildContext.read({"LDD_WERROR": "1"}).compile_args
 
