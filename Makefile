@@ -8,6 +8,11 @@
 #   make tsan   run the tests of the table, the shared table and the copy threads under ThreadSanitizer
 #   make clean  remove everything made by these
 #
+#   make format               lay C files out as .clang-format says
+#   make coverage             run the tests with counters in the compiled code, and say which lines ran
+#   make check-aarch64        cross-compile for aarch64 and run the tests of compiled code under emulation (Debian)
+#   make check-free-threaded  import the package under a free-threaded Python (FREE_THREADED=python3.14t)
+#
 # DEMO_ARGS, PYTEST_ARGS and BENCH_ARGS are passed on, e.g. make demo DEMO_ARGS="--text README.md", make test
 # PYTEST_ARGS="-k pool", make bench BENCH_ARGS="--preset goals".
 
@@ -17,14 +22,17 @@ BIN := $(VENV)/bin
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
-LINT_TOOLS := ruff mypy codespell cython-lint
+FREE_THREADED ?= $(firstword $(foreach name,python3.14t python3.13t,$(shell command -v $(name))) python3.14t)
+# The one place for versions of these: hooks and hosted checks use the environment that `make lint` sets up.
+LINT_TOOLS := ruff==0.17.6 mypy==2.4.1 codespell==2.4.3 cython-lint==0.22.1 clang-format==23.1.5
 
 SOURCES := $(shell find include llm_datadist llm_datadist_v1 tools -type f -not -path '*/__pycache__/*' \
              -not -name '*.so' 2>/dev/null) setup.py pyproject.toml
 
 PROBES := $(wildcard tests/probes/*.py*)
+C_FILES := $(filter %.c %.h,$(SOURCES))
 
-.PHONY: demo test bench lint churn tsan clean
+.PHONY: demo test bench lint format churn tsan coverage check-aarch64 check-free-threaded clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -64,6 +72,24 @@ lint: $(VENV)/.linted
 	PATH="$(CURDIR)/$(BIN):$$PATH" cython-lint llm_datadist/core tools/bench/native tests/probes
 	$(BIN)/codespell
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(C_FILES)
+
+format: $(VENV)/.linted
+	$(BIN)/clang-format -i $(C_FILES)
+
+coverage:
+	tests/coverage/measure $(PYTEST_ARGS)
+
+check-aarch64:
+	tests/aarch64/check $(PYTEST_ARGS)
+
+# Only some releases of NumPy come compiled for these interpreters: the newest that does.
+check-free-threaded:
+	$(FREE_THREADED) -m venv build/free-threaded
+	build/free-threaded/bin/python -m pip install --quiet --only-binary numpy numpy pytest pytest-timeout
+	$(FORGET_COPIES)
+	build/free-threaded/bin/python -m pip install --quiet .
+	cd tests && ../build/free-threaded/bin/python -m pytest project/test_free_threading.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis tests/.pytest_cache tests/.hypothesis
@@ -93,6 +119,6 @@ $(VENV)/.tested: $(VENV)/.made $(SOURCES) $(PROBES)
 	LDD_WITH=bench,tests $(BIN)/python -m pip install --quiet '.[test]'
 	touch $(VENV)/.installed $@
 
-$(VENV)/.linted: $(VENV)/.made
+$(VENV)/.linted: $(VENV)/.made Makefile
 	$(BIN)/python -m pip install --quiet $(LINT_TOOLS)
 	touch $@
