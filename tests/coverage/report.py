@@ -24,8 +24,8 @@ END = re.compile(r"}|/\* #### Code section")
 def counted(root: Path) -> Iterator[Tuple[str, Dict[int, int]]]:
     """Yield (file, counts by line) of every file of each object that has run."""
     for data in sorted(root.rglob("*.gcda")):
-        done = subprocess.run(["gcov", "--json-format", "--stdout", str(data)], cwd=root, capture_output=True, text=True,
-                              check=True)
+        command = ["gcov", "--json-format", "--stdout", str(data)]
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
         for text in done.stdout.splitlines():
             for file in json.loads(text)["files"]:
                 lines: Dict[int, int] = defaultdict(int)
