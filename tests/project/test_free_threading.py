@@ -1,4 +1,4 @@
-"""Under an interpreter built without a global lock the package works with the lock on, which its import switches on."""
+"""Under an interpreter built without a global lock the package works with the lock on, and switches it on itself."""
 import os
 import subprocess
 import sys
@@ -12,13 +12,13 @@ if not sysconfig.get_config_var("Py_GIL_DISABLED"):
 ENGINES = """
 import sys
 from llm_datadist import CacheDesc, DataType, LLMConfig, LLMDataDist, LLMRole
-assert sys._is_gil_enabled()
 engine = LLMDataDist(LLMRole.MIX, 1)
 config = LLMConfig()
 config.device_id = 0
 config.enable_cache_manager = True
 config.mem_pool_cfg = '{"memory_size": 1048576}'
 engine.init(config.generate_options())
+assert sys._is_gil_enabled()
 cache = engine.cache_manager.allocate_cache(CacheDesc(2, [4, 16], DataType.DT_FLOAT16))
 engine.cache_manager.copy_cache(cache, cache, 0, 1)
 engine.cache_manager.deallocate_cache(cache)
@@ -32,7 +32,7 @@ def run(**environ):
                           capture_output=True, timeout=60)
 
 
-def test_importing_the_package_switches_the_lock_on():
+def test_the_first_compiled_module_switches_the_lock_on():
     done = run()
     assert done.returncode == 0, done.stderr
     assert "lock (GIL) has been enabled to load module 'llm_datadist." in done.stderr
