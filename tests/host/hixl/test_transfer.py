@@ -66,7 +66,7 @@ def read(addr, size):
     return ctypes.string_at(addr, size)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def attach():
     return doctor.cross_memory_attach()
 
