@@ -291,7 +291,8 @@ class KvCache:
         check_isinstance("addrs", addrs, list, [int, list], allow_none=False)
         num_lists = sum(isinstance(element, list) for element in addrs)
         if not addrs or num_lists not in (0, len(addrs)):
-            raise LLMParamInvalidError(f"addrs={addrs} is not allowed; it must hold numbers alone or lists alone")
+            raise LLMParamInvalidError(f"addrs={addrs} is not allowed; its elements should be consistent, numbers "
+                                       "alone or lists alone, and at least one")
         per_device: Any = addrs if num_lists else [addrs]
         for device, device_addrs in enumerate(per_device):
             check_inner(f"addrs[{device}]", device_addrs, int)

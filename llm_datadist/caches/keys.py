@@ -4,6 +4,7 @@ from __future__ import annotations
 from typing import Any, Dict, Optional, Tuple, Union
 
 from llm_datadist.status import LLMParamInvalidError
+from llm_datadist.utils.spelling import did_you_mean
 from llm_datadist.utils.utils import check_int64, check_isinstance, check_uint32, check_uint64
 
 __all__ = ["CacheKey", "CacheKeyByIdAndIndex", "BlocksCacheKey", "INVALID_ID", "is_invalid_id", "is_valid_id"]
@@ -31,7 +32,8 @@ def _bind(
     bound = dict(zip(names, args))
     for name, value in kwargs.items():
         if name not in names and name != "prompt_cluster_id":
-            raise LLMParamInvalidError(f"{kind} has no argument {name!r}; it takes {', '.join(names)}")
+            raise LLMParamInvalidError(
+                f"{kind} has no argument {name!r}; {did_you_mean(name, (*names, 'prompt_cluster_id'))}")
         if name in bound:
             raise LLMParamInvalidError(f"{kind} got {name!r} both by position and by keyword")
         bound[name] = value
@@ -40,7 +42,7 @@ def _bind(
         bound.setdefault("cluster_id", older)
     for name in names[:required]:
         if name not in bound:
-            raise LLMParamInvalidError(f"{kind} needs {name!r}")
+            raise LLMParamInvalidError(f"{kind}: {name} is required; it takes {', '.join(names)}")
     return bound
 
 

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, List, Mapping, Optional, Sequence, Set, T
 from llm_datadist.caches.handles import Cache
 from llm_datadist.caches.keys import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
 from llm_datadist.managers.base import (
+    PULL_KEYWORDS,
+    PullOptions,
     TensorRange,
     check_equal_lengths,
     check_pull_key,
@@ -29,6 +31,8 @@ from llm_datadist.status import LLMParamInvalidError
 from llm_datadist.utils.utils import check_int64, check_isinstance, check_uint32
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from llm_datadist.core.engine.engine import Engine
 
 __all__ = ["CacheManager"]
@@ -60,7 +64,7 @@ class CacheManager(CacheMemory):
 
     def pull_cache(
         self, cache_key: Union[CacheKey, CacheKeyByIdAndIndex], cache: Cache, batch_index: int = 0, size: int = -1,
-        **kwargs: Any,
+        **kwargs: "Unpack[PullOptions]",
     ) -> None:
         """Read one batch slot of a peer's contiguous cache and wait until it is here.
 
@@ -105,6 +109,7 @@ class CacheManager(CacheMemory):
             self._llm_engine.pull_cache(cluster_id, key, cache._cache_id, batch_index, -1, None, None, 0, 0,
                                         not self._remote_accessible)
             return
+        self._check_keywords("pull_cache", kwargs, PULL_KEYWORDS)
         check_isinstance("cache_key", cache_key,
                          CacheKeyByIdAndIndex if self._remote_accessible else [CacheKey, CacheKeyByIdAndIndex])
         check_isinstance("cache", cache, Cache)
@@ -120,7 +125,7 @@ class CacheManager(CacheMemory):
 
     @staticmethod
     def _pull_layers(cache_key: Union[CacheKey, CacheKeyByIdAndIndex, BlocksCacheKey], dst_cache: Cache,
-                     kwargs: Mapping[str, Any]) -> Tuple[TensorRange, TensorRange]:
+                     kwargs: PullOptions) -> Tuple[TensorRange, TensorRange]:
         """Check the rest of what both pulls take, and return the tensors of source and destination."""
         tensors_per_layer = check_tensors_per_layer(kwargs.get("tensor_num_per_layer", 2))
         if isinstance(cache_key, CacheKey):
@@ -129,7 +134,7 @@ class CacheManager(CacheMemory):
 
     def pull_blocks(
         self, src_cache_key: Union[CacheKey, CacheKeyByIdAndIndex, BlocksCacheKey], dst_cache: Cache,
-        src_blocks: _Blocks = (), dst_blocks: _Blocks = (), **kwargs: Any,
+        src_blocks: _Blocks = (), dst_blocks: _Blocks = (), **kwargs: "Unpack[PullOptions]",
     ) -> None:
         """Read blocks of a peer's cache into blocks of ours and wait until they are here.
 
@@ -143,7 +148,7 @@ class CacheManager(CacheMemory):
             Source blocks; empty unless the source is a blocks cache. Lists, tuples, ``array``, NumPy integers and
             buffers of 32 or 64 bit integers are taken as they are.
         dst_blocks : sequence of int, shape (n,), n >= 1
-            Destination blocks, paired by position. A contiguous source gives block i its bytes
+            Destination blocks, each once, paired by position. A contiguous source gives block i its bytes
             ``[i*B, min((i+1)*B, stride))``.
         src_layer_range, dst_layer_range : range, optional
             Layers, step 1, of equal length. Default: all.
@@ -155,7 +160,8 @@ class CacheManager(CacheMemory):
         TypeError, ValueError
             An argument has another type, or a block number is negative.
         LLMParamInvalidError
-            Lengths differ, a block number is outside its cache, block sizes or layouts differ. Nothing moved.
+            Lengths differ, a block number is outside its cache or is the destination twice, block sizes or layouts
+            differ. Nothing moved.
         LLMNotFoundError, LLMLinkError, LLMTimeoutError
             As for `pull_cache`.
         """
@@ -167,6 +173,7 @@ class CacheManager(CacheMemory):
             cluster_id, key = src_cache_key._packed or packed_pull_key(src_cache_key)
             self._llm_engine.pull_blocks(cluster_id, key, dst_cache._cache_id, src_blocks, dst_blocks)
             return
+        self._check_keywords("pull_blocks", kwargs, PULL_KEYWORDS)
         check_isinstance("src_cache_key", src_cache_key, [CacheKey, CacheKeyByIdAndIndex, BlocksCacheKey])
         check_isinstance("dst_cache", dst_cache, Cache)
         if not dst_cache.is_blocks_cache:
@@ -258,7 +265,8 @@ class CacheManager(CacheMemory):
         TypeError, ValueError
             An argument has another type, or a block number is negative.
         LLMParamInvalidError
-            Remote-accessible mode is off, lengths differ, or blocks, layers, sizes or layouts do not fit.
+            Remote-accessible mode is off, lengths differ, a block is the destination twice, or blocks, layers, sizes
+            or layouts do not fit.
         LLMNotFoundError, LLMLinkError, LLMTimeoutError
             As for `pull_cache`; layers before the failing one are written.
         """

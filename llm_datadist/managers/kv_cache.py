@@ -8,12 +8,17 @@ from llm_datadist.caches.handles import CPU_CACHE_ID, KvCache
 from llm_datadist.caches.keys import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
 from llm_datadist.configs import LLMRole
 from llm_datadist.managers.base import (
+    PULL_KEYWORDS,
+    PULL_SLOT_KEYWORDS,
     KeySpec,
     ManagerBase,
+    PullOptions,
+    PullSlotOptions,
     block_pairs,
     blocks_key_specs,
     check_desc,
     check_pull_key,
+    check_same_elements,
     check_size,
     check_tensors_per_layer,
     cluster_of,
@@ -28,6 +33,8 @@ from llm_datadist.status import LLMParamInvalidError, LLMStatusCode
 from llm_datadist.utils.utils import check_dict, check_int32, check_int64, check_isinstance, check_uint32, check_uint64
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from llm_datadist.caches.tensor import Tensor
     from llm_datadist.core.engine.engine import Engine
 
@@ -36,9 +43,8 @@ __all__ = ["KvCacheManager"]
 _Keys = Union[Tuple[CacheKey, ...], List[CacheKey]]
 
 
-def _offset(name: str, kwargs: Dict[str, Any]) -> Optional[int]:
+def _offset(name: str, value: Optional[int]) -> Optional[int]:
     """An offset of a pull in bytes; None when it was not given."""
-    value: Optional[int] = kwargs.get(name)
     if value is not None:
         check_int64(name, value)
         if value < 0:
@@ -201,7 +207,7 @@ class KvCacheManager(ManagerBase):
 
     def pull_cache(
         self, cache_key: Union[CacheKey, CacheKeyByIdAndIndex], kv_cache: KvCache, batch_index: int = 0,
-        size: int = -1, **kwargs: Any,
+        size: int = -1, **kwargs: "Unpack[PullSlotOptions]",
     ) -> None:
         """Read one batch slot of a PROMPT's contiguous cache and wait until it is here. DECODER only.
 
@@ -239,13 +245,15 @@ class KvCacheManager(ManagerBase):
         -----
         A successful pull by request key releases the key on the owner, once all of its tensors were taken.
         """
+        self._check_keywords("pull_cache", kwargs, PULL_SLOT_KEYWORDS)
         self._require_role("pull_cache", LLMRole.DECODER)
         check_isinstance("cache_key", cache_key, [CacheKey, CacheKeyByIdAndIndex])
         check_isinstance("kv_cache", kv_cache, KvCache)
         check_uint32("batch_index", batch_index)
         check_size(size)
         _check_device("kv_cache", kv_cache)
-        src_offset, dst_offset = _offset("src_cache_offset", kwargs), _offset("dst_cache_offset", kwargs)
+        src_offset = _offset("src_cache_offset", kwargs.get("src_cache_offset"))
+        dst_offset = _offset("dst_cache_offset", kwargs.get("dst_cache_offset"))
         tensors_per_layer = check_tensors_per_layer(kwargs.get("tensor_num_per_layer", 2))
         if isinstance(cache_key, CacheKey):
             check_pull_key(cache_key)
@@ -257,7 +265,7 @@ class KvCacheManager(ManagerBase):
 
     def pull_blocks(
         self, prompt_cache_key: BlocksCacheKey, decoder_kv_cache: KvCache, prompt_blocks: List[int],
-        decoder_blocks: List[int], **kwargs: Any,
+        decoder_blocks: List[int], **kwargs: "Unpack[PullOptions]",
     ) -> None:
         """Read blocks of a PROMPT's blocks cache into ours and wait until they are here. DECODER only.
 
@@ -283,6 +291,7 @@ class KvCacheManager(ManagerBase):
         LLMNotFoundError, LLMLinkError, LLMTimeoutError
             As for `pull_cache`.
         """
+        self._check_keywords("pull_blocks", kwargs, PULL_KEYWORDS)
         self._require_role("pull_blocks", LLMRole.DECODER)
         check_isinstance("prompt_cache_key", prompt_cache_key, BlocksCacheKey)
         check_isinstance("decoder_kv_cache", decoder_kv_cache, KvCache)
@@ -381,6 +390,8 @@ class KvCacheManager(ManagerBase):
         check_isinstance("req_id", req_id, int)
         _check_device("dst", dst)
         _check_device("src", src)
+        if self._strict:
+            check_same_elements("copy_cache", src.cache_desc, dst.cache_desc)
         self._require_initialized()
         self._llm_engine.copy_cache(self._id_of(dst), self._id_of(src), dst_batch_index, src_batch_index, offset, size)
 
@@ -410,7 +421,7 @@ class KvCacheManager(ManagerBase):
             for destination in destinations:
                 check_uint64(f"copy_block_info[{source}]", destination)
         _check_device("cache", cache)
-        src, dst = block_pairs("copy_block_info", copy_block_info, cache.cache_desc.shape[0])
+        src, dst = block_pairs("copy_block_info", copy_block_info, cache.cache_desc.shape[0], self._strict)
         self._require_initialized()
         self._llm_engine.copy_blocks(self._id_of(cache), src, dst)
 

@@ -13,6 +13,7 @@ from llm_datadist.managers.base import (
     block_pairs,
     blocks_key_specs,
     check_desc,
+    check_same_elements,
     check_size,
     key_specs,
     lazy_addresses,
@@ -379,6 +380,8 @@ class CacheMemory(ManagerBase):
             check_uint64("req_id", req_id)
         if dst.is_blocks_cache or src.is_blocks_cache:
             raise LLMParamInvalidError("copy_cache takes contiguous caches; use copy_blocks or swap_blocks")
+        if self._strict:
+            check_same_elements("copy_cache", src.cache_desc, dst.cache_desc)
         self._require_initialized()
         self._llm_engine.copy_cache(
             self._id_of(dst), self._id_of(src), dst_batch_index, src_batch_index, offset, size)
@@ -406,7 +409,7 @@ class CacheMemory(ManagerBase):
         check_dict("copy_block_info", copy_block_info, int, list, int)
         if not cache.is_blocks_cache:
             raise LLMParamInvalidError(f"{cache} is a contiguous cache; use copy_cache")
-        src, dst = block_pairs("copy_block_info", copy_block_info, cache.cache_desc.shape[0])
+        src, dst = block_pairs("copy_block_info", copy_block_info, cache.cache_desc.shape[0], self._strict)
         self._require_initialized()
         self._llm_engine.copy_blocks(self._id_of(cache), src, dst)
 

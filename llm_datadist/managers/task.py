@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Dict, List, Optional, Sequence, Tuple, Type, U
 from llm_datadist.caches.descriptors import CacheDesc, Placement
 from llm_datadist.caches.handles import Cache, KvCache
 from llm_datadist.caches.keys import BlocksCacheKey
-from llm_datadist.managers.base import RemoteKey, cluster_of, remote_key
+from llm_datadist.managers.base import RemoteKey, check_no_repeats, cluster_of, remote_key
 from llm_datadist.managers.transfer_config import LayerSynchronizer, TransferConfig, TransferWithCacheKeyConfig
 from llm_datadist.status import LLMException, LLMParamInvalidError, LLMStatusCode
 from llm_datadist.utils import log
@@ -469,6 +469,8 @@ def transfer_cache_async(
     if cache.cache_desc.placement == Placement.HOST:
         raise LLMParamInvalidError("src_cache is on HOST, which is not allowed; a transfer starts on DEVICE")
     _check_blocks(src_block_indices, dst_block_indices, dst_block_memory_size)
+    if dst_block_indices and engine.options.strict:
+        check_no_repeats("dst_block_indices", dst_block_indices)
     if dst_block_indices and not src_block_indices and not cuts_slots:
         raise LLMParamInvalidError("dst_block_indices without src_block_indices is not allowed: "
                                    "a batch slot cannot be cut into blocks here")

@@ -128,6 +128,7 @@ cdef class EngineCore:
             os.environ.get("LLM_DATADIST_SHARED_TABLE", "1") != "0"
             and (self._provider.table.ext.LddCapabilities == NULL
                  or self._provider.table.caps & <unsigned int>LDD_CAP_SHARED_MEMORY != 0))
+        self.node.strict = options.strict
         self.node.mode = LDD_MODE_REMOTE_ACCESSIBLE if options.remote_cache_accessible else 0
         with nogil:
             status = ldd_table_create(&self.table, &detail)

@@ -292,7 +292,7 @@ OFFSETS = [("0", "TE"), (0.0, "TE"), ([0], "TE"), (-1, "VE"), (2**63, "VE")]
     (pull(cache_key=CacheKey(PEER, 1, 0, 2)), "PI"), (pull(cache_key=CacheKey(PEER, NO_ID)), "PI"),
     *((pull(**arguments), kind) for arguments, kind in LAYERS),
     (pull(), "NOT_YET_LINK"), (pull(cache_key=PREFIX), "NOT_YET_LINK"), (pull(cache_key=BY_ID), "NOT_YET_LINK"),
-    (pull(src_cache_offset=None, dst_cache_offset=4, anything="else"), "NOT_YET_LINK"),
+    (pull(src_cache_offset=None, dst_cache_offset=4), "NOT_YET_LINK"),
     (pull(src_cache_offset=0, dst_cache_offset=0), "NOT_YET_LINK"),
     (pull(cache_key=CacheKey(CLUSTER, 1)), "PI"), (pull(cache_key=CacheKeyByIdAndIndex(CLUSTER, 1)), "PI"),
     (lambda b: b.m.pull_cache(KEY, gone()), "NOT_EXIST"),
