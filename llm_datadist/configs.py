@@ -13,6 +13,7 @@ from typing import Any, Callable, Dict, Generic, List, Optional, Tuple, TypeVar,
 
 from llm_datadist.options.addresses import numeric_address
 from llm_datadist.status import LLMParamInvalidError, NamedIntEnum
+from llm_datadist.utils.calls import public_call
 from llm_datadist.utils.spelling import closest, did_you_mean
 from llm_datadist.utils.utils import check_dict, check_int32, check_isinstance, check_uint16, check_uint32, check_uint64
 
@@ -109,6 +110,7 @@ class LLMClusterInfo:
         """The live list of ``(ip as int, port)`` of the peer; an IPv6 address stays a text."""
         return self._remote_ip_info_list
 
+    @public_call
     def append_local_ip_info(self, ip: Union[str, int], port: int) -> None:
         """Add an address of this side.
 
@@ -128,6 +130,7 @@ class LLMClusterInfo:
         """
         self._local_ip_info_list.append(_ip_info(ip, port))
 
+    @public_call
     def append_remote_ip_info(self, ip: Union[str, int], port: int) -> None:
         """Add an address of the peer.
 

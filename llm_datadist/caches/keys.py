@@ -4,6 +4,7 @@ from __future__ import annotations
 from typing import Any, Dict, Optional, Tuple, Union
 
 from llm_datadist.status import LLMParamInvalidError
+from llm_datadist.utils.calls import public_call
 from llm_datadist.utils.spelling import did_you_mean
 from llm_datadist.utils.utils import check_int64, check_isinstance, check_uint32, check_uint64
 
@@ -131,6 +132,7 @@ class CacheKeyByIdAndIndex:
 
     _packed: Optional[Tuple[int, Tuple[int, int, int, int]]] = None     # how the engine names it, once it was used
 
+    @public_call
     def __init__(self, cluster_id: int, cache_id: int, batch_index: int = 0) -> None:
         self._cluster_id = check_uint64("cluster_id", cluster_id)
         self._cache_id = check_int64("cache_id", cache_id)

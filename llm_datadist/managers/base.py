@@ -18,7 +18,7 @@ from llm_datadist.status import (
     LLMStatusCode,
 )
 from llm_datadist.utils import log
-from llm_datadist.utils.spelling import refuse_unknown
+from llm_datadist.utils.calls import refuse_unknown
 from llm_datadist.utils.utils import check_int64, check_isinstance, check_uint32
 
 if TYPE_CHECKING:
@@ -164,6 +164,22 @@ def layers_of_pull(
                                    f"tensor_num_per_layer={tensors_per_layer}")
     return (tensors_of("src_layer_range", src, tensors_per_layer),
             tensors_of("dst_layer_range", dst, tensors_per_layer))
+
+
+def layers_to_fill(dst_desc: CacheDesc, kwargs: PullOptions) -> Optional[range]:
+    """Destination layers of a pull that failed; None where there are no whole layers."""
+    layers = kwargs.get("dst_layer_range")
+    if layers:
+        return layers
+    num_layers, rest = divmod(dst_desc.num_tensors, kwargs.get("tensor_num_per_layer", 2))
+    return None if rest else range(num_layers)
+
+
+def layers_left(error: LLMException, dst: TensorRange, tensors_per_layer: int) -> Optional[range]:
+    """Destination layers of a push that had not arrived when it failed; None where there are no whole layers."""
+    if dst is None or dst[0] % tensors_per_layer or dst[1] % tensors_per_layer:
+        return None
+    return range((dst[0] + error._num_tensors) // tensors_per_layer, dst[1] // tensors_per_layer)
 
 
 def _pull_range(name: str, layer_range: Optional[range]) -> Optional[range]:
@@ -331,6 +347,18 @@ class ManagerBase:
         host = cache_desc.placement == Placement.HOST
         return self._llm_engine.allocate(
             cache_desc.num_tensors, cache_desc.shape[0], cache_desc.size, host, is_blocks, specs)
+
+    def _deallocate_here(self, cache: Union[Cache, KvCache]) -> None:
+        """Give the handle of a cache back to the engine, and empty it."""
+        self._llm_engine.deallocate(self._id_of(cache))
+        if log.is_debug():
+            log.debug("deallocated %s", cache)
+
+    def _remove_key(self, cache_key: CacheKey) -> None:
+        kind, id_, model_id, _ = remote_key(cache_key)
+        self._llm_engine.remove_key(kind, id_, model_id)
+        if log.is_debug():
+            log.debug("removed %s", cache_key)
 
     def _check_keywords(self, operation: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
         """Refuse keywords nobody knows; without strictness only say so, as the original ignores them."""

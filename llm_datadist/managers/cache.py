@@ -1,7 +1,7 @@
 """`CacheManager`: pulls, pushes and layer-wise transfers of the second generation of the API."""
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, List, Mapping, Optional, Sequence, Set, Tuple, Union
+from typing import TYPE_CHECKING, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
 from llm_datadist.caches.handles import Cache
 from llm_datadist.caches.keys import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
@@ -14,7 +14,9 @@ from llm_datadist.managers.base import (
     check_size,
     check_tensors_per_layer,
     cluster_of,
+    layers_left,
     layers_of_pull,
+    layers_to_fill,
     packed_pull_key,
     remote_key,
     tensors_of,
@@ -27,7 +29,9 @@ from llm_datadist.managers.transfer_config import (
     TransferWithCacheKeyConfig,
     check_layer_range,
 )
-from llm_datadist.status import LLMParamInvalidError
+from llm_datadist.status import LLMException, LLMParamInvalidError
+from llm_datadist.utils import log
+from llm_datadist.utils.calls import public_call
 from llm_datadist.utils.utils import check_int64, check_isinstance, check_uint32
 
 if TYPE_CHECKING:
@@ -101,6 +105,21 @@ class CacheManager(CacheMemory):
         In two-sided mode a successful pull by request key releases the key on the owner, once all of its tensors
         were taken. Releases the GIL.
         """
+        try:
+            self._pull_cache(cache_key, cache, batch_index, size, kwargs)
+            if log.is_debug():
+                log.debug("pulled %s into slot %s of %s", cache_key, batch_index, cache)
+        except LLMException as error:
+            error._complete(operation="pull_cache")
+            log.debug("pull_cache of %s failed: %s", cache_key, error)
+            if error.peer is not None:
+                error._complete(layers=layers_to_fill(cache.cache_desc, kwargs))
+            raise
+
+    def _pull_cache(
+        self, cache_key: Union[CacheKey, CacheKeyByIdAndIndex], cache: Cache, batch_index: int, size: int,
+        kwargs: PullOptions,
+    ) -> None:
         # The usual call, whose arguments need no more than a look; what it means is checked in compiled code.
         if (not kwargs and type(cache) is Cache and type(cache_key) in self._plain_pull_keys
                 and type(batch_index) is int and 0 <= batch_index <= UINT32_MAX and type(size) is int and size == -1
@@ -165,6 +184,21 @@ class CacheManager(CacheMemory):
         LLMNotFoundError, LLMLinkError, LLMTimeoutError
             As for `pull_cache`.
         """
+        try:
+            self._pull_blocks(src_cache_key, dst_cache, src_blocks, dst_blocks, kwargs)
+            if log.is_debug():
+                log.debug("pulled %s blocks of %s into %s", len(dst_blocks), src_cache_key, dst_cache)
+        except LLMException as error:
+            error._complete(operation="pull_blocks")
+            log.debug("pull_blocks of %s failed: %s", src_cache_key, error)
+            if error.peer is not None:
+                error._complete(blocks=dst_blocks, layers=layers_to_fill(dst_cache.cache_desc, kwargs))
+            raise
+
+    def _pull_blocks(
+        self, src_cache_key: Union[CacheKey, CacheKeyByIdAndIndex, BlocksCacheKey], dst_cache: Cache,
+        src_blocks: _Blocks, dst_blocks: _Blocks, kwargs: PullOptions,
+    ) -> None:
         # The usual call, whose arguments need no more than a look; what it means is checked in compiled code.
         if (not kwargs and type(src_cache_key) is BlocksCacheKey and type(dst_cache) is Cache
                 and type(src_blocks) in _plain_blocks and type(dst_blocks) in _plain_blocks
@@ -194,6 +228,7 @@ class CacheManager(CacheMemory):
 
     # -------------------------------------------------------------------------------------------------- pushes
 
+    @public_call
     def push_cache(
         self, dst_cache_key: CacheKeyByIdAndIndex, src_cache: Cache, src_batch_index: int = 0,
         src_layer_range: Optional[range] = None, dst_layer_range: Optional[range] = None, size: int = -1,
@@ -236,10 +271,15 @@ class CacheManager(CacheMemory):
             raise LLMParamInvalidError(f"{src_cache} is a blocks cache; use push_blocks")
         src, dst = self._push_layers(src_cache, src_layer_range, dst_layer_range, tensor_num_per_layer)
         self._require_initialized()
-        self._llm_engine.push_cache(
-            cluster_of(dst_cache_key), remote_key(dst_cache_key), self._id_of(src_cache), src_batch_index, src, dst,
-            tensor_num_per_layer)
+        try:
+            self._llm_engine.push_cache(
+                cluster_of(dst_cache_key), remote_key(dst_cache_key), self._id_of(src_cache), src_batch_index, src, dst,
+                tensor_num_per_layer)
+        except LLMException as error:
+            error._complete(layers=layers_left(error, dst, tensor_num_per_layer))
+            raise
 
+    @public_call
     def push_blocks(
         self, dst_cache_key: BlocksCacheKey, src_cache: Cache, src_blocks: _Blocks = (), dst_blocks: _Blocks = (),
         src_layer_range: Optional[range] = None, dst_layer_range: Optional[range] = None,
@@ -282,8 +322,12 @@ class CacheManager(CacheMemory):
         src, dst = self._push_layers(src_cache, src_layer_range, dst_layer_range, tensor_num_per_layer)
         cluster_id, key = cluster_of(dst_cache_key), remote_key(dst_cache_key)
         self._require_initialized()
-        self._llm_engine.push_blocks(
-            cluster_id, key, self._id_of(src_cache), src_blocks, dst_blocks, src, dst, tensor_num_per_layer)
+        try:
+            self._llm_engine.push_blocks(
+                cluster_id, key, self._id_of(src_cache), src_blocks, dst_blocks, src, dst, tensor_num_per_layer)
+        except LLMException as error:
+            error._complete(blocks=dst_blocks, layers=layers_left(error, dst, tensor_num_per_layer))
+            raise
 
     def _check_push(self, src_layers: Optional[range], dst_layers: Optional[range], tensors_per_layer: int) -> None:
         if not self._remote_accessible:
@@ -304,6 +348,7 @@ class CacheManager(CacheMemory):
         return (tensors_of("src_layer_range", src, tensors_per_layer),
                 tensors_of("dst_layer_range", dst, tensors_per_layer))
 
+    @public_call
     def transfer_cache_async(
         self, src_cache: Cache, layer_synchronizer: LayerSynchronizer,
         transfer_configs: Union[List[TransferConfig], Tuple[TransferConfig, ...], List[TransferWithCacheKeyConfig],

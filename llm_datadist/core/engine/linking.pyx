@@ -100,7 +100,7 @@ cdef class EngineLinks(EngineCore):
         start_detail(&detail)
         with nogil:
             status = _ping_link(&self.node, cluster_id, ldd_now_ns() + <int64_t>timeout_ms * 1000000, &detail)
-        self.raise_for(status, &detail, b"check_link_status")
+        self.raise_for_peer(status, &detail, b"check_link_status", cluster_id, b"ping")
 
     def links(self):
         """One dict per link: cluster_id, state, origin, comm_id, peer_ip, pulled_bytes, pushed_bytes, num_transfers."""

@@ -29,7 +29,7 @@ from support.engines import (
     refused,
     rows,
 )
-from support.peer import engine_options_v1
+from support.peer import engine_options_v1, finalize
 from transfers.caches import bytes_at
 
 from llm_datadist import (
@@ -226,7 +226,7 @@ def test_a_handle_that_outlives_its_engine_does_nothing(benches, peers):
     here = peers.here(CLUSTER, engine_options_v1(device_pool=1 << 20), role=LLMRole.PROMPT)
     dist = here.node.dist
     old = dist.kv_cache_manager.allocate_cache(desc())
-    dist.finalize()
+    finalize(dist)
     dist.init(engine_options_v1(device_pool=1 << 20))
     new = dist.kv_cache_manager.allocate_cache(desc())
     assert new.cache_id == old.cache_id
@@ -481,7 +481,7 @@ def test_a_manager_of_a_finalised_engine_fails(benches, peers, assert_raises):
     here = peers.here(CLUSTER, engine_options_v1(device_pool=1 << 20), role=LLMRole.PROMPT)
     manager = here.node.cache_manager
     cache = manager.allocate_cache(desc())
-    here.node.dist.finalize()
+    finalize(here.node.dist)
     assert not manager.is_initialized()
     for call in (lambda: manager.allocate_cache(desc()), lambda: manager.allocate_blocks_cache(desc()),
                  lambda: manager.deallocate_cache(cache), lambda: manager.remove_cache_key(KEY),
