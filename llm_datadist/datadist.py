@@ -4,6 +4,7 @@ from __future__ import annotations
 import atexit
 import sys
 import threading
+import time
 import warnings
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple, Type, Union
@@ -18,7 +19,7 @@ from llm_datadist.options.parser import LISTEN_IP_INFO, EngineOptions, parse_swi
 from llm_datadist.status import LLMException, LLMLinkError, LLMNotEnabledError, LLMParamInvalidError, LLMStatusCode
 from llm_datadist.utils import log
 from llm_datadist.utils.calls import public_call
-from llm_datadist.utils.utils import check_dict, check_isinstance, check_uint32, check_uint64
+from llm_datadist.utils.utils import check_dict, check_int32, check_isinstance, check_uint32, check_uint64
 
 if TYPE_CHECKING:
     from llm_datadist.core.engine.engine import Engine
@@ -517,6 +518,39 @@ class LLMDataDist:
             Before `init`, or after `finalize`.
         """
         return self._require_engine().links()
+
+    @public_call
+    def ping(self, remote_cluster_id: int, timeout: int = 1000) -> float:
+        """Ask a linked peer for a sign of life, and return the seconds it took. In any mode and role.
+
+        Parameters
+        ----------
+        remote_cluster_id : int
+            The peer, uint64.
+        timeout : int
+            Milliseconds, positive.
+
+        Raises
+        ------
+        TypeError, ValueError
+            An argument has another type, or is outside its integer range.
+        LLMParamInvalidError
+            `timeout` is not positive.
+        LLMLinkError
+            LLM_NOT_YET_LINK: no such link; LLM_LINK_BUSY: a transfer uses it, which is a sign of life, too.
+        LLMTimeoutError
+            No answer in time; the link is broken.
+        RuntimeError
+            Before `init`.
+        """
+        engine = self._require_engine()
+        check_uint64("remote_cluster_id", remote_cluster_id)
+        check_int32("timeout", timeout)
+        if timeout <= 0:
+            raise LLMParamInvalidError(f"timeout={timeout} is not allowed; it must be positive, in milliseconds")
+        start = time.perf_counter()
+        engine.ping(remote_cluster_id, timeout, b"ping")
+        return time.perf_counter() - start
 
     @property
     def listen_address(self) -> Optional[Tuple[str, int]]:

@@ -106,7 +106,15 @@ class CacheManager(CacheMemory):
         were taken. Releases the GIL.
         """
         try:
-            self._pull_cache(cache_key, cache, batch_index, size, kwargs)
+            # The usual call, whose arguments need no more than a look; what it means is checked in compiled code.
+            if (not kwargs and type(cache) is Cache and type(cache_key) in self._plain_pull_keys
+                    and type(batch_index) is int and 0 <= batch_index <= UINT32_MAX and type(size) is int and size == -1
+                    and not cache._is_blocks_cache and cache._cache_manager is self and self._initialized):
+                cluster_id, key = cache_key._packed or packed_pull_key(cache_key)
+                self._llm_engine.pull_cache(cluster_id, key, cache._cache_id, batch_index, -1, None, None, 0, 0,
+                                            not self._remote_accessible)
+            else:
+                self._pull_cache(cache_key, cache, batch_index, size, kwargs)
             if log.is_debug():
                 log.debug("pulled %s into slot %s of %s", cache_key, batch_index, cache)
         except LLMException as error:
@@ -120,14 +128,7 @@ class CacheManager(CacheMemory):
         self, cache_key: Union[CacheKey, CacheKeyByIdAndIndex], cache: Cache, batch_index: int, size: int,
         kwargs: PullOptions,
     ) -> None:
-        # The usual call, whose arguments need no more than a look; what it means is checked in compiled code.
-        if (not kwargs and type(cache) is Cache and type(cache_key) in self._plain_pull_keys
-                and type(batch_index) is int and 0 <= batch_index <= UINT32_MAX and type(size) is int and size == -1
-                and not cache._is_blocks_cache and cache._cache_manager is self and self._initialized):
-            cluster_id, key = cache_key._packed or packed_pull_key(cache_key)
-            self._llm_engine.pull_cache(cluster_id, key, cache._cache_id, batch_index, -1, None, None, 0, 0,
-                                        not self._remote_accessible)
-            return
+        """Check everything, and pull."""
         self._check_keywords("pull_cache", kwargs, PULL_KEYWORDS)
         check_isinstance("cache_key", cache_key,
                          CacheKeyByIdAndIndex if self._remote_accessible else [CacheKey, CacheKeyByIdAndIndex])
@@ -185,7 +186,15 @@ class CacheManager(CacheMemory):
             As for `pull_cache`.
         """
         try:
-            self._pull_blocks(src_cache_key, dst_cache, src_blocks, dst_blocks, kwargs)
+            # The usual call, whose arguments need no more than a look; what it means is checked in compiled code.
+            if (not kwargs and type(src_cache_key) is BlocksCacheKey and type(dst_cache) is Cache
+                    and type(src_blocks) in _plain_blocks and type(dst_blocks) in _plain_blocks
+                    and len(src_blocks) and len(dst_blocks)
+                    and dst_cache._is_blocks_cache and dst_cache._cache_manager is self and self._initialized):
+                cluster_id, key = src_cache_key._packed or packed_pull_key(src_cache_key)
+                self._llm_engine.pull_blocks(cluster_id, key, dst_cache._cache_id, src_blocks, dst_blocks)
+            else:
+                self._pull_blocks(src_cache_key, dst_cache, src_blocks, dst_blocks, kwargs)
             if log.is_debug():
                 log.debug("pulled %s blocks of %s into %s", len(dst_blocks), src_cache_key, dst_cache)
         except LLMException as error:
@@ -199,14 +208,7 @@ class CacheManager(CacheMemory):
         self, src_cache_key: Union[CacheKey, CacheKeyByIdAndIndex, BlocksCacheKey], dst_cache: Cache,
         src_blocks: _Blocks, dst_blocks: _Blocks, kwargs: PullOptions,
     ) -> None:
-        # The usual call, whose arguments need no more than a look; what it means is checked in compiled code.
-        if (not kwargs and type(src_cache_key) is BlocksCacheKey and type(dst_cache) is Cache
-                and type(src_blocks) in _plain_blocks and type(dst_blocks) in _plain_blocks
-                and len(src_blocks) and len(dst_blocks)
-                and dst_cache._is_blocks_cache and dst_cache._cache_manager is self and self._initialized):
-            cluster_id, key = src_cache_key._packed or packed_pull_key(src_cache_key)
-            self._llm_engine.pull_blocks(cluster_id, key, dst_cache._cache_id, src_blocks, dst_blocks)
-            return
+        """Check everything, and pull."""
         self._check_keywords("pull_blocks", kwargs, PULL_KEYWORDS)
         check_isinstance("src_cache_key", src_cache_key, [CacheKey, CacheKeyByIdAndIndex, BlocksCacheKey])
         check_isinstance("dst_cache", dst_cache, Cache)

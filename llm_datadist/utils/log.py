@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 import threading
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Optional, TextIO
 
 LOGGER_NAME = "LLM_DATADIST"
 LEVEL_VARIABLE = "ASCEND_GLOBAL_LOG_LEVEL"
@@ -22,7 +22,7 @@ _LEVELS = {"0": logging.DEBUG, "1": logging.INFO, "2": logging.WARNING, "3": log
 _FORMAT = "[%(levelname)s] LLM_DATADIST(%(process)d,%(threadName)s):%(asctime)s [%(filename)s:%(lineno)d] %(message)s"
 
 _lock = threading.Lock()
-_configured = False
+_configured: Optional[logging.Logger] = None
 
 if TYPE_CHECKING:
     _StreamHandler = logging.StreamHandler[TextIO]
@@ -55,11 +55,11 @@ def get_logger() -> logging.Logger:
     Safe from any thread. Source: names and levels of the ``ASCEND_GLOBAL_LOG_LEVEL`` convention of CANN.
     """
     global _configured
+    if _configured is not None:
+        return _configured
     logger = logging.getLogger(LOGGER_NAME)
-    if _configured:
-        return logger
     with _lock:
-        if not _configured:
+        if _configured is None:
             if not logger.handlers:
                 handler = _StderrHandler()
                 handler.setFormatter(logging.Formatter(_FORMAT))
@@ -67,7 +67,7 @@ def get_logger() -> logging.Logger:
                 logger.propagate = False
             if logger.level == logging.NOTSET:
                 logger.setLevel(_LEVELS.get(os.environ.get(LEVEL_VARIABLE, ""), logging.ERROR))
-            _configured = True
+            _configured = logger
     return logger
 
 
