@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple, Type, Union
 
 from llm_datadist.caches.descriptors import RegisterMemStatus
 from llm_datadist.configs import LLMClusterInfo, LLMRole
+from llm_datadist.links.link_arguments import check_link_arguments, members_of
 from llm_datadist.links.link_clusters import ClusterLinker
-from llm_datadist.links.rank_table import Member, parse_rank_table
 from llm_datadist.links.rendezvous import Rendezvous
-from llm_datadist.managers.leftovers import leftovers
+from llm_datadist.managers.leftovers import held, leftovers
 from llm_datadist.options.parser import LISTEN_IP_INFO, EngineOptions, parse_switch_listen
 from llm_datadist.status import LLMException, LLMLinkError, LLMNotEnabledError, LLMParamInvalidError, LLMStatusCode
 from llm_datadist.utils import log
 from llm_datadist.utils.calls import public_call
-from llm_datadist.utils.utils import check_dict, check_int32, check_isinstance, check_uint32, check_uint64
+from llm_datadist.utils.utils import check_int32, check_isinstance, check_uint64
 
 if TYPE_CHECKING:
     from llm_datadist.core.engine.engine import Engine
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 
 __all__ = ["LLMDataDist"]
 
-MAX_COMM_NAME = 128
-MAX_MEMBERS = 4
-MIN_MEMBERS = 2
 _PORT_HINT = ("stop the process that listens there, or take another port; port 0 lets the system choose, and "
               "LLMDataDist.listen_address says which")
 
@@ -364,12 +361,12 @@ class LLMDataDist:
         """
         engine = self._require_generation(2, "link")
         assert self._rendezvous is not None and self._manager is not None
-        _check_link_arguments(comm_name, cluster_rank_info, rank_table)
+        check_link_arguments(comm_name, cluster_rank_info, rank_table)
         self._refuse_backend("link")
         if self._cluster_id not in cluster_rank_info:
             raise LLMParamInvalidError(f"cluster_rank_info={cluster_rank_info} is not allowed; "
                                        f"it must contain this cluster, {self._cluster_id}")
-        members = _members_of(cluster_rank_info, rank_table)
+        members = members_of(cluster_rank_info, rank_table)
         total_time_s = engine.options.link_total_time_s
         comm_id = self._rendezvous.link(comm_name, cluster_rank_info, members, total_time_s)
         self._manager.set_is_call_linked()          # type: ignore[union-attr]  # a CacheManager, by generation
@@ -509,6 +506,22 @@ class LLMDataDist:
         """
         return self._require_engine().stats()
 
+    def held(self) -> List[Dict[str, Any]]:
+        """One dict per allocated cache that is still here, oldest first.
+
+        Returns
+        -------
+        list of dict
+            ``cache_id``, ``bytes``, ``num_tensors``, ``is_blocks``, ``handle`` (whether it was not deallocated),
+            ``names`` (its keys as texts, each of which keeps it), and ``pins`` (transfers that use it just now).
+
+        Raises
+        ------
+        RuntimeError
+            Before `init`.
+        """
+        return held(self._require_engine())
+
     def links(self) -> List[Dict[str, Any]]:
         """One dict per link: cluster id, state, who asked for it, bytes moved, and why it broke.
 
@@ -571,32 +584,6 @@ def _move_listener(engine: "Engine", address: Optional[Tuple[str, int]]) -> None
         error._complete(hint=_PORT_HINT)
         engine.set_listener(before)
         raise
-
-
-def _check_link_arguments(comm_name: str, cluster_rank_info: Dict[int, int], rank_table: str) -> None:
-    check_isinstance("comm_name", comm_name, str, allow_none=False)
-    if not 0 < len(comm_name) < MAX_COMM_NAME:
-        raise LLMParamInvalidError(
-            f"comm_name has {len(comm_name)} characters; 1 to {MAX_COMM_NAME - 1} are allowed")
-    check_dict("cluster_rank_info", cluster_rank_info, int, int)
-    if len(cluster_rank_info) > MAX_MEMBERS:
-        raise LLMParamInvalidError(f"cluster_rank_info has {len(cluster_rank_info)} members; {MAX_MEMBERS} at most")
-    for cluster, rank in cluster_rank_info.items():
-        check_uint64("cluster_rank_info key", cluster)
-        check_uint32(f"cluster_rank_info[{cluster}]", rank)
-    check_isinstance("rank_table", rank_table, str, allow_none=False)
-    ranks = list(cluster_rank_info.values())
-    if len(ranks) < MIN_MEMBERS or any(a >= b for a, b in zip(ranks, ranks[1:])):
-        raise LLMParamInvalidError(f"cluster_rank_info={cluster_rank_info} is not allowed; "
-                                   f"it must hold at least {MIN_MEMBERS} members with ascending ranks")
-
-
-def _members_of(cluster_rank_info: Dict[int, int], rank_table: str) -> Dict[int, Member]:
-    members = parse_rank_table(rank_table)
-    missing = sorted(set(cluster_rank_info.values()) - set(members))
-    if missing:
-        raise LLMParamInvalidError(f"rank_table has no device of rank {missing[0]}, which cluster_rank_info names")
-    return members
 
 
 def _shutdown_handler() -> None:

@@ -70,6 +70,7 @@ def test_two_engines(examples):
             made = engine.cache_manager.allocate_cache(CacheDesc(1, [1, 8], DataType.DT_FLOAT), [key])
             taken = engine.stats()["device_pool"]
             assert taken["bytes"] - taken["free_bytes"] == examples["cache_bytes"](made.cache_desc)
+            assert examples["oldest"](engine) == [f"cache {made.cache_id}: 32 bytes, open, keys req_id=5"]
             for _ in range(2):
                 examples["forget"](engine, key, made)
             assert engine.stats()["keys"] == 1                      # that of the blocks
