@@ -199,7 +199,7 @@ class LLMDataDist:
         if engine.options.generation != generation:
             mode = "cache manager" if generation == 2 else "kv cache manager"
             raise LLMParamInvalidError(
-                f"{what} is not allowed; it needs {mode} mode, see option llm.EnableCacheManager")
+                f"{what} is not allowed; it needs {mode} mode, see option llm.EnableCacheManager", operation=what)
         return engine
 
     # ------------------------------------------------------------------------------------------------ accessors

@@ -29,21 +29,22 @@ def _bind(
     """Bind arguments to `names`; ``prompt_cluster_id`` is the older name of ``cluster_id``, which wins over it."""
     if len(args) + len(kwargs) > len(names):
         raise LLMParamInvalidError(f"{kind} takes at most {len(names)} arguments, {', '.join(names)}; "
-                                   f"got {len(args) + len(kwargs)}")
+                                   f"got {len(args) + len(kwargs)}", operation=kind)
     bound = dict(zip(names, args))
     for name, value in kwargs.items():
         if name not in names and name != "prompt_cluster_id":
             raise LLMParamInvalidError(
-                f"{kind} has no argument {name!r}; {did_you_mean(name, (*names, 'prompt_cluster_id'))}")
+                f"{kind} has no argument {name!r}; {did_you_mean(name, (*names, 'prompt_cluster_id'))}",
+                operation=kind)
         if name in bound:
-            raise LLMParamInvalidError(f"{kind} got {name!r} both by position and by keyword")
+            raise LLMParamInvalidError(f"{kind} got {name!r} both by position and by keyword", operation=kind)
         bound[name] = value
     if "prompt_cluster_id" in bound:
         older = bound.pop("prompt_cluster_id")
         bound.setdefault("cluster_id", older)
     for name in names[:required]:
         if name not in bound:
-            raise LLMParamInvalidError(f"{kind}: {name} is required; it takes {', '.join(names)}")
+            raise LLMParamInvalidError(f"{kind}: {name} is required; it takes {', '.join(names)}", operation=kind)
     return bound
 
 

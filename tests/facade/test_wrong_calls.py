@@ -4,6 +4,7 @@ A row is a call, the kind of error (see ``assert_raises``), and parts of its tex
 remedy.
 """
 import json
+import re
 
 import pytest
 from support.engines import BLOCKS, BY_ID, CLUSTER, KEY, NO_ID, PEER, POOL_BYTES, TENSORS, desc, refused
@@ -164,8 +165,10 @@ def test_wrong_call(benches, assert_raises, call, kind, value, remedy):
     error = refused(benches, assert_raises, "pools", call, kind)
     text = str(error)
     assert value in text and remedy in text, text
-    if isinstance(error, LLMException) and error.recoverable:
-        assert error.hint and error.hint in text
+    if isinstance(error, LLMException):
+        assert not error.recoverable or error.hint in text
+        # A setting or an option names itself, a call is named by the exception; options are parsed here without `init`.
+        assert error.operation or re.match(r"option |environment variable |\w+=", text), text
 
 
 LENIENT = [
