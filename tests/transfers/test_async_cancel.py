@@ -5,12 +5,19 @@ import select
 import threading
 
 import pytest
+from support.link_steps import until
 from transfers.refusal import NOT_EXIST
 from transfers.tasks import DST, LAYERS, SRC, Gate, Recorder, layer, sent, transfer_through
 
 from llm_datadist import CacheKeyByIdAndIndex, LLMException, LLMStatusCode, TransferConfig, TransferWithCacheKeyConfig
+from llm_datadist.managers import task as task_module
 
 SUCCESS, FAILED = LLMStatusCode.LLM_SUCCESS, LLMStatusCode.LLM_FAILED
+
+
+def idle():
+    """Whether every worker has come back from its job."""
+    return task_module._workers._num_free == task_module._workers._num_threads
 
 
 @pytest.fixture
@@ -39,6 +46,7 @@ def test_cancel(held_back, mode_pair, scene):
     error = task.exception(0)
     assert isinstance(error, LLMException) and error.recoverable and "cancelled" in str(error)
     gate.open.set()
+    assert until(idle)
     sent(target, source, range(1))
     scene.check()
 
@@ -58,6 +66,7 @@ def test_cancel_from_within_the_synchroniser(mode_pair, scene):
                                               [TransferConfig(mode_pair.there.cluster_id, made.addrs)]))
     begun.set()
     assert tasks[0].synchronize(30000) is FAILED and tasks[0].cancelled()
+    assert until(idle)
     scene.check()
 
 
