@@ -351,13 +351,13 @@ class ManagerBase:
     def _deallocate_here(self, cache: Union[Cache, KvCache]) -> None:
         """Give the handle of a cache back to the engine, and empty it."""
         self._llm_engine.deallocate(self._id_of(cache))
-        if log.is_debug():
+        if log.logger.level <= log.DEBUG:
             log.debug("deallocated %s", cache)
 
     def _remove_key(self, cache_key: CacheKey) -> None:
         kind, id_, model_id, _ = remote_key(cache_key)
         self._llm_engine.remove_key(kind, id_, model_id)
-        if log.is_debug():
+        if log.logger.level <= log.DEBUG:
             log.debug("removed %s", cache_key)
 
     def _check_keywords(self, operation: str, given: Mapping[str, Any], known: Sequence[str]) -> None:

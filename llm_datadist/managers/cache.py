@@ -115,7 +115,7 @@ class CacheManager(CacheMemory):
                                             not self._remote_accessible)
             else:
                 self._pull_cache(cache_key, cache, batch_index, size, kwargs)
-            if log.is_debug():
+            if log.logger.level <= log.DEBUG:
                 log.debug("pulled %s into slot %s of %s", cache_key, batch_index, cache)
         except LLMException as error:
             error._complete(operation="pull_cache")
@@ -195,7 +195,7 @@ class CacheManager(CacheMemory):
                 self._llm_engine.pull_blocks(cluster_id, key, dst_cache._cache_id, src_blocks, dst_blocks)
             else:
                 self._pull_blocks(src_cache_key, dst_cache, src_blocks, dst_blocks, kwargs)
-            if log.is_debug():
+            if log.logger.level <= log.DEBUG:
                 log.debug("pulled %s blocks of %s into %s", len(dst_blocks), src_cache_key, dst_cache)
         except LLMException as error:
             error._complete(operation="pull_blocks")

@@ -251,7 +251,7 @@ class KvCacheManager(ManagerBase):
         """
         try:
             self._pull_cache(cache_key, kv_cache, batch_index, size, kwargs)
-            if log.is_debug():
+            if log.logger.level <= log.DEBUG:
                 log.debug("pulled %s into slot %s of %s", cache_key, batch_index, kv_cache)
         except LLMException as error:
             error._complete(operation="pull_cache")
@@ -310,7 +310,7 @@ class KvCacheManager(ManagerBase):
         """
         try:
             self._pull_blocks(prompt_cache_key, decoder_kv_cache, prompt_blocks, decoder_blocks, kwargs)
-            if log.is_debug():
+            if log.logger.level <= log.DEBUG:
                 log.debug("pulled %s blocks of %s into %s", len(decoder_blocks), prompt_cache_key, decoder_kv_cache)
         except LLMException as error:
             error._complete(operation="pull_blocks")

@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 import threading
-from typing import TYPE_CHECKING, Optional, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 LOGGER_NAME = "LLM_DATADIST"
 LEVEL_VARIABLE = "ASCEND_GLOBAL_LOG_LEVEL"
@@ -22,7 +22,12 @@ _LEVELS = {"0": logging.DEBUG, "1": logging.INFO, "2": logging.WARNING, "3": log
 _FORMAT = "[%(levelname)s] LLM_DATADIST(%(process)d,%(threadName)s):%(asctime)s [%(filename)s:%(lineno)d] %(message)s"
 
 _lock = threading.Lock()
-_configured: Optional[logging.Logger] = None
+_configured = False
+
+DEBUG = logging.DEBUG
+# Its level is compared with `DEBUG` where even a call that does nothing would cost too much. It is NOTSET, and so lets
+# everything through, until `get_logger` has set it up.
+logger = logging.getLogger(LOGGER_NAME)
 
 if TYPE_CHECKING:
     _StreamHandler = logging.StreamHandler[TextIO]
@@ -55,11 +60,10 @@ def get_logger() -> logging.Logger:
     Safe from any thread. Source: names and levels of the ``ASCEND_GLOBAL_LOG_LEVEL`` convention of CANN.
     """
     global _configured
-    if _configured is not None:
-        return _configured
-    logger = logging.getLogger(LOGGER_NAME)
+    if _configured:
+        return logger
     with _lock:
-        if _configured is None:
+        if not _configured:
             if not logger.handlers:
                 handler = _StderrHandler()
                 handler.setFormatter(logging.Formatter(_FORMAT))
@@ -67,13 +71,8 @@ def get_logger() -> logging.Logger:
                 logger.propagate = False
             if logger.level == logging.NOTSET:
                 logger.setLevel(_LEVELS.get(os.environ.get(LEVEL_VARIABLE, ""), logging.ERROR))
-            _configured = logger
+            _configured = True
     return logger
-
-
-def is_debug() -> bool:
-    """Return whether debug records are wanted; asked where even a call that does nothing would cost too much."""
-    return get_logger().isEnabledFor(logging.DEBUG)
 
 
 def debug(message: str, *args: object) -> None:
