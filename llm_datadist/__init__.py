@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, List
 from llm_datadist._lazy import lazy_attributes
 from llm_datadist.configs import LLMClusterInfo, LLMConfig, LlmConfig, LLMRole
 from llm_datadist.data_type import DataType
+from llm_datadist.status import LLMDeviceError as LLMDeviceError
 from llm_datadist.status import LLMException, LLMStatusCode, Status
+from llm_datadist.status import LLMLinkError as LLMLinkError
+from llm_datadist.status import LLMMemoryError as LLMMemoryError
+from llm_datadist.status import LLMNotEnabledError as LLMNotEnabledError
+from llm_datadist.status import LLMNotFoundError as LLMNotFoundError
+from llm_datadist.status import LLMParamInvalidError as LLMParamInvalidError
+from llm_datadist.status import LLMTimeoutError as LLMTimeoutError
 from llm_datadist.types import (
     BlocksCacheKey,
     Cache,
@@ -33,8 +40,10 @@ if TYPE_CHECKING:
     from llm_datadist.caches.tensor import Tensor, TensorDesc
     from llm_datadist.datadist import LLMDataDist
     from llm_datadist.managers.cache import CacheManager as CacheManager
+    from llm_datadist.managers.cache_task import CacheTask
     from llm_datadist.managers.kv_cache import KvCacheManager
-    from llm_datadist.managers.task import CacheTask
+
+    __version__: str
 
 # Read by the acl runtime when a provider opens it. Clients of the original package rely on this import to set it.
 os.environ.setdefault("AUTO_USE_UC_MEMORY", "0")
@@ -52,6 +61,7 @@ _LAZY = {
     "CacheManager": "llm_datadist.managers.cache",
     "KvCacheManager": "llm_datadist.managers.kv_cache",
     "CacheTask": "llm_datadist.managers.task",
+    "__version__": "llm_datadist.utils.version",
     "Tensor": "llm_datadist.caches.tensor",
     "TensorDesc": "llm_datadist.caches.tensor",
 }

@@ -8,15 +8,19 @@ from __future__ import annotations
 import json
 import socket
 import struct
+import warnings
 from typing import Any, Callable, Dict, Generic, List, Optional, Tuple, TypeVar, Union, overload
 
+from llm_datadist.options.addresses import numeric_address
 from llm_datadist.status import LLMParamInvalidError, NamedIntEnum
+from llm_datadist.utils.calls import public_call
+from llm_datadist.utils.spelling import closest, did_you_mean
 from llm_datadist.utils.utils import check_dict, check_int32, check_isinstance, check_uint16, check_uint32, check_uint64
 
 __all__ = ["LLMRole", "LLMClusterInfo", "LlmConfig", "LLMConfig", "trans_str_ip", "trans_int_ip"]
 
 _T = TypeVar("_T")
-_IpInfo = Tuple[Optional[int], int]
+_IpInfo = Tuple[Union[int, str, None], int]
 
 
 class LLMRole(NamedIntEnum):
@@ -98,21 +102,22 @@ class LLMClusterInfo:
 
     @property
     def local_ip_info_list(self) -> List[_IpInfo]:
-        """The live list of ``(ip as int, port)`` of this side."""
+        """The live list of ``(ip as int, port)`` of this side; an IPv6 address stays a text."""
         return self._local_ip_info_list
 
     @property
     def remote_ip_info_list(self) -> List[_IpInfo]:
-        """The live list of ``(ip as int, port)`` of the peer."""
+        """The live list of ``(ip as int, port)`` of the peer; an IPv6 address stays a text."""
         return self._remote_ip_info_list
 
+    @public_call
     def append_local_ip_info(self, ip: Union[str, int], port: int) -> None:
         """Add an address of this side.
 
         Parameters
         ----------
         ip : str or int
-            IPv4 text, or the integer form of `trans_str_ip`.
+            IPv4 or IPv6 text, a host name, or the integer form of `trans_str_ip`. A name is resolved at once.
         port : int
             0..65535.
 
@@ -121,17 +126,18 @@ class LLMClusterInfo:
         TypeError, ValueError
             `ip` is neither str nor int; `port` is no int, or outside its range.
         RuntimeError
-            `ip` is a text but no IPv4 address.
+            `ip` is a text, but neither an address nor a name that can be resolved.
         """
         self._local_ip_info_list.append(_ip_info(ip, port))
 
+    @public_call
     def append_remote_ip_info(self, ip: Union[str, int], port: int) -> None:
         """Add an address of the peer.
 
         Parameters
         ----------
         ip : str or int
-            IPv4 text, or the integer form of `trans_str_ip`.
+            IPv4 or IPv6 text, a host name, or the integer form of `trans_str_ip`. A name is resolved at once.
         port : int
             0..65535.
 
@@ -140,7 +146,7 @@ class LLMClusterInfo:
         TypeError, ValueError
             `ip` is neither str nor int; `port` is no int, or outside its range.
         RuntimeError
-            `ip` is a text but no IPv4 address.
+            `ip` is a text, but neither an address nor a name that can be resolved.
         """
         self._remote_ip_info_list.append(_ip_info(ip, port))
 
@@ -150,8 +156,15 @@ class LLMClusterInfo:
 
 
 def _ip_info(ip: Union[str, int], port: int) -> _IpInfo:
-    number = trans_str_ip(check_isinstance("ip", ip, [str, int]))
-    return number, check_uint16("port", port)
+    check_isinstance("ip", ip, [str, int])
+    check_uint16("port", port)
+    if isinstance(ip, str):
+        numeric = numeric_address(ip)
+        if numeric is None:
+            raise RuntimeError(f"Can not parse ip str {ip!r}: it is neither an IP address, such as '192.168.1.2' or "
+                               "'::1', nor a host name that can be resolved here")
+        return numeric if ":" in numeric else trans_str_ip(numeric), port
+    return ip, port
 
 
 class _Setting(Generic[_T]):
@@ -272,7 +285,8 @@ class LlmConfig:
     Notes
     -----
     A setter with a wrong type raises `TypeError`; None unsets a setting that has no range. A value outside its range
-    raises `LLMParamInvalidError`, or `ValueError` where it does not fit the integer type of the option.
+    raises `LLMParamInvalidError`, or `ValueError` where it does not fit the integer type of the option. An attribute
+    that is no setting gives a warning with the closest one.
     Not safe for use by several threads at once.
     """
 
@@ -280,6 +294,15 @@ class LlmConfig:
         self._values: Dict[str, Any] = {}
         self._ge_options: Dict[str, str] = {}
         self._options: Dict[str, str] = {}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A name that nobody reads is kept, as the original does, but it is most probably misspelt.
+        if not name.startswith("_") and not hasattr(type(self), name):
+            settings = ["ge_options", *(setting._name for setting in _SETTINGS)]
+            if type(self) is LlmConfig or closest(name, settings):
+                warnings.warn(f"LLMConfig has no setting {name!r}, which has no effect; {did_you_mean(name, settings)}",
+                              UserWarning, stacklevel=2)
+        super().__setattr__(name, value)
 
     @property
     def ge_options(self) -> Dict[str, str]:

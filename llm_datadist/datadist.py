@@ -2,18 +2,24 @@
 from __future__ import annotations
 
 import atexit
+import sys
 import threading
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple, Union
+import time
+import warnings
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple, Type, Union
 
 from llm_datadist.caches.descriptors import RegisterMemStatus
 from llm_datadist.configs import LLMClusterInfo, LLMRole
+from llm_datadist.links.link_arguments import check_link_arguments, members_of
 from llm_datadist.links.link_clusters import ClusterLinker
-from llm_datadist.links.rank_table import Member, parse_rank_table
 from llm_datadist.links.rendezvous import Rendezvous
+from llm_datadist.managers.leftovers import held, leftovers
 from llm_datadist.options.parser import LISTEN_IP_INFO, EngineOptions, parse_switch_listen
 from llm_datadist.status import LLMException, LLMLinkError, LLMNotEnabledError, LLMParamInvalidError, LLMStatusCode
 from llm_datadist.utils import log
-from llm_datadist.utils.utils import check_dict, check_isinstance, check_uint32, check_uint64
+from llm_datadist.utils.calls import public_call
+from llm_datadist.utils.utils import check_int32, check_isinstance, check_uint64
 
 if TYPE_CHECKING:
     from llm_datadist.core.engine.engine import Engine
@@ -22,9 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["LLMDataDist"]
 
-MAX_COMM_NAME = 128
-MAX_MEMBERS = 4
-MIN_MEMBERS = 2
+_PORT_HINT = ("stop the process that listens there, or take another port; port 0 lets the system choose, and "
+              "LLMDataDist.listen_address says which")
 
 _instance_lock = threading.Lock()
 
@@ -44,6 +49,11 @@ class LLMDataDist:
     TypeError, ValueError
         `role` is no LLMRole; `cluster_id` is no uint64.
 
+    Notes
+    -----
+    A context manager: ``with LLMDataDist(role, cluster_id) as engine:`` finalises at the end. The initialised instance
+    is kept by the class, so it lives until `finalize`, or the end of the process.
+
     Attributes
     ----------
     llm_engine_instance : LLMDataDist or None
@@ -52,6 +62,7 @@ class LLMDataDist:
 
     llm_engine_instance: "Optional[LLMDataDist]" = None
 
+    @public_call
     def __init__(self, role: LLMRole, cluster_id: int) -> None:
         self._role = check_isinstance("role", role, LLMRole, allow_none=False)
         self._cluster_id = check_uint64("cluster_id", cluster_id)
@@ -63,6 +74,7 @@ class LLMDataDist:
 
     # ---------------------------------------------------------------------------------------------- life cycle
 
+    @public_call
     def init(self, options: Dict[str, str]) -> None:
         """Open the engine: bind the device, take the pools, start to listen. A second call does nothing.
 
@@ -90,8 +102,12 @@ class LLMDataDist:
             if live is not None:
                 is_ours = live._engine is None or live._engine.is_own_process()
                 where = "in this process already" if is_ours else "in the process that this one was forked from"
+                hint = ("finalize that one first: LLMDataDist.llm_engine_instance.finalize(); a notebook cell that is "
+                        "run again does so before it makes another") if is_ours else \
+                    "use an engine in one of the two processes, or start the other with exec (spawn)"
                 raise LLMException(f"init failed, error code is {LLMStatusCode.LLM_FAILED}, cluster {live.cluster_id} "
-                                   f"is initialized {where}.", status_code=LLMStatusCode.LLM_FAILED, operation="init")
+                                   f"is initialized {where}.", status_code=LLMStatusCode.LLM_FAILED, operation="init",
+                                   hint=hint)
             parsed = EngineOptions.parse(options, self._role, self._cluster_id)
             self._open(parsed)
             LLMDataDist.llm_engine_instance = self
@@ -102,7 +118,12 @@ class LLMDataDist:
         from llm_datadist.managers.cache import CacheManager
         from llm_datadist.managers.kv_cache import KvCacheManager
 
-        engine = Engine(options, self._cluster_id)
+        try:
+            engine = Engine(options, self._cluster_id)
+        except LLMException as error:
+            if options.listen is not None and error.operation == "listen":
+                error._complete(hint=_PORT_HINT)
+            raise
         self._options = options
         self._manager = CacheManager(engine) if options.generation == 2 else KvCacheManager(engine, self._role)
         self._linker = ClusterLinker(engine)
@@ -118,13 +139,25 @@ class LLMDataDist:
         ------
         LLMException
             Never for peers that are gone.
+
+        Warns
+        -----
+        ResourceWarning
+            Keys were still bound, or caches not deallocated: how many, and the oldest.
         """
+        left = self._close()
+        if left:
+            warnings.warn(left, ResourceWarning, stacklevel=2)
+
+    def _close(self, warns: bool = True) -> Optional[str]:
+        """Do what `finalize` does, and return what it warns of."""
         if self._engine is not None and not self._engine.is_own_process():
-            return
+            return None
         with _instance_lock:
             engine, manager, rendezvous = self._engine, self._manager, self._rendezvous
             if engine is None or manager is None or rendezvous is None:
-                return
+                return None
+            left = leftovers(engine) if warns else None
             self._engine = self._manager = self._linker = self._rendezvous = None
             if LLMDataDist.llm_engine_instance is self:
                 LLMDataDist.llm_engine_instance = None
@@ -132,6 +165,28 @@ class LLMDataDist:
             rendezvous.close()
             engine.close()
         log.info("cluster %s is finalized", self._cluster_id)
+        return left and f"cluster {self._cluster_id} was finalized with {left}"
+
+    def __enter__(self) -> "LLMDataDist":
+        return self
+
+    def __exit__(self, kind: Optional[Type[BaseException]], error: Optional[BaseException],
+                 trace: Optional[TracebackType]) -> None:
+        left = self._close()
+        if left and error is None:                  # an exception on its way explains what is left
+            warnings.warn(left, ResourceWarning, stacklevel=2)
+
+    def __del__(self) -> None:
+        # Only where somebody took the instance from the class: it keeps the initialised one.
+        if self.__dict__.get("_engine") is None or sys.is_finalizing():
+            return
+        try:
+            left = self._close()
+        except Exception as failure:                # nobody is there to catch it
+            log.warn("cluster %s was not finalized cleanly: %s", self._cluster_id, failure)
+            return
+        warnings.warn(left or f"cluster {self._cluster_id} was collected without finalize", ResourceWarning,
+                      source=self, stacklevel=2)
 
     def _require_engine(self) -> "Engine":
         if self._engine is None:
@@ -144,7 +199,7 @@ class LLMDataDist:
         if engine.options.generation != generation:
             mode = "cache manager" if generation == 2 else "kv cache manager"
             raise LLMParamInvalidError(
-                f"{what} is not allowed; it needs {mode} mode, see option llm.EnableCacheManager")
+                f"{what} is not allowed; it needs {mode} mode, see option llm.EnableCacheManager", operation=what)
         return engine
 
     # ------------------------------------------------------------------------------------------------ accessors
@@ -168,6 +223,7 @@ class LLMDataDist:
 
     # ---------------------------------------------------------------------------------------- links by address
 
+    @public_call
     def link_clusters(
         self, clusters: Union[List[LLMClusterInfo], Tuple[LLMClusterInfo, ...]], timeout: int = 3000,
     ) -> Tuple[LLMStatusCode, List[LLMStatusCode]]:
@@ -200,6 +256,7 @@ class LLMDataDist:
             return self._linker.link_v1(clusters, timeout, self._role)
         return self._linker.link(clusters, timeout)
 
+    @public_call
     def unlink_clusters(
         self, clusters: Union[List[LLMClusterInfo], Tuple[LLMClusterInfo, ...]], timeout: int = 3000,
         force: bool = False,
@@ -236,6 +293,7 @@ class LLMDataDist:
             return self._linker.unlink_v1(clusters, timeout, force, self._role)
         return self._linker.unlink(clusters, timeout, force)
 
+    @public_call
     def check_link_status(self, remote_cluster_id: int) -> None:
         """Ask a PROMPT for a sign of life. DECODER in kv cache manager mode only.
 
@@ -265,6 +323,7 @@ class LLMDataDist:
 
     # ------------------------------------------------------------------------------------- links by rank table
 
+    @public_call
     def link(self, comm_name: str, cluster_rank_info: Dict[int, int], rank_table: str) -> int:
         """Ask for links between 2 to 4 members that all call this; returns before the others have come.
 
@@ -302,17 +361,18 @@ class LLMDataDist:
         """
         engine = self._require_generation(2, "link")
         assert self._rendezvous is not None and self._manager is not None
-        _check_link_arguments(comm_name, cluster_rank_info, rank_table)
+        check_link_arguments(comm_name, cluster_rank_info, rank_table)
         self._refuse_backend("link")
         if self._cluster_id not in cluster_rank_info:
             raise LLMParamInvalidError(f"cluster_rank_info={cluster_rank_info} is not allowed; "
                                        f"it must contain this cluster, {self._cluster_id}")
-        members = _members_of(cluster_rank_info, rank_table)
+        members = members_of(cluster_rank_info, rank_table)
         total_time_s = engine.options.link_total_time_s
         comm_id = self._rendezvous.link(comm_name, cluster_rank_info, members, total_time_s)
         self._manager.set_is_call_linked()          # type: ignore[union-attr]  # a CacheManager, by generation
         return comm_id
 
+    @public_call
     def unlink(self, comm_id: int) -> None:
         """Drop the links of a communicator on this side.
 
@@ -340,6 +400,7 @@ class LLMDataDist:
         self._refuse_backend("unlink")
         self._rendezvous.unlink(comm_id)
 
+    @public_call
     def query_register_mem_status(self, comm_id: int) -> RegisterMemStatus:
         """Tell whether the members of a communicator have met.
 
@@ -372,6 +433,7 @@ class LLMDataDist:
 
     # ----------------------------------------------------------------------------------------------------- role
 
+    @public_call
     def switch_role(self, role: LLMRole, switch_options: Optional[Dict[str, str]] = None) -> None:
         """Change the role, and with it whether and where this process listens. Caches and keys stay.
 
@@ -444,6 +506,22 @@ class LLMDataDist:
         """
         return self._require_engine().stats()
 
+    def held(self) -> List[Dict[str, Any]]:
+        """One dict per allocated cache that is still here, oldest first.
+
+        Returns
+        -------
+        list of dict
+            ``cache_id``, ``bytes``, ``num_tensors``, ``is_blocks``, ``handle`` (whether it was not deallocated),
+            ``names`` (its keys as texts, each of which keeps it), and ``pins`` (transfers that use it just now).
+
+        Raises
+        ------
+        RuntimeError
+            Before `init`.
+        """
+        return held(self._require_engine())
+
     def links(self) -> List[Dict[str, Any]]:
         """One dict per link: cluster id, state, who asked for it, bytes moved, and why it broke.
 
@@ -453,6 +531,39 @@ class LLMDataDist:
             Before `init`, or after `finalize`.
         """
         return self._require_engine().links()
+
+    @public_call
+    def ping(self, remote_cluster_id: int, timeout: int = 1000) -> float:
+        """Ask a linked peer for a sign of life, and return the seconds it took. In any mode and role.
+
+        Parameters
+        ----------
+        remote_cluster_id : int
+            The peer, uint64.
+        timeout : int
+            Milliseconds, positive.
+
+        Raises
+        ------
+        TypeError, ValueError
+            An argument has another type, or is outside its integer range.
+        LLMParamInvalidError
+            `timeout` is not positive.
+        LLMLinkError
+            LLM_NOT_YET_LINK: no such link; LLM_LINK_BUSY: a transfer uses it, which is a sign of life, too.
+        LLMTimeoutError
+            No answer in time; the link is broken.
+        RuntimeError
+            Before `init`.
+        """
+        engine = self._require_engine()
+        check_uint64("remote_cluster_id", remote_cluster_id)
+        check_int32("timeout", timeout)
+        if timeout <= 0:
+            raise LLMParamInvalidError(f"timeout={timeout} is not allowed; it must be positive, in milliseconds")
+        start = time.perf_counter()
+        engine.ping(remote_cluster_id, timeout, b"ping")
+        return time.perf_counter() - start
 
     @property
     def listen_address(self) -> Optional[Tuple[str, int]]:
@@ -469,35 +580,10 @@ def _move_listener(engine: "Engine", address: Optional[Tuple[str, int]]) -> None
     before = engine.listener
     try:
         engine.set_listener(address)
-    except LLMException:
+    except LLMException as error:
+        error._complete(hint=_PORT_HINT)
         engine.set_listener(before)
         raise
-
-
-def _check_link_arguments(comm_name: str, cluster_rank_info: Dict[int, int], rank_table: str) -> None:
-    check_isinstance("comm_name", comm_name, str, allow_none=False)
-    if not 0 < len(comm_name) < MAX_COMM_NAME:
-        raise LLMParamInvalidError(
-            f"comm_name has {len(comm_name)} characters; 1 to {MAX_COMM_NAME - 1} are allowed")
-    check_dict("cluster_rank_info", cluster_rank_info, int, int)
-    if len(cluster_rank_info) > MAX_MEMBERS:
-        raise LLMParamInvalidError(f"cluster_rank_info has {len(cluster_rank_info)} members; {MAX_MEMBERS} at most")
-    for cluster, rank in cluster_rank_info.items():
-        check_uint64("cluster_rank_info key", cluster)
-        check_uint32(f"cluster_rank_info[{cluster}]", rank)
-    check_isinstance("rank_table", rank_table, str, allow_none=False)
-    ranks = list(cluster_rank_info.values())
-    if len(ranks) < MIN_MEMBERS or any(a >= b for a, b in zip(ranks, ranks[1:])):
-        raise LLMParamInvalidError(f"cluster_rank_info={cluster_rank_info} is not allowed; "
-                                   f"it must hold at least {MIN_MEMBERS} members with ascending ranks")
-
-
-def _members_of(cluster_rank_info: Dict[int, int], rank_table: str) -> Dict[int, Member]:
-    members = parse_rank_table(rank_table)
-    missing = sorted(set(cluster_rank_info.values()) - set(members))
-    if missing:
-        raise LLMParamInvalidError(f"rank_table has no device of rank {missing[0]}, which cluster_rank_info names")
-    return members
 
 
 def _shutdown_handler() -> None:
@@ -506,7 +592,7 @@ def _shutdown_handler() -> None:
     if instance is None or (instance._engine is not None and not instance._engine.is_own_process()):
         return                                      # a forked child leaves its parent's engine alone
     try:
-        instance.finalize()
+        instance._close(warns=False)                # the process ends, and with it everything that is left
     except LLMException as error:
         log.warn("finalize at exit failed: %s", error)
 

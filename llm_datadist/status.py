@@ -6,7 +6,7 @@ Internal statuses of the compiled core reach these names through the list in ``l
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Any, Dict, NoReturn, Optional, Tuple, Type, Union
+from typing import Any, Dict, List, NoReturn, Optional, Sequence, Tuple, Type, Union
 
 from llm_datadist.utils import log
 
@@ -107,7 +107,7 @@ class LLMException(RuntimeError):
     Parameters
     ----------
     *args : object
-        As for any exception; with one argument ``str()`` is its plain text.
+        As for any exception. ``str()`` of one that this package raised ends with the hint.
     status_code : LLMStatusCode
         What happened. A subclass puts its own code in the place of ``LLM_SUCCESS``.
     operation : str, optional
@@ -115,7 +115,8 @@ class LLMException(RuntimeError):
     peer : int or str, optional
         Cluster id or address of the other side.
     stage : str, optional
-        How far the operation had come, such as ``"connect"`` or ``"transfer"``.
+        How far the operation had come: ``"check"``, ``"link"``, ``"resolve"``, ``"plan"``, ``"transfer"``,
+        ``"release"``, or ``"ping"``.
     provider_code : int, optional
         The number the memory or network provider returned: acl, HIXL or errno.
     recoverable : bool, optional
@@ -131,6 +132,17 @@ class LLMException(RuntimeError):
     """
 
     _own_code = LLMStatusCode.LLM_SUCCESS
+    # A client's subclass need not call our constructor.
+    _status_code = LLMStatusCode.LLM_SUCCESS
+    _operation: Optional[str] = None
+    _peer: Union[int, str, None] = None
+    _stage: Optional[str] = None
+    _provider_code: Optional[int] = None
+    _recoverable: Optional[bool] = None
+    _hint: Optional[str] = None
+    _failed_blocks: Optional[List[int]] = None
+    _failed_layers: Optional[range] = None
+    _num_tensors = 0                                # of the selection of a push that arrived before it failed
 
     def __init__(
         self, *args: object, status_code: LLMStatusCode = LLMStatusCode.LLM_SUCCESS, operation: Optional[str] = None,
@@ -145,6 +157,31 @@ class LLMException(RuntimeError):
         self._provider_code = provider_code
         self._recoverable = recoverable
         self._hint = hint
+
+    def __str__(self) -> str:
+        """The text, and where this package raised the exception also the hint."""
+        text = super().__str__()
+        # What a client makes itself reads as it wrote it.
+        if (self._hint is None and self._operation is None) or not self.hint:
+            return text
+        return f"{text}{'' if text.endswith('.') else '.'} Hint: {self.hint}."
+
+    def _complete(
+        self, *, operation: Optional[str] = None, peer: Union[int, str, None] = None, stage: Optional[str] = None,
+        link: Optional[str] = None, hint: Optional[str] = None, blocks: Optional[Sequence[int]] = None,
+        layers: Optional[range] = None,
+    ) -> None:
+        """Fill in what the raising site did not know. `link`: how the link to the peer is now."""
+        self._operation = operation if self._operation is None else self._operation
+        self._peer = peer if self._peer is None else self._peer
+        self._stage = stage if self._stage is None else self._stage
+        self._hint = hint if self._hint is None else self._hint
+        if link is not None and self._hint is None:
+            self._hint = _LINK_HINTS.get((exception_for(self._status_code), link))
+        if blocks is not None and self._failed_blocks is None:
+            self._failed_blocks = [int(block) for block in blocks]
+        if layers is not None and self._failed_layers is None:
+            self._failed_layers = layers
 
     def __reduce__(self) -> Tuple[Any, ...]:
         # Not through __init__: a client's subclass may ask for arguments that args does not hold.
@@ -171,6 +208,16 @@ class LLMException(RuntimeError):
         return self._stage
 
     @property
+    def failed_blocks(self) -> Optional[List[int]]:
+        """Destination blocks that the call was to fill and did not; None where it names no blocks."""
+        return self._failed_blocks
+
+    @property
+    def failed_layers(self) -> Optional[range]:
+        """Destination layers that were not completed; those before them of a push were. None where none are known."""
+        return self._failed_layers
+
+    @property
     def provider_code(self) -> Optional[int]:
         """The number the provider returned: acl, HIXL or errno."""
         return self._provider_code
@@ -183,6 +230,9 @@ class LLMException(RuntimeError):
     @property
     def hint(self) -> Optional[str]:
         """What to do about it."""
+        if self._hint is None and self._peer is None and self._operation is not None and isinstance(
+                self, LLMTimeoutError):
+            return _REPEAT                          # nobody else was involved
         return _OUTCOMES.get(self._status_code, _UNKNOWN)[2] if self._hint is None else self._hint
 
 
@@ -239,6 +289,8 @@ def _restore(cls: Type[LLMException], args: Tuple[object, ...]) -> LLMException:
 _Outcome = Tuple[Type[LLMException], bool, Optional[str]]
 _UNKNOWN: _Outcome = (LLMException, False, None)
 _RELINK = "unlink the peer, link it again, and repeat the call"
+_LINK = "link the peer, or wait until its registration is OK"
+_REPEAT = "repeat the call, or give it more time with sync_kv_timeout"
 _FREE = "deallocate caches or remove keys that are no longer pulled, or configure a larger pool"
 
 # Code -> (exception class, recoverable, hint). A code without a row is an LLMException that is not recoverable.
@@ -251,7 +303,7 @@ _OUTCOMES: Dict[int, _Outcome] = {
     LLMStatusCode.LLM_REPEAT_REQUEST: (LLMParamInvalidError, False, "name each cluster once per call"),
     LLMStatusCode.LLM_CLUSTER_NUM_EXCEED_LIMIT: (LLMParamInvalidError, False, "split the clusters over several calls"),
     LLMStatusCode.LLM_ENGINE_FINALIZED: (LLMException, False, "call init again"),
-    LLMStatusCode.LLM_NOT_YET_LINK: (LLMLinkError, True, "link the peer, or wait until its registration is OK"),
+    LLMStatusCode.LLM_NOT_YET_LINK: (LLMLinkError, True, _LINK),
     LLMStatusCode.LLM_ALREADY_LINK: (LLMLinkError, True, "use the link, or unlink with force=True first"),
     LLMStatusCode.LLM_LINK_FAILED: (LLMLinkError, True, "check that the peer listens there, and link again"),
     LLMStatusCode.LLM_UNLINK_FAILED: (LLMLinkError, True, "unlink with force=True"),
@@ -266,6 +318,13 @@ _OUTCOMES: Dict[int, _Outcome] = {
     LLMStatusCode.LLM_FEATURE_NOT_ENABLED: (LLMNotEnabledError, False, None),
     LLMStatusCode.LLM_DEVICE_MEM_ERROR: (LLMDeviceError, False, "restart the process: the device memory is damaged"),
     LLMStatusCode.LLM_SUSPECT_REMOTE_ERROR: (LLMDeviceError, True, _RELINK),
+}
+
+
+# What helps depends on what became of the link; other pairs keep the hint of their code.
+_LINK_HINTS = {
+    (LLMLinkError, "broken"): _RELINK, (LLMTimeoutError, "broken"): _RELINK, (LLMTimeoutError, "none"): _RELINK,
+    (LLMTimeoutError, "active"): _REPEAT,
 }
 
 

@@ -11,11 +11,14 @@ import os
 import sys
 from collections.abc import Sequence
 
+from llm_datadist import __version__
+
 COMMANDS = {
     "bench": ("llm_datadist.tools.bench.command", "measure transfers against what the machine does itself"),
     "demo": ("llm_datadist.tools.demo.command", "run prefill and decode of a model in two processes and check it"),
     "doctor": ("llm_datadist.tools.doctor", "say which provider is used, why not another, and what this host allows"),
     "kvbench": ("llm_datadist.tools.bench.kvcommand", "measure moving the KV cache of a request, for known models"),
+    "ping": ("llm_datadist.tools.ping", "say whether a cluster answers at an address, and how soon"),
     "version": ("llm_datadist.tools.version", "print versions"),
 }
 
@@ -26,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="llm-datadist", description="Tools of llm_datadist, which moves KV caches between processes."
     )
+    parser.add_argument("--version", action="version", version=f"llm-datadist {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, (module_name, summary) in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")

@@ -6,6 +6,7 @@ from typing import List, Optional, Sequence, Tuple, Union
 
 from llm_datadist.data_type import DataType, element_size
 from llm_datadist.status import LLMParamInvalidError, NamedIntEnum
+from llm_datadist.utils.calls import public_call
 from llm_datadist.utils.utils import (
     check_int32,
     check_int64,
@@ -68,6 +69,7 @@ class MemInfo:
         An argument has another type; None passes.
     """
 
+    @public_call
     def __init__(self, mem_type: Memtype, addr: int, size: int) -> None:
         self._mem_type = check_isinstance("mem_type", mem_type, Memtype)
         self._addr = check_isinstance("addr", addr, int)
@@ -149,6 +151,7 @@ class CacheDesc:
         `batch_dim_index` or `seq_len_dim_index` is no index of `shape`; so an empty shape is refused.
     """
 
+    @public_call
     def __init__(
         self, num_tensors: int, shape: Shape, data_type: DataType, placement: Placement = Placement.DEVICE,
         batch_dim_index: int = 0, seq_len_dim_index: int = -1, kv_tensor_format: Optional[str] = None,

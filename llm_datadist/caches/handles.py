@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Callable, Generic, List, Optional, Protoc
 from llm_datadist.caches.descriptors import CacheDesc, Placement
 from llm_datadist.caches.tensor_view import TensorView
 from llm_datadist.status import LLMNotEnabledError, LLMNotFoundError, LLMParamInvalidError
+from llm_datadist.utils.calls import public_call
 from llm_datadist.utils.utils import check_inner, check_isinstance
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ class Cache:
         self._is_blocks_cache = is_blocks_cache
 
     @classmethod
+    @public_call
     def create_cpu_cache(cls, cache_desc: CacheDesc, addrs: List[int]) -> "Cache":
         """Wrap the caller's host memory, for ``swap_blocks`` alone.
 
@@ -264,6 +266,7 @@ class KvCache:
         self._is_valid = True
 
     @classmethod
+    @public_call
     def create_cpu_cache(cls, cache_desc: CacheDesc, addrs: Union[List[int], List[List[int]]]) -> "KvCache":
         """Wrap the caller's host memory, for ``swap_blocks`` alone.
 
@@ -291,7 +294,8 @@ class KvCache:
         check_isinstance("addrs", addrs, list, [int, list], allow_none=False)
         num_lists = sum(isinstance(element, list) for element in addrs)
         if not addrs or num_lists not in (0, len(addrs)):
-            raise LLMParamInvalidError(f"addrs={addrs} is not allowed; it must hold numbers alone or lists alone")
+            raise LLMParamInvalidError(f"addrs={addrs} is not allowed; its elements should be consistent, numbers "
+                                       "alone or lists alone, and at least one")
         per_device: Any = addrs if num_lists else [addrs]
         for device, device_addrs in enumerate(per_device):
             check_inner(f"addrs[{device}]", device_addrs, int)

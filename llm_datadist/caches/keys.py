@@ -4,6 +4,8 @@ from __future__ import annotations
 from typing import Any, Dict, Optional, Tuple, Union
 
 from llm_datadist.status import LLMParamInvalidError
+from llm_datadist.utils.calls import public_call
+from llm_datadist.utils.spelling import did_you_mean
 from llm_datadist.utils.utils import check_int64, check_isinstance, check_uint32, check_uint64
 
 __all__ = ["CacheKey", "CacheKeyByIdAndIndex", "BlocksCacheKey", "INVALID_ID", "is_invalid_id", "is_valid_id"]
@@ -27,20 +29,22 @@ def _bind(
     """Bind arguments to `names`; ``prompt_cluster_id`` is the older name of ``cluster_id``, which wins over it."""
     if len(args) + len(kwargs) > len(names):
         raise LLMParamInvalidError(f"{kind} takes at most {len(names)} arguments, {', '.join(names)}; "
-                                   f"got {len(args) + len(kwargs)}")
+                                   f"got {len(args) + len(kwargs)}", operation=kind)
     bound = dict(zip(names, args))
     for name, value in kwargs.items():
         if name not in names and name != "prompt_cluster_id":
-            raise LLMParamInvalidError(f"{kind} has no argument {name!r}; it takes {', '.join(names)}")
+            raise LLMParamInvalidError(
+                f"{kind} has no argument {name!r}; {did_you_mean(name, (*names, 'prompt_cluster_id'))}",
+                operation=kind)
         if name in bound:
-            raise LLMParamInvalidError(f"{kind} got {name!r} both by position and by keyword")
+            raise LLMParamInvalidError(f"{kind} got {name!r} both by position and by keyword", operation=kind)
         bound[name] = value
     if "prompt_cluster_id" in bound:
         older = bound.pop("prompt_cluster_id")
         bound.setdefault("cluster_id", older)
     for name in names[:required]:
         if name not in bound:
-            raise LLMParamInvalidError(f"{kind} needs {name!r}")
+            raise LLMParamInvalidError(f"{kind}: {name} is required; it takes {', '.join(names)}", operation=kind)
     return bound
 
 
@@ -129,6 +133,7 @@ class CacheKeyByIdAndIndex:
 
     _packed: Optional[Tuple[int, Tuple[int, int, int, int]]] = None     # how the engine names it, once it was used
 
+    @public_call
     def __init__(self, cluster_id: int, cache_id: int, batch_index: int = 0) -> None:
         self._cluster_id = check_uint64("cluster_id", cluster_id)
         self._cache_id = check_int64("cache_id", cache_id)

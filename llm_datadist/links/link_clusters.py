@@ -5,7 +5,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 from llm_datadist.configs import LLMClusterInfo, LLMRole, trans_int_ip
 from llm_datadist.status import LLMParamInvalidError, LLMStatusCode
@@ -40,16 +40,21 @@ def _check_addresses(clusters: Sequence[LLMClusterInfo], also_local: bool = Fals
             _check_ips("local_ip_info_list", cluster.local_ip_info_list)
 
 
-def _check_ips(name: str, infos: Sequence[Tuple[Optional[int], int]]) -> None:
+def _check_ips(name: str, infos: Sequence[Tuple[Any, int]]) -> None:
     for ip, _ in infos:
-        if not isinstance(ip, int):
-            raise TypeError(f"ip of {name} only support int, but got {type(ip).__name__}")
+        if not isinstance(ip, (int, str)):
+            raise TypeError(f"ip of {name} only support int or IPv6 text, but got {type(ip).__name__}")
+
+
+def _text_of(ip: Any) -> str:
+    """Numeric text of an address that `LLMClusterInfo` holds: an integer for IPv4, a text for IPv6."""
+    return ip if isinstance(ip, str) else trans_int_ip(ip)
 
 
 def _first_address(cluster: LLMClusterInfo) -> Optional[Tuple[str, int]]:
     """Where the peer listens, as far as the description says."""
     for ip, port in cluster.remote_ip_info_list:
-        return trans_int_ip(ip), port                       # type: ignore[arg-type]  # checked by _check_addresses
+        return _text_of(ip), port
     return None
 
 
@@ -97,7 +102,7 @@ class ClusterLinker:
 
         cluster_id: int = cluster.remote_cluster_id         # type: ignore[assignment]  # checked above
         address, port = cluster.remote_ip_info_list[0]
-        ip = trans_int_ip(address)                          # type: ignore[arg-type]  # checked above
+        ip = _text_of(address)
         is_v1 = self._engine.options.generation == 1
         start = time.monotonic()
         status, text = self._engine.link(cluster_id, ip, port, timeout)
@@ -249,6 +254,6 @@ class ClusterLinker:
     def _peer_at(self, cluster: LLMClusterInfo, cluster_id: int) -> int:
         """The linked peer that a PROMPT means: the one of that id, or else one at a remote address of `cluster`."""
         rows = self._engine.links()
-        addresses = {trans_int_ip(ip) for ip, _ in cluster.remote_ip_info_list}     # type: ignore[arg-type]  # checked
+        addresses = {_text_of(ip) for ip, _ in cluster.remote_ip_info_list}
         at_address = [row["cluster_id"] for row in rows if row["peer_ip"] in addresses]
         return cluster_id if not at_address or any(row["cluster_id"] == cluster_id for row in rows) else at_address[0]

@@ -5,7 +5,7 @@ A manager of either generation checks arguments by the rules of its own API and 
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple, TypedDict, Union
 
 from llm_datadist.caches.descriptors import CacheDesc, Placement
 from llm_datadist.caches.handles import CPU_CACHE_ID, Cache, KvCache
@@ -17,12 +17,14 @@ from llm_datadist.status import (
     LLMParamInvalidError,
     LLMStatusCode,
 )
+from llm_datadist.utils import log
+from llm_datadist.utils.calls import refuse_unknown
 from llm_datadist.utils.utils import check_int64, check_isinstance, check_uint32
 
 if TYPE_CHECKING:
     from llm_datadist.core.engine.engine import Engine
 
-__all__ = ["ManagerBase"]
+__all__ = ["ManagerBase", "PullOptions", "PullSlotOptions"]
 
 KEY_REQ, KEY_PREFIX, KEY_BLOCKS, KEY_BY_ID = range(4)
 MAX_DIMS = 31
@@ -33,6 +35,25 @@ KeySpec = Tuple[int, int, int, int]             # slot, kind, id, model id
 RemoteKey = Tuple[int, int, int, int]           # kind, id, model id, batch index
 TensorRange = Optional[Tuple[int, int]]
 SwapEnd = Union[int, Tuple[List[int], int]]     # a cache id, or addresses and how many blocks lie there
+
+
+class PullOptions(TypedDict, total=False):
+    """Keywords of a pull of either generation."""
+
+    src_layer_range: Optional[range]
+    dst_layer_range: Optional[range]
+    tensor_num_per_layer: int
+
+
+class PullSlotOptions(PullOptions, total=False):
+    """Keywords of ``KvCacheManager.pull_cache``."""
+
+    src_cache_offset: Optional[int]
+    dst_cache_offset: Optional[int]
+
+
+PULL_KEYWORDS = tuple(PullOptions.__annotations__)
+PULL_SLOT_KEYWORDS = (*PULL_KEYWORDS, "src_cache_offset", "dst_cache_offset")
 
 
 # ------------------------------------------------------------------------------------------------------- keys
@@ -132,7 +153,7 @@ def check_tensors_per_layer(tensors_per_layer: int) -> int:
 
 
 def layers_of_pull(
-    dst_desc: CacheDesc, tensors_per_layer: int, kwargs: Mapping[str, Any],
+    dst_desc: CacheDesc, tensors_per_layer: int, kwargs: PullOptions,
 ) -> Tuple[TensorRange, TensorRange]:
     """Turn the layer ranges of a pull into tensor ranges of source and destination."""
     src = _pull_range("src_layer_range", kwargs.get("src_layer_range"))
@@ -143,6 +164,22 @@ def layers_of_pull(
                                    f"tensor_num_per_layer={tensors_per_layer}")
     return (tensors_of("src_layer_range", src, tensors_per_layer),
             tensors_of("dst_layer_range", dst, tensors_per_layer))
+
+
+def layers_to_fill(dst_desc: CacheDesc, kwargs: PullOptions) -> Optional[range]:
+    """Destination layers of a pull that failed; None where there are no whole layers."""
+    layers = kwargs.get("dst_layer_range")
+    if layers:
+        return layers
+    num_layers, rest = divmod(dst_desc.num_tensors, kwargs.get("tensor_num_per_layer", 2))
+    return None if rest else range(num_layers)
+
+
+def layers_left(error: LLMException, dst: TensorRange, tensors_per_layer: int) -> Optional[range]:
+    """Destination layers of a push that had not arrived when it failed; None where there are no whole layers."""
+    if dst is None or dst[0] % tensors_per_layer or dst[1] % tensors_per_layer:
+        return None
+    return range((dst[0] + error._num_tensors) // tensors_per_layer, dst[1] // tensors_per_layer)
 
 
 def _pull_range(name: str, layer_range: Optional[range]) -> Optional[range]:
@@ -173,7 +210,8 @@ def tensors_of(name: str, layers: Optional[range], tensors_per_layer: int) -> Te
 
 # ----------------------------------------------------------------------------------------------------- blocks
 
-def block_pairs(name: str, mapping: Mapping[int, Sequence[int]], num_blocks: int) -> Tuple[List[int], List[int]]:
+def block_pairs(name: str, mapping: Mapping[int, Sequence[int]], num_blocks: int,
+                strict: bool) -> Tuple[List[int], List[int]]:
     """Flatten ``{src: [dst, ...]}`` in dict order, then list order."""
     src: List[int] = []
     dst: List[int] = []
@@ -182,6 +220,8 @@ def block_pairs(name: str, mapping: Mapping[int, Sequence[int]], num_blocks: int
         dst.extend(destinations)
     check_block_numbers(f"{name} keys", list(mapping), num_blocks)
     check_block_numbers(f"{name} values", dst, num_blocks)
+    if strict:
+        check_no_repeats(f"{name} values", dst)
     return src, dst
 
 
@@ -192,7 +232,37 @@ def check_block_numbers(name: str, numbers: Sequence[int], num_blocks: int) -> N
         raise LLMParamInvalidError(f"{name}: block {bad} is not allowed; it must be in [0, {num_blocks})")
 
 
-def _check_swap(src_desc: CacheDesc, dst_desc: CacheDesc, src_to_dst: Mapping[int, int]) -> int:
+def check_same_elements(operation: str, src: CacheDesc, dst: CacheDesc) -> None:
+    """Refuse to copy between caches of different data types, or of blocks that are shaped differently.
+
+    A block of one dimension may stand for any shape of as many bytes: its descriptor does not tell the shape.
+    """
+    src_block, dst_block = ([n for n in desc.shape[1:] if n != 1] for desc in (src, dst))
+    if src.data_type is not dst.data_type:
+        what = "data types"
+    elif len(src_block) > 1 and len(dst_block) > 1 and src_block != dst_block:
+        what = "shapes of a slot or block"
+    else:
+        return
+    raise LLMParamInvalidError(
+        f"{operation}: the {what} of source and destination differ, so the bytes would mean something else there: "
+        f"source {src}, destination {dst}. Describe both alike, or set option llm.Strict='0' to copy bytes as they "
+        "are", operation=operation)
+
+
+def check_no_repeats(name: str, numbers: Sequence[int]) -> None:
+    """Refuse a destination block that occurs twice."""
+    if len(set(numbers)) != len(numbers):
+        seen: Set[int] = set()
+        for number in numbers:
+            if number in seen:
+                raise LLMParamInvalidError(
+                    f"{name}: block {number} is the destination more than once, of which the last would stay; name "
+                    "each destination block once, or set option llm.Strict='0'")
+            seen.add(number)
+
+
+def _check_swap(src_desc: CacheDesc, dst_desc: CacheDesc, src_to_dst: Mapping[int, int], strict: bool) -> int:
     """Check that two caches fit each other, and return the bytes of one block."""
     src_bytes = src_desc.size // src_desc.shape[0]
     dst_bytes = dst_desc.size // dst_desc.shape[0]
@@ -201,6 +271,9 @@ def _check_swap(src_desc: CacheDesc, dst_desc: CacheDesc, src_to_dst: Mapping[in
     if src_desc.num_tensors != dst_desc.num_tensors:
         raise LLMParamInvalidError(
             f"num_tensors of the source is {src_desc.num_tensors}, that of the destination {dst_desc.num_tensors}")
+    if strict:
+        check_same_elements("swap_blocks", src_desc, dst_desc)
+        check_no_repeats("src_to_dst values", list(src_to_dst.values()))
     check_block_numbers("src_to_dst keys", list(src_to_dst), src_desc.shape[0])
     check_block_numbers("src_to_dst values", list(src_to_dst.values()), dst_desc.shape[0])
     if (src_desc.placement == Placement.HOST) == (dst_desc.placement == Placement.HOST):
@@ -224,6 +297,7 @@ class ManagerBase:
         self._llm_engine = llm_engine
         self._initialized = True
         self._has_pool = llm_engine.has_pool()
+        self._strict = bool(llm_engine.options.strict)
 
     @staticmethod
     def check_cache_key(cache_key: CacheKey) -> None:
@@ -274,6 +348,27 @@ class ManagerBase:
         return self._llm_engine.allocate(
             cache_desc.num_tensors, cache_desc.shape[0], cache_desc.size, host, is_blocks, specs)
 
+    def _deallocate_here(self, cache: Union[Cache, KvCache]) -> None:
+        """Give the handle of a cache back to the engine, and empty it."""
+        self._llm_engine.deallocate(self._id_of(cache))
+        if log.logger.level <= log.DEBUG:
+            log.debug("deallocated %s", cache)
+
+    def _remove_key(self, cache_key: CacheKey) -> None:
+        kind, id_, model_id, _ = remote_key(cache_key)
+        self._llm_engine.remove_key(kind, id_, model_id)
+        if log.logger.level <= log.DEBUG:
+            log.debug("removed %s", cache_key)
+
+    def _check_keywords(self, operation: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
+        """Refuse keywords nobody knows; without strictness only say so, as the original ignores them."""
+        try:
+            refuse_unknown(operation, given, known)
+        except TypeError as error:
+            if self._strict:
+                raise
+            log.warn("%s; it is ignored", error)
+
     def _require_pool(self, operation: str) -> None:
         self._require_initialized()
         if not self._has_pool:
@@ -282,7 +377,7 @@ class ManagerBase:
 
     def _swap(self, src: Union[Cache, KvCache], src_addrs: List[int], dst: Union[Cache, KvCache], dst_addrs: List[int],
               src_to_dst: Dict[int, int]) -> None:
-        block_bytes = _check_swap(src.cache_desc, dst.cache_desc, src_to_dst)
+        block_bytes = _check_swap(src.cache_desc, dst.cache_desc, src_to_dst, self._strict)
         self._require_initialized()
         ends = self._swap_end("src", src, src_addrs), self._swap_end("dst", dst, dst_addrs)
         if src_to_dst:

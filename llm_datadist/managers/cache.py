@@ -1,18 +1,22 @@
 """`CacheManager`: pulls, pushes and layer-wise transfers of the second generation of the API."""
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, List, Mapping, Optional, Sequence, Set, Tuple, Union
+from typing import TYPE_CHECKING, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
 from llm_datadist.caches.handles import Cache
 from llm_datadist.caches.keys import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
 from llm_datadist.managers.base import (
+    PULL_KEYWORDS,
+    PullOptions,
     TensorRange,
     check_equal_lengths,
     check_pull_key,
     check_size,
     check_tensors_per_layer,
     cluster_of,
+    layers_left,
     layers_of_pull,
+    layers_to_fill,
     packed_pull_key,
     remote_key,
     tensors_of,
@@ -25,10 +29,14 @@ from llm_datadist.managers.transfer_config import (
     TransferWithCacheKeyConfig,
     check_layer_range,
 )
-from llm_datadist.status import LLMParamInvalidError
+from llm_datadist.status import LLMException, LLMParamInvalidError
+from llm_datadist.utils import log
+from llm_datadist.utils.calls import public_call
 from llm_datadist.utils.utils import check_int64, check_isinstance, check_uint32
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from llm_datadist.core.engine.engine import Engine
 
 __all__ = ["CacheManager"]
@@ -60,7 +68,7 @@ class CacheManager(CacheMemory):
 
     def pull_cache(
         self, cache_key: Union[CacheKey, CacheKeyByIdAndIndex], cache: Cache, batch_index: int = 0, size: int = -1,
-        **kwargs: Any,
+        **kwargs: "Unpack[PullOptions]",
     ) -> None:
         """Read one batch slot of a peer's contiguous cache and wait until it is here.
 
@@ -97,14 +105,31 @@ class CacheManager(CacheMemory):
         In two-sided mode a successful pull by request key releases the key on the owner, once all of its tensors
         were taken. Releases the GIL.
         """
-        # The usual call, whose arguments need no more than a look; what it means is checked in compiled code.
-        if (not kwargs and type(cache) is Cache and type(cache_key) in self._plain_pull_keys
-                and type(batch_index) is int and 0 <= batch_index <= UINT32_MAX and type(size) is int and size == -1
-                and not cache._is_blocks_cache and cache._cache_manager is self and self._initialized):
-            cluster_id, key = cache_key._packed or packed_pull_key(cache_key)
-            self._llm_engine.pull_cache(cluster_id, key, cache._cache_id, batch_index, -1, None, None, 0, 0,
-                                        not self._remote_accessible)
-            return
+        try:
+            # The usual call, whose arguments need no more than a look; what it means is checked in compiled code.
+            if (not kwargs and type(cache) is Cache and type(cache_key) in self._plain_pull_keys
+                    and type(batch_index) is int and 0 <= batch_index <= UINT32_MAX and type(size) is int and size == -1
+                    and not cache._is_blocks_cache and cache._cache_manager is self and self._initialized):
+                cluster_id, key = cache_key._packed or packed_pull_key(cache_key)
+                self._llm_engine.pull_cache(cluster_id, key, cache._cache_id, batch_index, -1, None, None, 0, 0,
+                                            not self._remote_accessible)
+            else:
+                self._pull_cache(cache_key, cache, batch_index, size, kwargs)
+            if log.logger.level <= log.DEBUG:
+                log.debug("pulled %s into slot %s of %s", cache_key, batch_index, cache)
+        except LLMException as error:
+            error._complete(operation="pull_cache")
+            log.debug("pull_cache of %s failed: %s", cache_key, error)
+            if error.peer is not None:
+                error._complete(layers=layers_to_fill(cache.cache_desc, kwargs))
+            raise
+
+    def _pull_cache(
+        self, cache_key: Union[CacheKey, CacheKeyByIdAndIndex], cache: Cache, batch_index: int, size: int,
+        kwargs: PullOptions,
+    ) -> None:
+        """Check everything, and pull."""
+        self._check_keywords("pull_cache", kwargs, PULL_KEYWORDS)
         check_isinstance("cache_key", cache_key,
                          CacheKeyByIdAndIndex if self._remote_accessible else [CacheKey, CacheKeyByIdAndIndex])
         check_isinstance("cache", cache, Cache)
@@ -120,7 +145,7 @@ class CacheManager(CacheMemory):
 
     @staticmethod
     def _pull_layers(cache_key: Union[CacheKey, CacheKeyByIdAndIndex, BlocksCacheKey], dst_cache: Cache,
-                     kwargs: Mapping[str, Any]) -> Tuple[TensorRange, TensorRange]:
+                     kwargs: PullOptions) -> Tuple[TensorRange, TensorRange]:
         """Check the rest of what both pulls take, and return the tensors of source and destination."""
         tensors_per_layer = check_tensors_per_layer(kwargs.get("tensor_num_per_layer", 2))
         if isinstance(cache_key, CacheKey):
@@ -129,7 +154,7 @@ class CacheManager(CacheMemory):
 
     def pull_blocks(
         self, src_cache_key: Union[CacheKey, CacheKeyByIdAndIndex, BlocksCacheKey], dst_cache: Cache,
-        src_blocks: _Blocks = (), dst_blocks: _Blocks = (), **kwargs: Any,
+        src_blocks: _Blocks = (), dst_blocks: _Blocks = (), **kwargs: "Unpack[PullOptions]",
     ) -> None:
         """Read blocks of a peer's cache into blocks of ours and wait until they are here.
 
@@ -143,7 +168,7 @@ class CacheManager(CacheMemory):
             Source blocks; empty unless the source is a blocks cache. Lists, tuples, ``array``, NumPy integers and
             buffers of 32 or 64 bit integers are taken as they are.
         dst_blocks : sequence of int, shape (n,), n >= 1
-            Destination blocks, paired by position. A contiguous source gives block i its bytes
+            Destination blocks, each once, paired by position. A contiguous source gives block i its bytes
             ``[i*B, min((i+1)*B, stride))``.
         src_layer_range, dst_layer_range : range, optional
             Layers, step 1, of equal length. Default: all.
@@ -155,18 +180,36 @@ class CacheManager(CacheMemory):
         TypeError, ValueError
             An argument has another type, or a block number is negative.
         LLMParamInvalidError
-            Lengths differ, a block number is outside its cache, block sizes or layouts differ. Nothing moved.
+            Lengths differ, a block number is outside its cache or is the destination twice, block sizes or layouts
+            differ. Nothing moved.
         LLMNotFoundError, LLMLinkError, LLMTimeoutError
             As for `pull_cache`.
         """
-        # The usual call, whose arguments need no more than a look; what it means is checked in compiled code.
-        if (not kwargs and type(src_cache_key) is BlocksCacheKey and type(dst_cache) is Cache
-                and type(src_blocks) in _plain_blocks and type(dst_blocks) in _plain_blocks
-                and len(src_blocks) and len(dst_blocks)
-                and dst_cache._is_blocks_cache and dst_cache._cache_manager is self and self._initialized):
-            cluster_id, key = src_cache_key._packed or packed_pull_key(src_cache_key)
-            self._llm_engine.pull_blocks(cluster_id, key, dst_cache._cache_id, src_blocks, dst_blocks)
-            return
+        try:
+            # The usual call, whose arguments need no more than a look; what it means is checked in compiled code.
+            if (not kwargs and type(src_cache_key) is BlocksCacheKey and type(dst_cache) is Cache
+                    and type(src_blocks) in _plain_blocks and type(dst_blocks) in _plain_blocks
+                    and len(src_blocks) and len(dst_blocks)
+                    and dst_cache._is_blocks_cache and dst_cache._cache_manager is self and self._initialized):
+                cluster_id, key = src_cache_key._packed or packed_pull_key(src_cache_key)
+                self._llm_engine.pull_blocks(cluster_id, key, dst_cache._cache_id, src_blocks, dst_blocks)
+            else:
+                self._pull_blocks(src_cache_key, dst_cache, src_blocks, dst_blocks, kwargs)
+            if log.logger.level <= log.DEBUG:
+                log.debug("pulled %s blocks of %s into %s", len(dst_blocks), src_cache_key, dst_cache)
+        except LLMException as error:
+            error._complete(operation="pull_blocks")
+            log.debug("pull_blocks of %s failed: %s", src_cache_key, error)
+            if error.peer is not None:
+                error._complete(blocks=dst_blocks, layers=layers_to_fill(dst_cache.cache_desc, kwargs))
+            raise
+
+    def _pull_blocks(
+        self, src_cache_key: Union[CacheKey, CacheKeyByIdAndIndex, BlocksCacheKey], dst_cache: Cache,
+        src_blocks: _Blocks, dst_blocks: _Blocks, kwargs: PullOptions,
+    ) -> None:
+        """Check everything, and pull."""
+        self._check_keywords("pull_blocks", kwargs, PULL_KEYWORDS)
         check_isinstance("src_cache_key", src_cache_key, [CacheKey, CacheKeyByIdAndIndex, BlocksCacheKey])
         check_isinstance("dst_cache", dst_cache, Cache)
         if not dst_cache.is_blocks_cache:
@@ -187,6 +230,7 @@ class CacheManager(CacheMemory):
 
     # -------------------------------------------------------------------------------------------------- pushes
 
+    @public_call
     def push_cache(
         self, dst_cache_key: CacheKeyByIdAndIndex, src_cache: Cache, src_batch_index: int = 0,
         src_layer_range: Optional[range] = None, dst_layer_range: Optional[range] = None, size: int = -1,
@@ -229,10 +273,15 @@ class CacheManager(CacheMemory):
             raise LLMParamInvalidError(f"{src_cache} is a blocks cache; use push_blocks")
         src, dst = self._push_layers(src_cache, src_layer_range, dst_layer_range, tensor_num_per_layer)
         self._require_initialized()
-        self._llm_engine.push_cache(
-            cluster_of(dst_cache_key), remote_key(dst_cache_key), self._id_of(src_cache), src_batch_index, src, dst,
-            tensor_num_per_layer)
+        try:
+            self._llm_engine.push_cache(
+                cluster_of(dst_cache_key), remote_key(dst_cache_key), self._id_of(src_cache), src_batch_index, src, dst,
+                tensor_num_per_layer)
+        except LLMException as error:
+            error._complete(layers=layers_left(error, dst, tensor_num_per_layer))
+            raise
 
+    @public_call
     def push_blocks(
         self, dst_cache_key: BlocksCacheKey, src_cache: Cache, src_blocks: _Blocks = (), dst_blocks: _Blocks = (),
         src_layer_range: Optional[range] = None, dst_layer_range: Optional[range] = None,
@@ -258,7 +307,8 @@ class CacheManager(CacheMemory):
         TypeError, ValueError
             An argument has another type, or a block number is negative.
         LLMParamInvalidError
-            Remote-accessible mode is off, lengths differ, or blocks, layers, sizes or layouts do not fit.
+            Remote-accessible mode is off, lengths differ, a block is the destination twice, or blocks, layers, sizes
+            or layouts do not fit.
         LLMNotFoundError, LLMLinkError, LLMTimeoutError
             As for `pull_cache`; layers before the failing one are written.
         """
@@ -274,8 +324,12 @@ class CacheManager(CacheMemory):
         src, dst = self._push_layers(src_cache, src_layer_range, dst_layer_range, tensor_num_per_layer)
         cluster_id, key = cluster_of(dst_cache_key), remote_key(dst_cache_key)
         self._require_initialized()
-        self._llm_engine.push_blocks(
-            cluster_id, key, self._id_of(src_cache), src_blocks, dst_blocks, src, dst, tensor_num_per_layer)
+        try:
+            self._llm_engine.push_blocks(
+                cluster_id, key, self._id_of(src_cache), src_blocks, dst_blocks, src, dst, tensor_num_per_layer)
+        except LLMException as error:
+            error._complete(blocks=dst_blocks, layers=layers_left(error, dst, tensor_num_per_layer))
+            raise
 
     def _check_push(self, src_layers: Optional[range], dst_layers: Optional[range], tensors_per_layer: int) -> None:
         if not self._remote_accessible:
@@ -296,6 +350,7 @@ class CacheManager(CacheMemory):
         return (tensors_of("src_layer_range", src, tensors_per_layer),
                 tensors_of("dst_layer_range", dst, tensors_per_layer))
 
+    @public_call
     def transfer_cache_async(
         self, src_cache: Cache, layer_synchronizer: LayerSynchronizer,
         transfer_configs: Union[List[TransferConfig], Tuple[TransferConfig, ...], List[TransferWithCacheKeyConfig],

@@ -1,33 +1,43 @@
 """`KvCacheManager`: the memory calls of the first generation of the API, on the same engine as the second."""
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 from llm_datadist.caches.descriptors import CacheDesc, Placement
 from llm_datadist.caches.handles import CPU_CACHE_ID, KvCache
 from llm_datadist.caches.keys import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
 from llm_datadist.configs import LLMRole
 from llm_datadist.managers.base import (
+    PULL_KEYWORDS,
+    PULL_SLOT_KEYWORDS,
     KeySpec,
     ManagerBase,
+    PullOptions,
+    PullSlotOptions,
     block_pairs,
     blocks_key_specs,
     check_desc,
     check_pull_key,
+    check_same_elements,
     check_size,
     check_tensors_per_layer,
     cluster_of,
     key_specs,
     layers_of_pull,
+    layers_to_fill,
     lazy_addresses,
     remote_key,
 )
 from llm_datadist.managers.task import CacheTask, transfer_cache_async
 from llm_datadist.managers.transfer_config import LayerSynchronizer, TransferConfig
-from llm_datadist.status import LLMParamInvalidError, LLMStatusCode
+from llm_datadist.status import LLMException, LLMParamInvalidError, LLMStatusCode
+from llm_datadist.utils import log
+from llm_datadist.utils.calls import public_call
 from llm_datadist.utils.utils import check_dict, check_int32, check_int64, check_isinstance, check_uint32, check_uint64
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from llm_datadist.caches.tensor import Tensor
     from llm_datadist.core.engine.engine import Engine
 
@@ -36,9 +46,8 @@ __all__ = ["KvCacheManager"]
 _Keys = Union[Tuple[CacheKey, ...], List[CacheKey]]
 
 
-def _offset(name: str, kwargs: Dict[str, Any]) -> Optional[int]:
+def _offset(name: str, value: Optional[int]) -> Optional[int]:
     """An offset of a pull in bytes; None when it was not given."""
-    value: Optional[int] = kwargs.get(name)
     if value is not None:
         check_int64(name, value)
         if value < 0:
@@ -78,6 +87,7 @@ class KvCacheManager(ManagerBase):
 
     # ---------------------------------------------------------------------------------------------- allocation
 
+    @public_call
     def allocate_cache(self, cache_desc: CacheDesc, cache_keys: _Keys = ()) -> KvCache:
         """Take a contiguous cache of device memory.
 
@@ -108,6 +118,7 @@ class KvCacheManager(ManagerBase):
             self._require_role("allocate_cache with keys", LLMRole.PROMPT)
         return self._new_cache(cache_desc, lambda: key_specs(cache_desc, cache_keys), False)
 
+    @public_call
     def allocate_blocks_cache(
         self, cache_desc: CacheDesc, blocks_cache_key: Optional[BlocksCacheKey] = None,
     ) -> KvCache:
@@ -171,7 +182,7 @@ class KvCacheManager(ManagerBase):
         check_isinstance("cache", cache, KvCache)
         _check_device("cache", cache)
         self._require_initialized()
-        self._llm_engine.deallocate(self._id_of(cache))
+        self._deallocate_here(cache)
         cache._forget_memory()
 
     def remove_cache_key(self, cache_key: CacheKey) -> None:
@@ -193,15 +204,14 @@ class KvCacheManager(ManagerBase):
         """
         check_isinstance("cache_key", cache_key, CacheKey)
         self._require_role("remove_cache_key", LLMRole.PROMPT)
-        kind, id_, model_id, _ = remote_key(cache_key)
         self._require_initialized()
-        self._llm_engine.remove_key(kind, id_, model_id)
+        self._remove_key(cache_key)
 
     # -------------------------------------------------------------------------------------------------- pulls
 
     def pull_cache(
         self, cache_key: Union[CacheKey, CacheKeyByIdAndIndex], kv_cache: KvCache, batch_index: int = 0,
-        size: int = -1, **kwargs: Any,
+        size: int = -1, **kwargs: "Unpack[PullSlotOptions]",
     ) -> None:
         """Read one batch slot of a PROMPT's contiguous cache and wait until it is here. DECODER only.
 
@@ -239,13 +249,28 @@ class KvCacheManager(ManagerBase):
         -----
         A successful pull by request key releases the key on the owner, once all of its tensors were taken.
         """
+        try:
+            self._pull_cache(cache_key, kv_cache, batch_index, size, kwargs)
+            if log.logger.level <= log.DEBUG:
+                log.debug("pulled %s into slot %s of %s", cache_key, batch_index, kv_cache)
+        except LLMException as error:
+            error._complete(operation="pull_cache")
+            log.debug("pull_cache of %s failed: %s", cache_key, error)
+            if error.peer is not None:
+                error._complete(layers=layers_to_fill(kv_cache.cache_desc, kwargs))
+            raise
+
+    def _pull_cache(self, cache_key: Union[CacheKey, CacheKeyByIdAndIndex], kv_cache: KvCache, batch_index: int,
+                    size: int, kwargs: PullSlotOptions) -> None:
+        self._check_keywords("pull_cache", kwargs, PULL_SLOT_KEYWORDS)
         self._require_role("pull_cache", LLMRole.DECODER)
         check_isinstance("cache_key", cache_key, [CacheKey, CacheKeyByIdAndIndex])
         check_isinstance("kv_cache", kv_cache, KvCache)
         check_uint32("batch_index", batch_index)
         check_size(size)
         _check_device("kv_cache", kv_cache)
-        src_offset, dst_offset = _offset("src_cache_offset", kwargs), _offset("dst_cache_offset", kwargs)
+        src_offset = _offset("src_cache_offset", kwargs.get("src_cache_offset"))
+        dst_offset = _offset("dst_cache_offset", kwargs.get("dst_cache_offset"))
         tensors_per_layer = check_tensors_per_layer(kwargs.get("tensor_num_per_layer", 2))
         if isinstance(cache_key, CacheKey):
             check_pull_key(cache_key)
@@ -257,7 +282,7 @@ class KvCacheManager(ManagerBase):
 
     def pull_blocks(
         self, prompt_cache_key: BlocksCacheKey, decoder_kv_cache: KvCache, prompt_blocks: List[int],
-        decoder_blocks: List[int], **kwargs: Any,
+        decoder_blocks: List[int], **kwargs: "Unpack[PullOptions]",
     ) -> None:
         """Read blocks of a PROMPT's blocks cache into ours and wait until they are here. DECODER only.
 
@@ -283,6 +308,20 @@ class KvCacheManager(ManagerBase):
         LLMNotFoundError, LLMLinkError, LLMTimeoutError
             As for `pull_cache`.
         """
+        try:
+            self._pull_blocks(prompt_cache_key, decoder_kv_cache, prompt_blocks, decoder_blocks, kwargs)
+            if log.logger.level <= log.DEBUG:
+                log.debug("pulled %s blocks of %s into %s", len(decoder_blocks), prompt_cache_key, decoder_kv_cache)
+        except LLMException as error:
+            error._complete(operation="pull_blocks")
+            log.debug("pull_blocks of %s failed: %s", prompt_cache_key, error)
+            if error.peer is not None:
+                error._complete(blocks=decoder_blocks, layers=layers_to_fill(decoder_kv_cache.cache_desc, kwargs))
+            raise
+
+    def _pull_blocks(self, prompt_cache_key: BlocksCacheKey, decoder_kv_cache: KvCache, prompt_blocks: List[int],
+                     decoder_blocks: List[int], kwargs: PullOptions) -> None:
+        self._check_keywords("pull_blocks", kwargs, PULL_KEYWORDS)
         self._require_role("pull_blocks", LLMRole.DECODER)
         check_isinstance("prompt_cache_key", prompt_cache_key, BlocksCacheKey)
         check_isinstance("decoder_kv_cache", decoder_kv_cache, KvCache)
@@ -300,6 +339,7 @@ class KvCacheManager(ManagerBase):
             cluster_id, key, self._id_of(decoder_kv_cache), prompt_blocks, decoder_blocks, src_tensors, dst_tensors,
             release=False)
 
+    @public_call
     def transfer_cache_async(
         self, src_cache: KvCache, layer_synchronizer: LayerSynchronizer,
         transfer_configs: Union[List[TransferConfig], Tuple[TransferConfig, ...]],
@@ -344,6 +384,7 @@ class KvCacheManager(ManagerBase):
 
     # ---------------------------------------------------------------------------------------- local operations
 
+    @public_call
     def copy_cache(
         self, dst: KvCache, src: KvCache, dst_batch_index: int = 0, src_batch_index: int = 0, offset: int = 0,
         size: int = -1, req_id: Optional[int] = None,
@@ -381,9 +422,12 @@ class KvCacheManager(ManagerBase):
         check_isinstance("req_id", req_id, int)
         _check_device("dst", dst)
         _check_device("src", src)
+        if self._strict:
+            check_same_elements("copy_cache", src.cache_desc, dst.cache_desc)
         self._require_initialized()
         self._llm_engine.copy_cache(self._id_of(dst), self._id_of(src), dst_batch_index, src_batch_index, offset, size)
 
+    @public_call
     def copy_blocks(self, cache: KvCache, copy_block_info: Dict[int, List[int]]) -> None:
         """Copy blocks to other blocks of the same cache.
 
@@ -410,10 +454,11 @@ class KvCacheManager(ManagerBase):
             for destination in destinations:
                 check_uint64(f"copy_block_info[{source}]", destination)
         _check_device("cache", cache)
-        src, dst = block_pairs("copy_block_info", copy_block_info, cache.cache_desc.shape[0])
+        src, dst = block_pairs("copy_block_info", copy_block_info, cache.cache_desc.shape[0], self._strict)
         self._require_initialized()
         self._llm_engine.copy_blocks(self._id_of(cache), src, dst)
 
+    @public_call
     def swap_blocks(self, src: KvCache, dst: KvCache, src_to_dst: Dict[int, int]) -> None:
         """Copy blocks between a HOST and a DEVICE cache; despite the name, one way.
 
@@ -439,6 +484,7 @@ class KvCacheManager(ManagerBase):
         check_dict("src_to_dst", src_to_dst, int, int)
         self._swap(src, _first_device(src), dst, _first_device(dst), src_to_dst)
 
+    @public_call
     def get_cache_tensors(self, cache: KvCache, tensor_index: int = 0) -> "List[Tensor]":
         """Return one tensor of a cache per device, aliasing its memory.
 

@@ -13,12 +13,13 @@ from llm_datadist.managers.base import (
     block_pairs,
     blocks_key_specs,
     check_desc,
+    check_same_elements,
     check_size,
     key_specs,
     lazy_addresses,
-    remote_key,
 )
 from llm_datadist.status import LLMLinkError, LLMParamInvalidError, LLMStatusCode
+from llm_datadist.utils.calls import public_call
 from llm_datadist.utils.utils import check_dict, check_int64, check_isinstance, check_uint32, check_uint64
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class CacheMemory(ManagerBase):
 
     # ---------------------------------------------------------------------------------------------- allocation
 
+    @public_call
     def allocate_cache(self, cache_desc: CacheDesc, cache_keys: _Keys = ()) -> Cache:
         """Take a contiguous cache from the pool of its placement.
 
@@ -106,7 +108,8 @@ class CacheMemory(ManagerBase):
         """
         check_isinstance("cache", cache, Cache)
         if cache.is_blocks_cache:
-            raise LLMParamInvalidError(f"{cache} is a blocks cache; use deallocate_blocks_cache")
+            raise LLMParamInvalidError(f"{cache} is a blocks cache; use deallocate_blocks_cache",
+                                       operation="deallocate_cache")
         self._deallocate(cache, "deallocate_cache")
 
     def _deallocate(self, cache: Cache, operation: str) -> None:
@@ -115,9 +118,10 @@ class CacheMemory(ManagerBase):
             return
         self._require_pool(operation)
         if not cache.is_registered:
-            self._llm_engine.deallocate(self._id_of(cache))
+            self._deallocate_here(cache)
         cache._forget_memory()
 
+    @public_call
     def allocate_blocks_cache(self, cache_desc: CacheDesc, blocks_cache_key: Optional[BlocksCacheKey] = None) -> Cache:
         """Take a blocks cache from the pool of its placement.
 
@@ -169,7 +173,8 @@ class CacheMemory(ManagerBase):
         """
         check_isinstance("cache", cache, Cache)
         if not cache.is_blocks_cache:
-            raise LLMParamInvalidError(f"{cache} is a contiguous cache; use deallocate_cache")
+            raise LLMParamInvalidError(f"{cache} is a contiguous cache; use deallocate_cache",
+                                       operation="deallocate_blocks_cache")
         self._deallocate(cache, "deallocate_blocks_cache")
 
     def remove_cache_key(self, cache_key: CacheKey) -> None:
@@ -190,12 +195,12 @@ class CacheMemory(ManagerBase):
             The cache table was busy longer than ``sync_kv_timeout``; nothing changed.
         """
         check_isinstance("cache_key", cache_key, CacheKey)
-        kind, id_, model_id, _ = remote_key(cache_key)
         self._require_pool("remove_cache_key")
-        self._llm_engine.remove_key(kind, id_, model_id)
+        self._remove_key(cache_key)
 
     # -------------------------------------------------------------------------------------------- registration
 
+    @public_call
     def register_cache(
         self, cache_desc: CacheDesc, addrs: List[Any], cache_keys: _Keys = (),
         remote_accessible: Optional[bool] = None,
@@ -232,6 +237,7 @@ class CacheMemory(ManagerBase):
         check_isinstance("cache_keys", cache_keys, [list, tuple], CacheKey, allow_none=False)
         return self._register(cache_desc, addrs, lambda: key_specs(cache_desc, cache_keys), remote_accessible, False)
 
+    @public_call
     def register_blocks_cache(
         self, cache_desc: CacheDesc, addrs: List[Any], blocks_cache_key: Optional[BlocksCacheKey] = None,
         remote_accessible: Optional[bool] = None,
@@ -290,6 +296,7 @@ class CacheMemory(ManagerBase):
             self._owners[cache_id] = owners
         return Cache(cache_id, cache_desc, addresses, self, True, is_blocks)
 
+    @public_call
     def unregister_cache(self, cache_id: int) -> None:
         """Withdraw a registered cache; afterwards no peer touches its memory. An unknown id is a no-op.
 
@@ -310,6 +317,7 @@ class CacheMemory(ManagerBase):
         self._llm_engine.unregister(cache_id)
         self._owners.pop(cache_id, None)
 
+    @public_call
     def remap_registered_memory(self, mem_infos: Union[MemInfo, List[MemInfo]]) -> None:
         """Map registered device memory anew after the device was repaired. Reserved; checks its arguments.
 
@@ -341,6 +349,7 @@ class CacheMemory(ManagerBase):
 
     # ---------------------------------------------------------------------------------------- local operations
 
+    @public_call
     def copy_cache(
         self, dst: Cache, src: Cache, dst_batch_index: int = 0, src_batch_index: int = 0, offset: int = 0,
         size: int = -1, req_id: Optional[int] = None,
@@ -379,10 +388,13 @@ class CacheMemory(ManagerBase):
             check_uint64("req_id", req_id)
         if dst.is_blocks_cache or src.is_blocks_cache:
             raise LLMParamInvalidError("copy_cache takes contiguous caches; use copy_blocks or swap_blocks")
+        if self._strict:
+            check_same_elements("copy_cache", src.cache_desc, dst.cache_desc)
         self._require_initialized()
         self._llm_engine.copy_cache(
             self._id_of(dst), self._id_of(src), dst_batch_index, src_batch_index, offset, size)
 
+    @public_call
     def copy_blocks(self, cache: Cache, copy_block_info: Dict[int, List[int]]) -> None:
         """Copy blocks to other blocks of the same cache.
 
@@ -406,10 +418,11 @@ class CacheMemory(ManagerBase):
         check_dict("copy_block_info", copy_block_info, int, list, int)
         if not cache.is_blocks_cache:
             raise LLMParamInvalidError(f"{cache} is a contiguous cache; use copy_cache")
-        src, dst = block_pairs("copy_block_info", copy_block_info, cache.cache_desc.shape[0])
+        src, dst = block_pairs("copy_block_info", copy_block_info, cache.cache_desc.shape[0], self._strict)
         self._require_initialized()
         self._llm_engine.copy_blocks(self._id_of(cache), src, dst)
 
+    @public_call
     def swap_blocks(self, src_cache: Cache, dst_cache: Cache, src_to_dst: Dict[int, int]) -> None:
         """Copy blocks between a HOST and a DEVICE cache; despite the name, one way.
 

@@ -1,4 +1,4 @@
-"""Transfers that follow the layers of a running model: `CacheTask`, its job, and the workers that run it.
+"""Transfers that follow the layers of a running model: their jobs, and the workers that run them.
 
 A job walks over the layers of its source, asks the client's synchroniser for each layer that a config wants, and
 writes it to every config's destination. A few long-lived daemon threads run all jobs of a process.
@@ -9,16 +9,17 @@ import os
 import queue
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Dict, List, Optional, Sequence, Tuple, Type, Union
+from typing import TYPE_CHECKING, Callable, Dict, List, Optional, Sequence, Tuple, Type, Union
 
 from llm_datadist.caches.descriptors import CacheDesc, Placement
 from llm_datadist.caches.handles import Cache, KvCache
 from llm_datadist.caches.keys import BlocksCacheKey
-from llm_datadist.managers.base import RemoteKey, cluster_of, remote_key
+from llm_datadist.managers.base import RemoteKey, check_no_repeats, cluster_of, remote_key
+from llm_datadist.managers.cache_task import CacheTask
 from llm_datadist.managers.transfer_config import LayerSynchronizer, TransferConfig, TransferWithCacheKeyConfig
 from llm_datadist.status import LLMException, LLMParamInvalidError, LLMStatusCode
 from llm_datadist.utils import log
-from llm_datadist.utils.utils import check_isinstance, check_uint32, check_uint64
+from llm_datadist.utils.utils import check_isinstance, check_uint64
 
 if TYPE_CHECKING:
     from llm_datadist.core.engine.engine import Engine
@@ -92,6 +93,7 @@ class TransferCacheParameters:
         self.block_bytes = dst_block_memory_size or 0
         self.src_blocks = parse_indices(src_block_indices, "src_block_indices") if src_block_indices else None
         self.dst_blocks = parse_indices(dst_block_indices, "dst_block_indices") if dst_block_indices else None
+        self.dst_block_numbers = list(dst_block_indices) if dst_block_indices else None
         self.first_dst_block = min(dst_block_indices) if dst_block_indices else 0
         self.last_dst_block = max(dst_block_indices) if dst_block_indices else 0
 
@@ -166,8 +168,12 @@ class TransferCacheJob:
     ----------
     results : list of LLMStatusCode or None
         One per config; None for one that has not finished.
+    layers_sent : list of int
+        How many layers of each config have arrived.
     error : BaseException or None
         What ended the job early.
+    is_cancelled : bool
+        Whether `cancel` did.
     """
 
     def __init__(
@@ -178,12 +184,55 @@ class TransferCacheJob:
         self._synchronizer: Optional[LayerSynchronizer] = layer_synchronizer
         self._puts: Dict[int, "LayerPush"] = {}
         self._done = threading.Event()
+        self._moving = threading.Lock()         # held while a layer is on its way and while results change
+        self._finishing = threading.Lock()
+        self._callbacks: List[Callable[[], None]] = []
+        self.is_cancelled = False
+        self.layers_sent = [0] * len(parameters.targets)
         self.results: List[Optional[LLMStatusCode]] = [None] * len(parameters.targets)
         self.error: Optional[BaseException] = None
 
     def wait(self, timeout_s: Optional[float]) -> bool:
         """Return whether the job has ended, after at most `timeout_s` seconds (None: no limit)."""
         return self._done.wait(timeout_s)
+
+    @property
+    def layers_wanted(self) -> List[range]:
+        """The layers of the source that each config wants."""
+        return [target.layers for target in self._parameters.targets]
+
+    def on_done(self, callback: Callable[[], None]) -> None:
+        """Call `callback` when the job has ended, on the thread that ends it; at once when it has ended already."""
+        with self._finishing:
+            if not self._done.is_set():
+                self._callbacks.append(callback)
+                return
+        callback()
+
+    def cancel(self) -> bool:
+        """Stop before the next layer. Returns False when the job had ended; no byte lands after it returned."""
+        with self._moving:
+            if self._done.is_set() or all(result is not None for result in self.results):
+                return False
+            self.is_cancelled = True
+            for i, result in enumerate(self.results):
+                self.results[i] = LLMStatusCode.LLM_FAILED if result is None else result
+            self.error = LLMException(
+                f"transfer_cache_async failed, error code is {LLMStatusCode.LLM_FAILED}, it was cancelled after "
+                f"{self.layers_sent} layers.", status_code=LLMStatusCode.LLM_FAILED, operation="transfer_cache_async",
+                stage="transfer", recoverable=True, hint="start the transfer again")
+            self._close_puts()
+        self._finish()
+        return True
+
+    def _finish(self) -> None:
+        with self._finishing:
+            if self._done.is_set():
+                return
+            self._done.set()
+            callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            callback()
 
     def run(self) -> None:
         """Send all layers, once. Never raises."""
@@ -193,11 +242,14 @@ class TransferCacheJob:
         try:
             self._send_layers(synchronizer)
         except BaseException as error:  # whatever a client's synchroniser raises must not end the worker
-            self.error = error
-            log.error("transfer_cache_async of cache %s failed: %r", self._parameters.cache_id, error)
+            with self._moving:
+                if not self.is_cancelled:
+                    self.error = error
+                    log.error("transfer_cache_async of cache %s failed: %r", self._parameters.cache_id, error)
         finally:
-            self._close_puts()
-            self._done.set()
+            with self._moving:
+                self._close_puts()
+            self._finish()
 
     def _send_layers(self, synchronizer: LayerSynchronizer) -> None:
         targets = self._parameters.targets
@@ -208,28 +260,39 @@ class TransferCacheJob:
             try:
                 is_complete = synchronizer.synchronize_layer(layer, None)
             except BaseException:
-                self._fail(waiting, LLMStatusCode.LLM_FAILED)
+                self._fail(waiting, LLMStatusCode.LLM_FAILED, None)
                 raise
             if not is_complete:
-                self._fail(waiting, LLMStatusCode.LLM_PARAM_INVALID)
-                self.error = LLMParamInvalidError(f"the synchronizer says that layer {layer} is not complete")
+                self._fail(waiting, LLMStatusCode.LLM_PARAM_INVALID, LLMParamInvalidError(
+                    f"the synchronizer says that layer {layer} is not complete", operation="transfer_cache_async"))
                 return
+            log.debug("layer %s of cache %s is ready for %s destinations", layer, self._parameters.cache_id,
+                      len(waiting))
             for i in waiting:
-                if not self._send_layer(i, targets[i], layer):
-                    return
+                with self._moving:
+                    if self.is_cancelled or not self._send_layer(i, targets[i], layer):
+                        return
 
-    def _fail(self, indices: List[int], code: LLMStatusCode) -> None:
-        for i in indices:
-            self.results[i] = code
+    def _fail(self, indices: List[int], code: LLMStatusCode, error: Optional[BaseException]) -> None:
+        with self._moving:
+            if not self.is_cancelled:
+                self.error = error
+                for i in indices:
+                    self.results[i] = code
 
     def _send_layer(self, i: int, target: _Target, layer: int) -> bool:
+        """Send one layer to one destination, `_moving` held."""
         try:
             self._put_layer(i, target, layer)
+            self.layers_sent[i] += 1
             if layer == target.layers.stop - 1:
                 self._puts.pop(i).close()
                 self.results[i] = LLMStatusCode.LLM_SUCCESS
             return True
         except LLMException as error:
+            error._complete(blocks=self._parameters.dst_block_numbers,
+                            layers=range(target.first_layer + layer - target.layers.start,
+                                         target.first_layer + len(target.layers)))
             self.error = error
             self.results[i] = error.status_code
             log.error("transfer_cache_async of layer %s to cluster %s failed: %s", layer, target.cluster_id, error)
@@ -341,93 +404,6 @@ class TransferAsyncThread:
         _workers.submit(self.job)
 
 
-def _seconds(timeout_in_millis: Optional[int]) -> Optional[float]:
-    if timeout_in_millis is None:
-        return None
-    return check_uint32("timeout_in_millis", timeout_in_millis) / 1000
-
-
-class CacheTask:
-    """A transfer in the background. Made by ``transfer_cache_async``.
-
-    Parameters
-    ----------
-    transfer_thread : TransferAsyncThread
-        The running transfer.
-    """
-
-    def __init__(self, transfer_thread: TransferAsyncThread) -> None:
-        self._thread = transfer_thread
-
-    def synchronize(self, timeout_in_millis: Optional[int] = None) -> LLMStatusCode:
-        """Wait for the transfer.
-
-        Parameters
-        ----------
-        timeout_in_millis : int, optional
-            Milliseconds, uint32; None waits without limit.
-
-        Returns
-        -------
-        LLMStatusCode
-            The first failure of a config, ``LLM_SUCCESS`` when there is none, or the timeout code while it still runs.
-
-        Raises
-        ------
-        TypeError, ValueError
-            `timeout_in_millis` is no uint32.
-        """
-        if not self._thread.job.wait(_seconds(timeout_in_millis)):
-            return self._thread.timeout_code
-        for result in self._thread.job.results:
-            if result is not None and result != LLMStatusCode.LLM_SUCCESS:
-                return result
-        return LLMStatusCode.LLM_SUCCESS
-
-    def get_results(self, timeout_in_millis: Optional[int] = None) -> List[Optional[LLMStatusCode]]:
-        """Wait for the transfer and return one result per config, in order.
-
-        Parameters
-        ----------
-        timeout_in_millis : int, optional
-            Milliseconds, uint32; None waits without limit.
-
-        Returns
-        -------
-        list of LLMStatusCode or None
-            None for a config that did not finish because another failed first; all timeout codes while it still runs.
-
-        Raises
-        ------
-        TypeError, ValueError
-            `timeout_in_millis` is no uint32.
-        """
-        job = self._thread.job
-        if not job.wait(_seconds(timeout_in_millis)):
-            return [self._thread.timeout_code] * len(job.results)
-        return list(job.results)
-
-    def exception(self, timeout_in_millis: Optional[int] = None) -> Optional[BaseException]:
-        """Wait for the transfer and return what ended it early: a failure's exception, or the synchroniser's own.
-
-        Parameters
-        ----------
-        timeout_in_millis : int, optional
-            Milliseconds, uint32; None waits without limit.
-
-        Returns
-        -------
-        BaseException or None
-            None when all layers were sent, or while it still runs.
-
-        Raises
-        ------
-        TypeError, ValueError
-            `timeout_in_millis` is no uint32.
-        """
-        return self._thread.job.error if self._thread.job.wait(_seconds(timeout_in_millis)) else None
-
-
 def transfer_cache_async(
     engine: "Engine", cache_id: int, cache: Union[Cache, KvCache], layer_synchronizer: LayerSynchronizer,
     transfer_configs: Sequence[AnyConfig], src_block_indices: Optional[Blocks] = None,
@@ -469,6 +445,8 @@ def transfer_cache_async(
     if cache.cache_desc.placement == Placement.HOST:
         raise LLMParamInvalidError("src_cache is on HOST, which is not allowed; a transfer starts on DEVICE")
     _check_blocks(src_block_indices, dst_block_indices, dst_block_memory_size)
+    if dst_block_indices and engine.options.strict:
+        check_no_repeats("dst_block_indices", dst_block_indices)
     if dst_block_indices and not src_block_indices and not cuts_slots:
         raise LLMParamInvalidError("dst_block_indices without src_block_indices is not allowed: "
                                    "a batch slot cannot be cut into blocks here")

@@ -7,6 +7,7 @@ from typing import List, Optional, Sequence, Tuple, Union
 
 from llm_datadist.caches.keys import BlocksCacheKey, CacheKeyByIdAndIndex
 from llm_datadist.status import LLMParamInvalidError
+from llm_datadist.utils.calls import public_call
 from llm_datadist.utils.utils import check_isinstance, check_list_uint64, check_uint32, check_uint64
 
 __all__ = [
@@ -123,6 +124,7 @@ class TransferConfig:
         `src_layer_range` is empty, negative, or has another step.
     """
 
+    @public_call
     def __init__(
         self, dst_cluster_id: int, dst_addrs: Sequence[int], src_layer_range: Optional[range] = None,
         src_batch_index: int = 0,
@@ -198,6 +200,7 @@ class TransferWithCacheKeyConfig:
         with a `BlocksCacheKey`.
     """
 
+    @public_call
     def __init__(
         self, cache_key: Union[BlocksCacheKey, CacheKeyByIdAndIndex], src_layer_range: Optional[range] = None,
         dst_layer_range: Optional[range] = None, src_batch_index: int = 0,

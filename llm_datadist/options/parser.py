@@ -7,11 +7,14 @@ error names the option.
 from __future__ import annotations
 
 import os
+import re
+import warnings
 from dataclasses import dataclass
-from typing import Any, Callable, Mapping, Optional, Tuple, TypeVar
+from typing import Any, Callable, List, Mapping, Optional, Tuple, TypeVar
 
 from llm_datadist.configs import LLMRole, trans_int_ip
 from llm_datadist.options.endpoints import endpoints_of
+from llm_datadist.options.environment import VARIABLES, check_environment
 from llm_datadist.options.values import (
     INT32_MAX,
     UINT32_MAX,
@@ -32,6 +35,7 @@ from llm_datadist.options.values import (
     parse_pool,
 )
 from llm_datadist.status import LLMParamInvalidError
+from llm_datadist.utils.spelling import did_you_mean
 from llm_datadist.utils.utils import check_isinstance
 
 __all__ = ["EngineOptions", "PoolOptions", "parse_listen_ip_info", "parse_switch_listen"]
@@ -56,8 +60,17 @@ MEM_POOL_CONFIG = "llm.MemPoolConfig"
 PROVIDER = "llm.Provider"
 RDMA_SERVICE_LEVEL = "llm.RdmaServiceLevel"
 RDMA_TRAFFIC_CLASS = "llm.RdmaTrafficClass"
+STRICT = "llm.Strict"
 SYNC_KV_CACHE_WAIT_TIME = "llm.SyncKvCacheWaitTime"
 TRANSFER_BACKEND = "llm.TransferBackend"
+
+# Keys that clients of the original write and that have no effect here, or only in helpers.
+INERT = ("llm.Role", "llm.OutputMaxSize", "llm.deployResPath", "llm.MemoryUtilization", "llm.RefInputShapes",
+         "llm.RefInputDtypes", "llm.RefInputSeqLenDimIndex", "llm.kvTensorFormat")
+KNOWN = (*INERT, BUF_POOL_CFG, CLUSTER_INFO, ENABLE_CACHE_MANAGER, ENABLE_REMOTE_CACHE_ACCESSIBLE, ENABLE_SWITCH_ROLE,
+         GLOBAL_RESOURCE_CONFIG, HOST_MEM_POOL_CONFIG, LINK_BASE_PORT, LINK_RETRY_COUNT, LINK_TOTAL_TIME, LISTEN_IP,
+         LISTEN_IP_INFO, LISTEN_PORT, LOCAL_COMM_RES, MEM_POOL_CONFIG, PROVIDER, RDMA_SERVICE_LEVEL,
+         RDMA_TRAFFIC_CLASS, STRICT, SYNC_KV_CACHE_WAIT_TIME, TRANSFER_BACKEND)
 
 DEFAULT_SYNC_TIMEOUT_MS = 1000
 DEFAULT_LINK_TOTAL_TIME_S = 120
@@ -112,6 +125,9 @@ class EngineOptions:
         Port, plus device id, at which members of a two-sided link on other hosts are met.
     endpoints : tuple of bytes
         Endpoints of `local_comm_res`, 160 bytes each; see ``endpoints.py``.
+    strict : bool
+        Whether to refuse what the original lets through although it can hardly be meant: unknown keywords of pulls,
+        repeated destination blocks, local copies between caches of different data types.
     """
 
     generation: int = 2
@@ -135,6 +151,7 @@ class EngineOptions:
     provider: str = "auto"
     link_base_port: int = DEFAULT_LINK_BASE_PORT
     endpoints: Tuple[bytes, ...] = ()
+    strict: bool = True
 
     @classmethod
     def parse(
@@ -145,14 +162,16 @@ class EngineOptions:
         Parameters
         ----------
         options : dict of str to str
-            As of ``LlmConfig.generate_options``. Unknown keys are ignored.
+            As of ``LlmConfig.generate_options``. Unknown keys are ignored; those that begin with ``llm.`` give one
+            warning, as do variables that begin with ``LLM_DATADIST_``.
         role : LLMRole
             Role of the process.
         cluster_id : int
             Id of the process.
         environ : mapping of str to str, optional
             Environment; default ``os.environ``. Read are ``LLM_DATADIST_PROVIDER``, ``LLM_DATADIST_LINK_BASE_PORT``,
-            ``HCCL_CONNECT_TIMEOUT``, ``HCCL_RDMA_TC`` and ``HCCL_RDMA_SL``; an option wins over its variable.
+            ``LLM_DATADIST_STRICT``, ``HCCL_CONNECT_TIMEOUT``, ``HCCL_RDMA_TC`` and ``HCCL_RDMA_SL``; an option wins
+            over its variable. The other variables of this package are checked.
 
         Raises
         ------
@@ -171,7 +190,20 @@ class EngineOptions:
         for key, value in items:
             check_isinstance("key of options", key, str, allow_none=False)
             check_isinstance(f"option {key}", value, str, allow_none=False)
-        return _Parser(options, os.environ if environ is None else environ, role, cluster_id).parse()
+        environ = os.environ if environ is None else environ
+        unknown_variables = check_environment(environ)
+        parsed = _Parser(options, environ, role, cluster_id).parse()
+        _warn_of_unknown([key for key in options if key.startswith("llm.") and key not in KNOWN], unknown_variables)
+        return parsed
+
+
+def _warn_of_unknown(options: List[str], variables: List[str]) -> None:
+    """Say once what nobody reads: most probably it is misspelt."""
+    found = [f"option {name!r} is unknown and ignored; {did_you_mean(name, KNOWN)}" for name in options]
+    found += [f"environment variable {name} is unknown and ignored; {did_you_mean(name, VARIABLES)}"
+              for name in variables]
+    if found:
+        warnings.warn(". ".join(found), UserWarning, stacklevel=4)
 
 
 def parse_switch_listen(switch_options: Optional[Mapping[str, str]]) -> Optional[Address]:
@@ -243,7 +275,8 @@ class _Parser:
             provider=self._option_or_variable(
                 PROVIDER, "LLM_DATADIST_PROVIDER", one_of("auto", "host", "cann")) or "auto",
             link_base_port=self._option_or_variable(
-                LINK_BASE_PORT, "LLM_DATADIST_LINK_BASE_PORT", integer_in(1, 65535)) or DEFAULT_LINK_BASE_PORT)
+                LINK_BASE_PORT, "LLM_DATADIST_LINK_BASE_PORT", integer_in(1, 65535)) or DEFAULT_LINK_BASE_PORT,
+            strict=self._option_or_variable(STRICT, "LLM_DATADIST_STRICT", one_of("0", "1")) != "0")
 
     def _optional(self, option: str, parser: Callable[[str, str], _T]) -> Optional[_T]:
         text = self._options.get(option)
@@ -291,8 +324,9 @@ class _Parser:
     def _device_ids(self, generation: int) -> Tuple[int, ...]:
         text = self._options.get(DEVICE_ID)
         if text is None:
-            if generation == 1:
-                raise LLMParamInvalidError(f"option {DEVICE_ID} is missing: the kv cache manager needs it")
+            if generation == 1 and CLUSTER_INFO not in self._options:
+                raise LLMParamInvalidError(f"option {DEVICE_ID} is missing: the kv cache manager needs it, or "
+                                           f"{CLUSTER_INFO}; set LLMConfig.device_id")
             return (0,)
         device_ids = tuple(parse_integer(DEVICE_ID, part.strip(), 0, INT32_MAX) for part in text.split(";"))
         if generation == 2 and len(device_ids) > 1:
@@ -310,11 +344,26 @@ class _Parser:
             return ()
         if option == CLUSTER_INFO:
             addresses = self._addresses_of_cluster_info(text)
+            if DEVICE_ID not in self._options:
+                return self._first_of(text, addresses)
         else:
             addresses = tuple(parse_address(option, part) for part in text.split(";"))
         if is_prompt and len(addresses) != len(device_ids):
             raise invalid(option, text, f"it has {len(addresses)} addresses for {len(device_ids)} devices")
         return addresses
+
+    @staticmethod
+    def _first_of(text: str, addresses: Tuple[Address, ...]) -> Tuple[Address, ...]:
+        """The address of device 0, which options have that name devices in ``logic_device_id`` alone."""
+        devices = parse_json_object(CLUSTER_INFO, text).get("logic_device_id")
+        if devices is not None:
+            if not isinstance(devices, list) or not devices or not all(
+                    isinstance(device, str) and re.fullmatch(r"\d+(:\d+){3}", device) for device in devices):
+                raise invalid(CLUSTER_INFO, text, "logic_device_id must be a list of texts such as '0:0:0:0'")
+            if len(devices) != len(addresses):
+                raise invalid(CLUSTER_INFO, text, f"listen_ip_info has {len(addresses)} entries for {len(devices)} "
+                                                  "devices of logic_device_id; they must be equally many")
+        return addresses[:1]
 
     def _addresses_of_cluster_info(self, text: str) -> Tuple[Address, ...]:
         config = parse_json_object(CLUSTER_INFO, text)
@@ -328,7 +377,7 @@ class _Parser:
                 ip = trans_int_ip(ip)
             if not isinstance(ip, str) or isinstance(port, bool) or not isinstance(port, int):
                 raise invalid(CLUSTER_INFO, text, "listen_ip_info needs ip, a text or integer, and port, an integer")
-            addresses.append(parse_address(CLUSTER_INFO, f"{ip}:{port}"))
+            addresses.append(parse_address(CLUSTER_INFO, f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"))
         return tuple(addresses)
 
     def _link_total_time_s(self) -> int:

@@ -5,6 +5,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
+from llm_datadist.options.addresses import numeric_address
 from llm_datadist.status import LLMParamInvalidError
 
 __all__ = ["PoolOptions", "parse_listen_ip_info"]
@@ -57,7 +58,7 @@ def parse_listen_ip_info(listen_ip_info: str, option: str = "llm.listenIpInfo") 
     Parameters
     ----------
     listen_ip_info : str
-        The text.
+        The text. An IPv6 address stands in brackets, ``"[::1]:26000"``; they are not part of the result.
     option : str
         Name of the option it came from, for the text of errors.
 
@@ -71,11 +72,16 @@ def parse_listen_ip_info(listen_ip_info: str, option: str = "llm.listenIpInfo") 
     ValueError
         The port is no number.
     LLMParamInvalidError
-        There are not exactly two parts; so an IPv6 address is refused.
+        There are not exactly two parts.
     """
-    parts = listen_ip_info.split(":")
+    if listen_ip_info.startswith("[") and "]:" in listen_ip_info:
+        host, _, port = listen_ip_info[1:].partition("]:")
+        parts = [host, port]
+    else:
+        parts = listen_ip_info.split(":")
     if len(parts) != 2:
-        raise invalid(option, listen_ip_info, "it must be ip:port with an IPv4 address")
+        raise invalid(option, listen_ip_info, "it must be host:port; an IPv6 address stands in brackets, as in "
+                                              "[::1]:26000")
     try:
         return parts[0], int(parts[1])
     except ValueError:
@@ -83,13 +89,16 @@ def parse_listen_ip_info(listen_ip_info: str, option: str = "llm.listenIpInfo") 
 
 
 def parse_address(option: str, text: str) -> Address:
-    """Split ``"ip:port"`` and check both parts; port 0 lets the system choose."""
+    """Split ``"host:port"``, check both parts and resolve a host name; port 0 lets the system choose."""
     ip, port = parse_listen_ip_info(text.strip(), option)
     if not ip:
         raise invalid(option, text, "the address is empty")
     if not 0 <= port <= 65535:
         raise invalid(option, text, "the port must be in [0, 65535]")
-    return ip, port
+    numeric = numeric_address(ip)
+    if numeric is None:
+        raise invalid(option, text, f"{ip!r} is neither an IP address nor a host name that can be resolved here")
+    return numeric, port
 
 
 def parse_integer(option: str, text: str, low: int, high: int) -> int:

@@ -1,8 +1,11 @@
-"""The logger of the package: name ``LLM_DATADIST``, one handler that writes to standard output.
+"""The logger of the package: name ``LLM_DATADIST``, one handler that writes to standard error.
 
 The level comes from the environment variable ``ASCEND_GLOBAL_LOG_LEVEL`` when the logger is first asked for:
 ``"0"`` debug, ``"1"`` info, ``"2"`` warning, ``"3"`` error; anything else, or nothing, means error.
 Handlers and a level that the application has set before are left alone.
+
+Error: a link or a transfer in the background failed, which no exception tells. Warning: what the caller should know
+and nothing raises. Info: the life of engines and links. Debug: every pull, push, release and refused call.
 """
 from __future__ import annotations
 
@@ -21,21 +24,26 @@ _FORMAT = "[%(levelname)s] LLM_DATADIST(%(process)d,%(threadName)s):%(asctime)s 
 _lock = threading.Lock()
 _configured = False
 
+DEBUG = logging.DEBUG
+# Its level is compared with `DEBUG` where even a call that does nothing would cost too much. It is NOTSET, and so lets
+# everything through, until `get_logger` has set it up.
+logger = logging.getLogger(LOGGER_NAME)
+
 if TYPE_CHECKING:
     _StreamHandler = logging.StreamHandler[TextIO]
 else:
     _StreamHandler = logging.StreamHandler
 
 
-class _StdoutHandler(_StreamHandler):
-    """Writes to whatever ``sys.stdout`` is when a record comes: a redirected stream may be closed by then."""
+class _StderrHandler(_StreamHandler):
+    """Writes to whatever ``sys.stderr`` is when a record comes: a redirected stream may be closed by then."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
 
     @property
     def stream(self) -> TextIO:  # type: ignore[override]
-        return sys.stdout
+        return sys.stderr
 
 
 def get_logger() -> logging.Logger:
@@ -52,13 +60,12 @@ def get_logger() -> logging.Logger:
     Safe from any thread. Source: names and levels of the ``ASCEND_GLOBAL_LOG_LEVEL`` convention of CANN.
     """
     global _configured
-    logger = logging.getLogger(LOGGER_NAME)
     if _configured:
         return logger
     with _lock:
         if not _configured:
             if not logger.handlers:
-                handler = _StdoutHandler()
+                handler = _StderrHandler()
                 handler.setFormatter(logging.Formatter(_FORMAT))
                 logger.addHandler(handler)
                 logger.propagate = False
@@ -66,6 +73,11 @@ def get_logger() -> logging.Logger:
                 logger.setLevel(_LEVELS.get(os.environ.get(LEVEL_VARIABLE, ""), logging.ERROR))
             _configured = True
     return logger
+
+
+def debug(message: str, *args: object) -> None:
+    """Log `message` at debug level; `args` are merged with ``%`` only when the level is on."""
+    get_logger().debug(message, *args, stacklevel=2)
 
 
 def info(message: str, *args: object) -> None:

@@ -118,6 +118,21 @@ def test_cluster_info_turns_addresses_into_integers(config):
     assert json.loads(config.generate_options()["llm.ClusterInfo"]) == rewritten
 
 
+def test_a_setting_nobody_knows_gives_a_warning(config):
+    with pytest.warns(UserWarning, match="no setting 'mem_pool_config'.* did you mean 'mem_pool_cfg'?"):
+        config.mem_pool_config = "{}"
+    assert config.mem_pool_config == "{}" and config.generate_options() == ALWAYS
+
+
+def test_settings_of_a_subclass_are_its_own():
+    class Mine(LlmConfig):
+        rank = 0
+
+    mine = Mine()
+    mine.rank, mine.something_else = 1, 2
+    assert (mine.rank, mine.something_else) == (1, 2)
+
+
 def test_one_options_dict_that_is_never_cleared(config):
     config.local_comm_res = ""
     options = config.generate_options()
@@ -169,6 +184,11 @@ def test_cluster_info():
     info.append_local_ip_info("1.2.3.4", 65535)
     info.append_remote_ip_info(9, 0)
     info.append_remote_ip_info(None, 1)
+    named = LLMClusterInfo()
+    named.append_remote_ip_info("localhost", 2)
+    named.append_remote_ip_info("[::1]", 3)
+    named.append_local_ip_info("::1", 4)
+    assert named.remote_ip_info_list == [(0x0100007F, 2), ("::1", 3)] and named.local_ip_info_list == [("::1", 4)]
     assert info.local_ip_info_list == [(0x04030201, 65535)] and info.remote_ip_info_list == [(9, 0), (None, 1)]
     assert info.local_ip_info_list is info.local_ip_info_list
     assert "remote_cluster_id=18446744073709551615" in repr(info)

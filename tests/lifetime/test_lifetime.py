@@ -38,7 +38,7 @@ from support.link_steps import (
     wait_links,
     withdraw,
 )
-from support.peer import engine_options
+from support.peer import engine_options, finalize
 
 from llm_datadist import (
     CacheDesc,
@@ -200,7 +200,7 @@ def init_and_finalize(node, options, peer, count):
         assert fetch(node, peer[0])
         cache = node.cache_manager.allocate_cache(SMALL, [CacheKey(7, 1)])
         fill(cache, 1)
-        node.dist.finalize()
+        finalize(node.dist)
         gc.collect()
         found.append(process_footprint())
     return found
@@ -613,7 +613,7 @@ def finalize_under_own_pulls(node, cluster_id):
     with ThreadPoolExecutor(2) as pool:
         pulling = [pool.submit(pull_large_until_error, node, cluster_id) for _ in range(2)]
         until(lambda: has_operation(node))
-        node.dist.finalize()
+        finalize(node.dist)
         return {future.result() for future in pulling}
 
 

@@ -38,7 +38,8 @@ ENDINGS = {
     "in a thread": "t = threading.Thread(target=sys.exit); t.start(); t.join()",
     "with the engine deleted": "del engine, cache",
     "with a cycle around the engine": "loop = [engine]; loop.append(loop); del engine",
-    "after another exit handler": "import atexit; atexit.register(engine.finalize); atexit.register(engine.finalize)",
+    "after another exit handler": "import atexit, support.peer as p; atexit.register(engine.finalize); "
+                                  "atexit.register(p.finalize, engine)",
 }
 
 

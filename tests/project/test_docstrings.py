@@ -18,7 +18,8 @@ llm_datadist.caches.keys llm_datadist.caches.handles llm_datadist.managers.trans
 llm_datadist.caches.tensor llm_datadist.caches.tensor_view llm_datadist.options.values llm_datadist.options.parser
 llm_datadist.utils.utils llm_datadist.utils.log llm_datadist.v2.llm_utils llm_datadist.v2.config
 llm_datadist.datadist llm_datadist.managers.cache llm_datadist.managers.kv_cache llm_datadist.managers.task
-llm_datadist.links.rank_table llm_datadist.caches.tensor_addresses llm_datadist.managers.memory
+llm_datadist.managers.cache_task llm_datadist.links.rank_table llm_datadist.caches.tensor_addresses
+llm_datadist.managers.memory
 """.split()
 
 

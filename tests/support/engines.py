@@ -58,6 +58,7 @@ def _v1() -> Dict[str, str]:
 # Name of an engine -> its options and role.
 ENGINES: Dict[str, Any] = {
     "pools": (_v2(), LLMRole.MIX),
+    "lenient": (_v2(llm_Strict="0"), LLMRole.MIX),
     "remote": (_v2(remote_accessible=True), LLMRole.MIX),
     "bare": (_v2(device_pool=0, host_pool=0), LLMRole.MIX),
     "device only": (_v2(host_pool=0), LLMRole.MIX),

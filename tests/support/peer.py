@@ -35,6 +35,7 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
@@ -128,7 +129,14 @@ class Node:
         dist, self._dist = self._dist, None
         self.kept.clear()
         if dist is not None:
-            dist.finalize()
+            finalize(dist)                                      # what is left is what `leftovers` is for
+
+
+def finalize(dist: LLMDataDist) -> None:
+    """Finalise an engine that may hold caches and keys, which it would warn of."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        dist.finalize()
 
 
 def _held(stats: Dict[str, Any]) -> List[str]:

@@ -109,14 +109,6 @@ def test_a_missing_token_spoils_what_follows(transformer):
     assert np.isfinite(transformer.decode_step(65, len(PROMPT), partial)).all()
 
 
-def test_tensor_views_alias_memory():
-    memory = np.arange(24, dtype=np.float32)
-    (view,) = kv.tensor_views([memory.ctypes.data], [2, 3, 4])
-    view[1, 2, 3] = -1
-    assert memory[23] == -1
-    assert view.shape == (2, 3, 4)
-
-
 def test_scatter_tables_are_disjoint_and_sized():
     tables = kv.scatter_tables([1, 16, 17, 40], 16, 20, seed=3)
     assert [len(table) for table in tables] == [1, 1, 2, 3]

@@ -43,7 +43,8 @@ class Bench:
 def engine(request):
     """An engine of either generation."""
     with Peers() as peers:
-        options = engine_options(host_pool=32 << 20) if request.param == "v2" else engine_options_v1()
+        make_options = engine_options if request.param == "v2" else engine_options_v1
+        options = make_options(llm_Strict="0", **({"host_pool": 32 << 20} if request.param == "v2" else {}))
         yield peers.here(1, options, role=LLMRole.PROMPT)
 
 

@@ -33,8 +33,8 @@ def pair(request):
     """A PROMPT there and a DECODER here."""
     env = {PATHS_VARIABLE: request.param}
     with Peers() as peers:
-        there = peers.start(THERE, engine_options_v1(), role=LLMRole.PROMPT, env=env)
-        here = peers.here(HERE, engine_options_v1(listen=False), role=LLMRole.DECODER, env=env)
+        there = peers.start(THERE, engine_options_v1(llm_Strict="0"), role=LLMRole.PROMPT, env=env)
+        here = peers.here(HERE, engine_options_v1(listen=False, llm_Strict="0"), role=LLMRole.DECODER, env=env)
         peers.link(here, there)
         yield Pair(peers, False, request.param, here, there)
 

@@ -101,7 +101,7 @@ class DecodeSide:
         self._blocks_cache = manager.allocate_blocks_cache(
             CacheDesc(settings.num_tensors, settings.blocks_shape, DataType.DT_FLOAT)
         )
-        self._blocks = kv.tensor_views(self._blocks_cache.tensor_addrs, settings.blocks_shape)
+        self._blocks = self._blocks_cache.tensors()
         kv.poison(self._blocks)
         self._tables = kv.scatter_tables(
             [length + settings.num_new_tokens for length in settings.lengths],
@@ -132,7 +132,7 @@ class DecodeSide:
         tensor_bytes = settings.lengths[request] * settings.model.token_bytes
         cache = self._manager.allocate_cache(self._slot_desc)
         try:
-            slot = kv.tensor_views(cache.tensor_addrs, settings.slot_shape)
+            slot = cache.tensors()
             kv.poison(slot)
             key = CacheKey(prompt_cluster_id=workload.PREFILL_CLUSTER_ID, req_id=request)
             seconds = _timed(lambda: self._manager.pull_cache(key, cache, batch_index=0, size=tensor_bytes))

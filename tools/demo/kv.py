@@ -5,28 +5,10 @@ used after its cache was deallocated and its last key released.
 """
 from __future__ import annotations
 
-import ctypes
 import hashlib
 from collections.abc import Sequence
 
 import numpy as np
-
-
-def tensor_views(addresses: Sequence[int], shape: Sequence[int]) -> list[np.ndarray]:
-    """Return one writable float32 array per address, without copying.
-
-    Parameters
-    ----------
-    addresses : sequence of int
-        `Cache.tensor_addrs` of a cache in host memory; each holds prod(shape) float32 values.
-    shape : sequence of int
-        `CacheDesc.shape` of that cache.
-    """
-    num_bytes = int(np.prod(shape)) * np.dtype(np.float32).itemsize
-    return [
-        np.frombuffer((ctypes.c_char * num_bytes).from_address(address), dtype=np.float32).reshape(shape)
-        for address in addresses
-    ]
 
 
 class ContiguousKV:

@@ -43,7 +43,7 @@ def _serve(connection: Connection, settings: workload.Settings) -> None:
         model = Transformer(settings.model)
         connection.send(("listening", {"port": port}))
         for request, table in enumerate(tables):
-            paged = kv.PagedKV(kv.tensor_views(blocks_cache.tensor_addrs, settings.blocks_shape), table)
+            paged = kv.PagedKV(blocks_cache.tensors(), table)
             filled = _fill(manager, settings, model, request, paged)
             connection.send(("filled", {**filled, "block_table": table.tolist(), "counts": counts(engine)}))
         connection.recv()                   # "finish": all pulls are done
@@ -75,7 +75,7 @@ def _fill(manager, settings: workload.Settings, model: Transformer, request: int
     key = CacheKey(prompt_cluster_id=workload.PREFILL_CLUSTER_ID, req_id=request)
     desc = CacheDesc(settings.num_tensors, settings.slot_shape, DataType.DT_FLOAT)
     cache = manager.allocate_cache(desc, [key])
-    slot = kv.ContiguousKV(kv.tensor_views(cache.tensor_addrs, settings.slot_shape))
+    slot = kv.ContiguousKV(cache.tensors())
     first_token = greedy(model.prefill(prompt, slot))
     kv.copy_tokens(slot, paged, len(prompt))
     filled = {"request": request, "first_token": first_token, "digest": kv.digest(slot, len(prompt))}

@@ -27,11 +27,13 @@ from llm_datadist.core.table.key_index cimport (
 )
 from llm_datadist.core.table.pool cimport ldd_pool
 from llm_datadist.core.transfer.batch cimport ldd_context_enter, ldd_context_leave
-from llm_datadist.core.transfer.fitting cimport SHAPE_BLOCKS, SHAPE_SLOT, SHAPE_SLOT_TO_BLOCKS
+from llm_datadist.core.transfer.fitting cimport SHAPE_BLOCKS, SHAPE_SLOT, SHAPE_SLOT_TO_BLOCKS, ldd_progress
 from llm_datadist.core.transfer.local_copy cimport (
     ldd_local_copy, ldd_op_list_clear, ldd_plan_copy_blocks, ldd_plan_copy_cache, ldd_plan_swap_blocks, ldd_slots,
 )
 from llm_datadist.core.transfer.steps cimport ldd_transfer_run
+
+from llm_datadist import status as _public
 
 KEY_REQ, KEY_PREFIX, KEY_BLOCKS, KEY_BY_ID = _REQ, _PREFIX, _BLOCKS, _BY_ID
 
@@ -257,6 +259,7 @@ cdef class Engine(EngineLinks):
 
     cdef int _run(self, ldd_transfer* what, key, src_tensors, dst_tensors, const char* name) except -1:
         cdef ldd_detail detail
+        cdef ldd_progress progress
         cdef ldd_status status
         self.require_open()
         start_detail(&detail)
@@ -267,9 +270,18 @@ cdef class Engine(EngineLinks):
         else:
             _set_range(src_tensors, &what.remote_first, &what.remote_stop)
             _set_range(dst_tensors, &what.local_first, &what.local_stop)
+        progress.stage = NULL
+        progress.num_tensors = 0
+        what.progress = &progress
         with nogil:
             status = ldd_transfer_run(&self.node, what, &detail)
-        return self.raise_for(status, &detail, name)
+        if status >= 0:
+            return 0
+        try:
+            return self.raise_for_peer(status, &detail, name, what.cluster_id, progress.stage)
+        except _public.LLMException as error:
+            error._num_tensors = progress.num_tensors
+            raise
 
     def pull_cache(self, uint64_t cluster_id, key, int64_t cache_id, uint64_t batch_index=0, int64_t size=-1,
                    src_tensors=None, dst_tensors=None, uint64_t src_offset=0, uint64_t dst_offset=0,

@@ -53,6 +53,7 @@ cdef class LayerPush:
         process's own cluster id, or a source that must be remote accessible and is not.
     """
     cdef Engine _engine
+    cdef uint64_t _cluster_id
     cdef ldd_link* _link                        # one reference
     cdef ldd_cache_view _local                  # pinned
     cdef bint _pinned
@@ -70,12 +71,14 @@ cdef class LayerPush:
         cdef ldd_detail detail
         cdef ldd_status status
         self._engine = engine
+        self._cluster_id = cluster_id
         engine.require_open()
         detail.provider_code = 0
         detail.text[0] = 0
         if cluster_id == engine.node.cluster_id:
-            engine.raise_for(ldd_fail(&detail, LDD_E_PARAM, b"cluster %llu is this one",
-                                      <unsigned long long>cluster_id), &detail, b"transfer_cache_async")
+            engine.raise_for_peer(ldd_fail(&detail, LDD_E_PARAM, b"cluster %llu is this one",
+                                           <unsigned long long>cluster_id), &detail, b"transfer_cache_async",
+                                  cluster_id, b"check")
         with nogil:
             status = ldd_table_pin_local(engine.table, cache_id, &self._local, &detail)
             if status == LDD_OK:
@@ -88,7 +91,11 @@ cdef class LayerPush:
                 if status == LDD_OK:
                     ldd_link_ref(self._link)
                     ldd_link_end(self._link)
-        engine.raise_for(status, &detail, b"transfer_cache_async")
+        engine.raise_for_peer(status, &detail, b"transfer_cache_async", cluster_id,
+                              b"link" if status == LDD_E_NOT_LINKED else b"check")
+
+    cdef int _raise_for(self, ldd_status status, const ldd_detail* detail, const char* stage) except -1:
+        return self._engine.raise_for_peer(status, detail, b"transfer_cache_async", self._cluster_id, stage)
 
     def __dealloc__(self):
         free(self._addrs)
@@ -121,7 +128,7 @@ cdef class LayerPush:
             if status == LDD_OK and num_tensors > self._num_tensors:
                 status = ldd_fail(&detail, LDD_E_PARAM, b"destination tensors up to %llu are outside the cache's %u",
                                   <unsigned long long>num_tensors, self._num_tensors)
-        self._engine.raise_for(status, &detail, b"transfer_cache_async")
+        self._raise_for(status, &detail, b"resolve")
 
     cdef ldd_status _resolve(self, uint32_t kind, uint64_t id_, uint64_t model_id, uint64_t batch_index,
                              ldd_detail* detail) noexcept nogil:
@@ -161,13 +168,13 @@ cdef class LayerPush:
                 ranges[i].addr = self._addrs[i] + first_byte
                 ranges[i].bytes = nbytes
                 if ranges[i].addr < first_byte:
-                    self._engine.raise_for(ldd_fail(
+                    self._raise_for(ldd_fail(
                         &detail, LDD_E_PARAM, b"address %#llx is outside the peer's caches",
-                        <unsigned long long>self._addrs[i]), &detail, b"transfer_cache_async")
+                        <unsigned long long>self._addrs[i]), &detail, b"resolve")
             if n == 0 or n > LDD_WIRE_MAX_RANGES:
-                self._engine.raise_for(ldd_fail(
+                self._raise_for(ldd_fail(
                     &detail, LDD_E_PARAM, b"%u addresses given, 1 to %u are possible", n,
-                    <uint32_t>LDD_WIRE_MAX_RANGES), &detail, b"transfer_cache_async")
+                    <uint32_t>LDD_WIRE_MAX_RANGES), &detail, b"resolve")
             self._num_tensors = n
             self._reach = first_byte + nbytes
             with nogil:
@@ -177,7 +184,7 @@ cdef class LayerPush:
                                             ldd_now_ns() + self._engine.node.sync_timeout_ns, &self._lease,
                                             &self._region_epoch, &detail)
                     self._end()
-            self._engine.raise_for(status, &detail, b"transfer_cache_async")
+            self._raise_for(status, &detail, b"resolve")
         finally:
             free(ranges)
 
@@ -257,7 +264,7 @@ cdef class LayerPush:
                         &detail)
                     status = self._move(status, &detail)
                     self._end()
-        self._engine.raise_for(status, &detail, b"transfer_cache_async")
+        self._raise_for(status, &detail, b"plan" if status == LDD_E_PARAM else b"transfer")
 
     def put_slot_to_blocks(self, uint32_t local_first, uint32_t remote_first, uint32_t count, uint64_t local_slot,
                            IndexList dst_blocks, uint64_t block_bytes):
@@ -286,7 +293,7 @@ cdef class LayerPush:
                         self._num_blocks(block_bytes), count, block_bytes, dst_blocks.length, True, &detail)
                     status = self._move(status, &detail)
                     self._end()
-        self._engine.raise_for(status, &detail, b"transfer_cache_async")
+        self._raise_for(status, &detail, b"plan" if status == LDD_E_PARAM else b"transfer")
 
     def put_blocks(self, uint32_t local_first, uint32_t remote_first, uint32_t count, IndexList src_blocks,
                    IndexList dst_blocks):
@@ -313,7 +320,7 @@ cdef class LayerPush:
                         self._local.stride, dst_blocks.length, True, &detail)
                     status = self._move(status, &detail)
                     self._end()
-        self._engine.raise_for(status, &detail, b"transfer_cache_async")
+        self._raise_for(status, &detail, b"plan" if status == LDD_E_PARAM else b"transfer")
 
     def close(self):
         """End the lease and unpin the source. Idempotent; a peer that is gone has ended the lease itself."""
@@ -337,7 +344,7 @@ cdef class LayerPush:
                 self._lease = 0
             ldd_table_unpin(self._engine.table, self._local.slot, self._local.generation)
         self._pinned = False
-        self._engine.raise_for(status, &detail, b"transfer_cache_async")
+        self._raise_for(status, &detail, b"release")
 
 
 def parse_indices(values, str name):

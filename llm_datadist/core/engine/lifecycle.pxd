@@ -1,4 +1,6 @@
 """Life cycle of an engine; see ``lifecycle.pyx``."""
+from libc.stdint cimport uint64_t
+
 from llm_datadist.core.base.provider cimport Provider, aclrtStream
 from llm_datadist.core.base.status cimport ldd_detail, ldd_status
 from llm_datadist.core.base.sync cimport ldd_mutex
@@ -42,5 +44,7 @@ cdef class EngineCore:
 
     cdef int require_open(self) except -1
     cdef int raise_for(self, ldd_status status, const ldd_detail* detail, const char* what) except -1
+    cdef int raise_for_peer(self, ldd_status status, const ldd_detail* detail, const char* what, uint64_t cluster_id,
+                            const char* stage) except -1
     cdef void _release_tables(self) noexcept nogil
     cdef void _release_device(self) noexcept nogil

@@ -17,9 +17,11 @@ from llm_datadist.core.base.sockets cimport ldd_socket_listen
 from llm_datadist.core.base.status cimport (
     LDD_E_FAILED, LDD_E_NO_MEMORY, LDD_OK, check, ldd_fail, raise_status, start_detail,
 )
-from llm_datadist.core.base.sync cimport ldd_mutex_destroy, ldd_mutex_init, ldd_now_ns
+from llm_datadist.core.base.sync cimport ldd_lock, ldd_mutex_destroy, ldd_mutex_init, ldd_now_ns, ldd_unlock
 from llm_datadist.core.base.wait cimport ldd_acl_result
-from llm_datadist.core.link.links cimport ldd_node_close, ldd_node_destroy, ldd_node_init
+from llm_datadist.core.link.links cimport (
+    LINK_ACTIVE, ldd_link, ldd_link_state_of, ldd_node, ldd_node_close, ldd_node_destroy, ldd_node_init,
+)
 from llm_datadist.core.link.open cimport ldd_random
 from llm_datadist.core.link.region cimport (
     ldd_regions_add, ldd_regions_close, ldd_regions_end_fetches, ldd_regions_epoch, ldd_regions_init, ldd_regions_serve,
@@ -34,10 +36,13 @@ from llm_datadist.core.table.cache_table cimport (
     ldd_cache_row, ldd_table_clear, ldd_table_counts, ldd_table_create, ldd_table_destroy, ldd_table_set_epoch,
     ldd_table_snapshot, ldd_table_stats,
 )
+from llm_datadist.core.table.key_index cimport KEY_BY_ID, ldd_key
 from llm_datadist.core.table.pool cimport ldd_pool_create, ldd_pool_destroy, ldd_pool_free_bytes, ldd_pool_largest_bytes
 from llm_datadist.core.transfer.batch cimport ldd_context_enter, ldd_context_leave
 from llm_datadist.core.transfer.local_copy cimport ldd_op_list_free
 from llm_datadist.core.transfer.serve_pull cimport ldd_serve_pull
+
+from llm_datadist import status as _public
 
 cdef extern from "<unistd.h>" nogil:
     int close(int fd)
@@ -47,6 +52,13 @@ cdef enum:
     ACL_REPEAT_INITIALIZE = 100002
     LISTEN_BACKLOG = 1024
     CLOSE_GRACE_NS = 2000000000                 # on top of the time running transfers may still take
+
+
+ctypedef struct ldd_key_row:
+    int64_t cache_id
+    uint32_t kind
+    uint64_t id
+    uint64_t model_id
 
 
 @cython.final
@@ -128,6 +140,7 @@ cdef class EngineCore:
             os.environ.get("LLM_DATADIST_SHARED_TABLE", "1") != "0"
             and (self._provider.table.ext.LddCapabilities == NULL
                  or self._provider.table.caps & <unsigned int>LDD_CAP_SHARED_MEMORY != 0))
+        self.node.strict = options.strict
         self.node.mode = LDD_MODE_REMOTE_ACCESSIBLE if options.remote_cache_accessible else 0
         with nogil:
             status = ldd_table_create(&self.table, &detail)
@@ -295,6 +308,19 @@ cdef class EngineCore:
     cdef int raise_for(self, ldd_status status, const ldd_detail* detail, const char* what) except -1:
         return check(status, detail, what, self.v1)
 
+    cdef int raise_for_peer(self, ldd_status status, const ldd_detail* detail, const char* what, uint64_t cluster_id,
+                            const char* stage) except -1:
+        """The same for a call that concerns a peer: the exception also says with whom, and how far it had come."""
+        if status >= 0:
+            return 0
+        try:
+            return check(status, detail, what, self.v1)
+        except _public.LLMException as error:
+            error._complete(operation=what.decode(), peer=cluster_id,
+                            stage=stage.decode() if stage != NULL else "check",
+                            link=("none", "active", "broken")[_link_state(&self.node, cluster_id)])
+            raise
+
     # ------------------------------------------------------------------------------------------- listeners
 
     def set_listener(self, address):
@@ -378,6 +404,34 @@ cdef class EngineCore:
             largest = ldd_pool_largest_bytes(pool)
         return {"bytes": pool.memory_size, "free_bytes": free_bytes, "largest_free_bytes": largest}
 
+    def keys(self):
+        """One tuple per bound key, oldest cache first: cache id, kind (KEY_*), id, model id."""
+        cdef ldd_key* entry
+        cdef uint32_t i, count = 0, capacity
+        cdef ldd_key_row* rows
+        cdef ldd_table_counts counts
+        self.require_open()
+        ldd_table_stats(self.table, &counts)
+        capacity = <uint32_t>counts.num_keys + 16
+        rows = <ldd_key_row*>calloc(capacity, sizeof(ldd_key_row))
+        if rows == NULL:
+            raise MemoryError()
+        try:
+            with nogil:
+                ldd_lock(&self.table.mutex)
+                for i in range(self.table.keys.num_entries):
+                    entry = &self.table.keys.entries[i]
+                    if entry.generation & 1 and entry.kind != KEY_BY_ID and count < capacity:
+                        rows[count].cache_id = self.table.caches[entry.cache_slot].cache_id
+                        rows[count].kind = entry.kind
+                        rows[count].id = entry.id
+                        rows[count].model_id = entry.model_id
+                        count += 1
+                ldd_unlock(&self.table.mutex)
+            return sorted([(rows[i].cache_id, rows[i].kind, rows[i].id, rows[i].model_id) for i in range(count)])
+        finally:
+            free(rows)
+
     def caches(self):
         """One dict per live cache: cache_id, bytes, num_tensors, keys, pins, owned, is_blocks, handle."""
         cdef size_t capacity, count, i
@@ -400,6 +454,20 @@ cdef class EngineCore:
             } for i in range(count)]
         finally:
             free(rows)
+
+
+cdef int _link_state(ldd_node* node, uint64_t cluster_id) noexcept nogil:
+    """0 without a link to that cluster, 1 with one that can be used, 2 where there is only a broken one."""
+    cdef ldd_link* link
+    cdef int state = 0
+    ldd_lock(&node.lock)
+    link = node.links
+    while link != NULL and state != 1:
+        if link.cluster_id == cluster_id:
+            state = 1 if ldd_link_state_of(link) == LINK_ACTIVE else 2
+        link = link.next
+    ldd_unlock(&node.lock)
+    return state
 
 
 cdef bint _ip_is_specific(const char* ip) noexcept nogil:

@@ -92,15 +92,15 @@ cdef class EngineLinks(EngineCore):
         self.require_open()
         return ldd_link_existed(&self.node, cluster_id)
 
-    def ping(self, uint64_t cluster_id, int timeout_ms):
-        """Ask the peer for a sign of life over the link; raises what is wrong with it."""
+    def ping(self, uint64_t cluster_id, int timeout_ms, bytes name=b"check_link_status"):
+        """Ask the peer for a sign of life over the link; raises what is wrong with it, as the call `name`."""
         cdef ldd_detail detail
         cdef ldd_status status
         self.require_open()
         start_detail(&detail)
         with nogil:
             status = _ping_link(&self.node, cluster_id, ldd_now_ns() + <int64_t>timeout_ms * 1000000, &detail)
-        self.raise_for(status, &detail, b"check_link_status")
+        self.raise_for_peer(status, &detail, name, cluster_id, b"ping")
 
     def links(self):
         """One dict per link: cluster_id, state, origin, comm_id, peer_ip, pulled_bytes, pushed_bytes, num_transfers."""

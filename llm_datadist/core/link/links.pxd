@@ -96,6 +96,7 @@ ctypedef struct ldd_node:
     uint32_t mode                               # LDD_MODE_* bits; both ends of a link must agree
     int64_t sync_timeout_ns
     bint shares_table                           # with peers on this host, both ways
+    bint strict                                 # a destination block that occurs twice in one request is refused
     ldd_mutex lock                        # guards the set and the fields said above; a leaf lock
     ldd_cond idle                         # signalled when a link's last operation ends
     ldd_link* links

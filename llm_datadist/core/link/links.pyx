@@ -53,6 +53,7 @@ cdef ldd_link* ldd_link_new(ldd_node* node, uint64_t cluster_id, ldd_link_origin
     link.refs = 1
     link.ask_fd = -1
     ldd_mutex_init(&link.lock)
+    link.descs.refuses_repeats = node.strict
     return link
 
 

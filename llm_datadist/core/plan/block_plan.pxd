@@ -19,6 +19,7 @@ ctypedef struct ldd_desc_list:
     size_t capacity
     uint64_t bytes                              # sum of all len
     bint by_tensor                              # no descriptor spans two tensors: each may be a region of its own
+    bint refuses_repeats                        # a destination block that occurs twice is an error
     ldd_run* runs                               # scratch, as is all that follows
     size_t num_runs
     size_t run_capacity

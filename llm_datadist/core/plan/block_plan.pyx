@@ -6,8 +6,9 @@ found once and applied to every tensor.
 
 The provider may carry out the descriptors of a batch in parallel and in any order. So no two of one plan
 write the same byte: where a destination block repeats, the planner keeps what the last occurrence in list
-order would leave behind. A list of which every value lies above or below all values before it cannot repeat
-any and pays nothing for this; others pay one bitmap pass over their runs.
+order would leave behind, or refuses it where the list was told so (`refuses_repeats`). A list of which every
+value lies above or below all values before it cannot repeat any and pays nothing for this; others pay one bitmap
+pass over their runs.
 
 Nothing here blocks or touches Python. An `ldd_desc_list` and its scratch memory belong to whoever holds it,
 one thread at a time; the functions themselves may be called from any thread.
@@ -218,10 +219,28 @@ cdef ldd_status _keep_last_writers(ldd_desc_list* out, uint64_t highest, ldd_det
         repeats |= _mark(seen, out.runs[i].dst, out.runs[i].length)
     if repeats:
         memset(seen, 0, num_words * sizeof(uint64_t))
-        status = _rebuild(out, seen, detail)
+        status = _refuse_repeat(out, seen, detail) if out.refuses_repeats else _rebuild(out, seen, detail)
     if seen != out.seen:
         free(seen)
     return status
+
+
+cdef ldd_status _refuse_repeat(ldd_desc_list* out, uint64_t* seen, ldd_detail* detail) noexcept nogil:
+    """Name the first destination block that occurs a second time. `seen` is empty."""
+    cdef size_t i
+    cdef uint64_t offset
+    for i in range(out.num_runs):
+        for offset in range(out.runs[i].length):
+            if _mark(seen, out.runs[i].dst + offset, 1):
+                return _repeated(out.runs[i].dst + offset, detail)
+    return LDD_OK
+
+
+cdef ldd_status _repeated(uint64_t block, ldd_detail* detail) noexcept nogil:
+    return ldd_fail(detail, LDD_E_PARAM,
+                    b"block %llu occurs more than once in dst_blocks: the pieces would overwrite each other, and which "
+                    b"one stays is undefined. Name each destination block once, or set option llm.Strict='0'",
+                    <unsigned long long>block)
 
 
 cdef bint _mark(uint64_t* seen, uint64_t first, uint64_t length) noexcept nogil:
@@ -318,6 +337,8 @@ cdef ldd_status _add_short_piece(
     for i in range(out.num_runs):
         run = &out.runs[i]
         if run.dst <= dst < run.dst + run.length:
+            if out.refuses_repeats:
+                return _repeated(block, detail)
             head = dst - run.dst
             if head:                            # what lies before the hole becomes a run of its own
                 last = &out.runs[out.num_runs]

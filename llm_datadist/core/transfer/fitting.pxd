@@ -12,6 +12,11 @@ cdef enum ldd_shape:
     SHAPE_BLOCKS                                # blocks to blocks
     SHAPE_SLOT_TO_BLOCKS                        # contiguous source, blocks destination
 
+# How far a transfer came, for whoever tells of its failure. All zero: it has not begun.
+ctypedef struct ldd_progress:
+    const char* stage                           # "link", "resolve", "plan", "transfer", "release"; NULL before
+    uint32_t num_tensors                        # local tensors that are complete, in the order of the selection
+
 # What is asked for. "remote" and "local" are ends; which is source and which destination follows from `put`.
 ctypedef struct ldd_transfer:
     ldd_shape shape
@@ -35,6 +40,7 @@ ctypedef struct ldd_transfer:
     const int64_t* remote_blocks
     const int64_t* local_blocks
     size_t num_blocks                           # length of both lists, of the local one for a pull of a slot
+    ldd_progress* progress
 
 # What the rules need to know of one end.
 ctypedef struct ldd_end:

@@ -101,6 +101,7 @@ cdef ldd_status ldd_one_pull(ldd_link* link, const ldd_transfer* what, const ldd
     nbytes = _write_request(link, what, local, fit.count)
     if nbytes == 0:
         return LDD_FETCH_ASK
+    what.progress.stage = b"transfer"
     status = ldd_hixl_result(link.node.provider, link.node.provider.ext.LddClientFetchAsync(
         link.client, link.reply, nbytes, <uint32_t>link.descs.count, link.descs.items, &reply, &handle),
         b"read from the peer", detail)
@@ -110,6 +111,7 @@ cdef ldd_status ldd_one_pull(ldd_link* link, const ldd_transfer* what, const ldd
     if reply.status == LDD_OK:
         ldd_batch_count(link, False)
         return LDD_OK
+    what.progress.stage = b"resolve"            # the owner sent no bytes
     if reply.status > 0:
         return LDD_FETCH_ASK
     return ldd_fail(detail, reply.status, b"cluster %llu: %s", <unsigned long long>link.cluster_id, reply.text)

@@ -34,6 +34,7 @@ cdef ldd_status _move_steps(const ldd_transfer* what, ldd_link* link, const ldd_
     cdef ldd_end there
     cdef uint32_t step, at = 0
     cdef ldd_status status
+    what.progress.stage = b"plan"
     ldd_end_there(remote, &there)
     status = ldd_fit_ends(what, local, &there, fit, detail)
     if status < 0:
@@ -42,9 +43,12 @@ cdef ldd_status _move_steps(const ldd_transfer* what, ldd_link* link, const ldd_
     status = ldd_fit_plan(&link.descs, what, local, fit.local_first, &there, fit.remote_first, min(step, fit.count),
                           detail)
     if status == LDD_OK:
+        what.progress.stage = b"transfer"
         status = ldd_link_ready(link, remote.desc.region_epoch, deadline_ns, detail)
     while status == LDD_OK:
         status = ldd_batch_run(link, what.put, deadline_ns, detail)
+        if status == LDD_OK:
+            what.progress.num_tensors = min(at + step, fit.count)
         at += step
         if at >= fit.count or status < 0:
             break
@@ -62,6 +66,7 @@ cdef ldd_status _run_locked(ldd_node* node, const ldd_transfer* what, ldd_link* 
     cdef ldd_detail ignored
     cdef ldd_status status, released
     cdef bint peeked
+    what.progress.stage = b"resolve"
     status = ldd_reader_attach(link, deadline_ns)
     if status < 0:
         return status
@@ -81,6 +86,8 @@ cdef ldd_status _run_locked(ldd_node* node, const ldd_transfer* what, ldd_link* 
     if status < 0:
         return status
     status = _move_steps(what, link, local, &remote, deadline_ns, &fit, detail)
+    if status == LDD_OK:
+        what.progress.stage = b"release"
     if peeked:
         released = ldd_reader_done(link, what.release and status == LDD_OK, ldd_now_ns() + node.sync_timeout_ns,
                                  detail if status == LDD_OK else &ignored)
@@ -110,6 +117,7 @@ cdef ldd_status ldd_transfer_run(ldd_node* node, const ldd_transfer* what, ldd_d
         status = ldd_fail(detail, LDD_E_PARAM, b"local cache %lld is not remote accessible", <long long>local.cache_id)
     ldd_end_here(&local, what.local_slot, &here)
     if status == LDD_OK:
+        what.progress.stage = b"link"
         status = ldd_link_begin(node, what.cluster_id, &link, detail)
     if status == LDD_OK:
         status = ldd_link_lock(link, detail)

@@ -94,15 +94,21 @@ def test_tensors_of(assert_raises):
 
 
 def test_block_pairs_keep_the_order():
-    assert block_pairs("info", {2: [0, 1], 0: [], 1: [2]}, 3) == ([2, 2, 1], [0, 1, 2])
-    assert block_pairs("info", {}, 0) == ([], [])
+    assert block_pairs("info", {2: [0, 1], 0: [], 1: [2]}, 3, True) == ([2, 2, 1], [0, 1, 2])
+    assert block_pairs("info", {}, 0, True) == ([], [])
+
+
+@pytest.mark.parametrize("info", [{0: [1, 1]}, {0: [1], 2: [1]}])
+def test_block_pairs_name_a_destination_that_repeats(assert_raises, info):
+    assert "block 1 " in str(assert_raises("PI", block_pairs, "info", info, 3, True))
+    assert block_pairs("info", info, 3, False)[1] == [1, 1]
 
 
 @pytest.mark.parametrize("info, block", [({3: [0]}, 3), ({3: []}, 3), ({0: [1, -1]}, -1), ({0: [0, -1]}, -1),
                                          ({-1: [0]}, -1),
                                          ({0: [2**64]}, 2**64)])
 def test_block_pairs_name_what_is_outside(assert_raises, info, block):
-    error = assert_raises("PI", block_pairs, "info", info, 3)
+    error = assert_raises("PI", block_pairs, "info", info, 3, True)
     assert f"block {block} " in str(error) and "[0, 3)" in str(error)
 
 

@@ -92,7 +92,7 @@ LAYERS = [
     *((pull(cache_key=BY_ID, **arguments), kind, "remote") for arguments, kind in LAYERS),
     # What the engine says, without a link and with the own cluster.
     (pull(), "NOT_YET_LINK"), (pull(cache_key=PREFIX), "NOT_YET_LINK"), (pull(cache_key=BY_ID), "NOT_YET_LINK"),
-    (pull(cache_key=BY_ID), "NOT_YET_LINK", "remote"), (pull(anything="else"), "NOT_YET_LINK"),
+    (pull(cache_key=BY_ID), "NOT_YET_LINK", "remote"),
     (pull(src_layer_range=range(0), dst_layer_range=range(5, 5)), "NOT_YET_LINK"),
     (pull(src_layer_range=range(5, 2)), "NOT_YET_LINK"), (pull(src_layer_range=None), "NOT_YET_LINK"),
     (pull(cache_key=CacheKey(CLUSTER, 1)), "PI"), (pull(cache_key=CacheKeyByIdAndIndex(CLUSTER, 1)), "PI", "remote"),

@@ -29,7 +29,7 @@ from support.engines import (
     refused,
     rows,
 )
-from support.peer import engine_options_v1
+from support.peer import engine_options_v1, finalize
 from transfers.caches import bytes_at
 
 from llm_datadist import (
@@ -226,7 +226,7 @@ def test_a_handle_that_outlives_its_engine_does_nothing(benches, peers):
     here = peers.here(CLUSTER, engine_options_v1(device_pool=1 << 20), role=LLMRole.PROMPT)
     dist = here.node.dist
     old = dist.kv_cache_manager.allocate_cache(desc())
-    dist.finalize()
+    finalize(dist)
     dist.init(engine_options_v1(device_pool=1 << 20))
     new = dist.kv_cache_manager.allocate_cache(desc())
     assert new.cache_id == old.cache_id
@@ -292,7 +292,7 @@ OFFSETS = [("0", "TE"), (0.0, "TE"), ([0], "TE"), (-1, "VE"), (2**63, "VE")]
     (pull(cache_key=CacheKey(PEER, 1, 0, 2)), "PI"), (pull(cache_key=CacheKey(PEER, NO_ID)), "PI"),
     *((pull(**arguments), kind) for arguments, kind in LAYERS),
     (pull(), "NOT_YET_LINK"), (pull(cache_key=PREFIX), "NOT_YET_LINK"), (pull(cache_key=BY_ID), "NOT_YET_LINK"),
-    (pull(src_cache_offset=None, dst_cache_offset=4, anything="else"), "NOT_YET_LINK"),
+    (pull(src_cache_offset=None, dst_cache_offset=4), "NOT_YET_LINK"),
     (pull(src_cache_offset=0, dst_cache_offset=0), "NOT_YET_LINK"),
     (pull(cache_key=CacheKey(CLUSTER, 1)), "PI"), (pull(cache_key=CacheKeyByIdAndIndex(CLUSTER, 1)), "PI"),
     (lambda b: b.m.pull_cache(KEY, gone()), "NOT_EXIST"),
@@ -481,7 +481,7 @@ def test_a_manager_of_a_finalised_engine_fails(benches, peers, assert_raises):
     here = peers.here(CLUSTER, engine_options_v1(device_pool=1 << 20), role=LLMRole.PROMPT)
     manager = here.node.cache_manager
     cache = manager.allocate_cache(desc())
-    here.node.dist.finalize()
+    finalize(here.node.dist)
     assert not manager.is_initialized()
     for call in (lambda: manager.allocate_cache(desc()), lambda: manager.allocate_blocks_cache(desc()),
                  lambda: manager.deallocate_cache(cache), lambda: manager.remove_cache_key(KEY),

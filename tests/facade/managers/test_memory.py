@@ -26,7 +26,7 @@ from support.engines import (
     refused,
     rows,
 )
-from support.peer import engine_options
+from support.peer import engine_options, finalize
 from transfers.caches import bytes_at
 
 from llm_datadist import (
@@ -561,7 +561,7 @@ def test_a_manager_of_a_finalised_engine_fails(benches, peers, assert_raises):
     made = {"slots": manager.allocate_cache(desc()), "blocks": manager.allocate_blocks_cache(desc()),
             "host": manager.allocate_blocks_cache(desc(placement=HOST))}
     assert manager.is_initialized()
-    here.node.dist.finalize()
+    finalize(here.node.dist)
     assert not manager.is_initialized()
     for call in ALL_CALLS:
         assert_raises("FAILED", call, manager, made)
@@ -572,7 +572,7 @@ def test_a_handle_of_an_earlier_engine_names_no_cache_of_the_next(benches, peers
     here = peers.here(CLUSTER, engine_options(device_pool=1 << 20, listen=False))
     dist = here.node.dist
     old_slots, old_blocks = dist.cache_manager.allocate_cache(desc()), dist.cache_manager.allocate_blocks_cache(desc())
-    dist.finalize()
+    finalize(dist)
     dist.init(engine_options(device_pool=1 << 20, host_pool=1 << 20, listen=False))
     manager = dist.cache_manager
     slots, blocks = manager.allocate_cache(desc()), manager.allocate_blocks_cache(desc())

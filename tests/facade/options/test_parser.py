@@ -55,6 +55,10 @@ def test_least_options():
     ({"llm.EnableRemoteCacheAccessible": "1"}, {"remote_cache_accessible": True}),
     ({"llm.listenIpInfo": "127.0.0.1:26000"}, {"listen": LISTEN}),
     ({"llm.listenIpInfo": "127.0.0.1:0"}, {"listen": ("127.0.0.1", 0)}),
+    ({"llm.listenIpInfo": "localhost:26000"}, {"listen": LISTEN}),
+    ({"llm.listenIpInfo": "[::1]:26000"}, {"listen": ("::1", 26000)}),
+    ({"llm.listenIpInfo": "127.1:26000"}, {"listen": LISTEN}),
+    ({"llm.Strict": "0"}, {"strict": False}), ({"llm.Strict": "1"}, {"strict": True}),
     ({"llm.ListenIp": "127.0.0.1", "llm.ListenPort": "26000"}, {"listen": LISTEN}),
     ({"llm.ListenIp": "1.1.1.1", "llm.ListenPort": "1", "llm.listenIpInfo": "127.0.0.1:26000"}, {"listen": LISTEN}),
     ({"llm.ListenIp": "127.0.0.1"}, {"listen": None}),
@@ -69,7 +73,7 @@ def test_least_options():
     ({"llm.BufPoolCfg": json.dumps({"buf_cfg": [BUFFER]})}, {}),
     ({"llm.EnableSwitchRole": "1"}, {"enable_switch_role": True}),
     ({"llm.EnableSwitchRole": "0"}, {"enable_switch_role": False}),
-    ({"ge.resourceConfigPath": "{", "llm.Unknown": "", "other": "x", "llm.MemoryUtilization": "2", "llm.Role": "x",
+    ({"ge.resourceConfigPath": "{", "other": "x", "llm.MemoryUtilization": "2", "llm.Role": "x",
       "llm.OutputMaxSize": "x", "llm.deployResPath": "", "llm.ClusterInfo": "{"}, {}),
 ])
 def test_accepted(options, expected):
@@ -140,7 +144,7 @@ def test_first_generation(role, options, expected):
       for value in ("2", "", "true")),
     ({**V1, "llm.EnableRemoteCacheAccessible": "2"}, "PI", "llm.EnableRemoteCacheAccessible"),
     *(({**V2, "llm.listenIpInfo": value}, kind, "llm.listenIpInfo") for value, kind in [
-        ("127.0.0.1", "PI"), ("", "PI"), ("1.2.3.4:1:2", "PI"), ("::1", "PI"), ("[::1]:26000", "PI"),
+        ("127.0.0.1", "PI"), ("", "PI"), ("1.2.3.4:1:2", "PI"), ("::1", "PI"), ("[::1", "PI"),
         ("1.2.3.4:", "VE"),
         ("1.2.3.4:port", "VE"), ("1.2.3.4:1;2.2.2.2:2", "PI"), (":26000", "PI"), ("1.2.3.4:65536", "PI"),
         ("1.2.3.4:-1", "PI")]),
@@ -205,6 +209,51 @@ def test_environment(variable, text, field, value, option, assert_raises):
     assert variable in str(assert_raises("PI", parse, V2, environ={variable: "x"}))
     other = "cann" if field == "provider" else "9"
     assert str(getattr(parse({**V2, option: other}, environ={variable: text}), field)) == other
+
+
+def test_strictness():
+    assert not parse(V2, environ={"LLM_DATADIST_STRICT": "0"}).strict
+    assert parse({**V2, "llm.Strict": "1"}, environ={"LLM_DATADIST_STRICT": "0"}).strict
+
+
+@pytest.mark.parametrize("variable, text", [
+    ("LLM_DATADIST_HOST_PATHS", "shm,rdma"), ("LLM_DATADIST_COPY_THREADS", "0"), ("LLM_DATADIST_TCP_STREAMS", "17"),
+    ("LLM_DATADIST_SHARED_TABLE", "yes"), ("LLM_DATADIST_HOST_DEVICES", "65"), ("LLM_DATADIST_STRICT", "2"),
+])
+def test_variables_outside_their_range(variable, text, assert_raises):
+    error = assert_raises("PI", parse, V2, environ={variable: text})
+    assert variable in str(error) and repr(text) in str(error)
+
+
+@pytest.mark.parametrize("options, environ, said", [
+    ({"llm.SyncKvTimeout": "5"}, {}, "'llm.SyncKvTimeout' is unknown"),
+    ({"llm.ListenIpInfo": "127.0.0.1:1"}, {}, "did you mean 'llm.listenIpInfo'?"),
+    ({"llm.mempoolconfig": "{}"}, {}, "did you mean 'llm.MemPoolConfig'?"),
+    ({}, {"LLM_DATADIST_TCP_STREAM": "4"}, "did you mean 'LLM_DATADIST_TCP_STREAMS'?"),
+])
+def test_what_nobody_reads_gives_one_warning(options, environ, said):
+    with pytest.warns(UserWarning) as caught:
+        parse({**V2, **options, "ge.unknown": "x"}, environ=environ)
+    assert [str(warning.message).count("unknown and ignored") for warning in caught] == [1]
+    assert said in str(caught[0].message)
+
+
+CLUSTER = {"cluster_id": 7, "logic_device_id": ["0:0:0:0", "0:0:1:0"],
+           "listen_ip_info": [{"ip": 0x0100007F, "port": 1}, {"ip": "127.0.0.1", "port": 2}]}
+
+
+def test_cluster_info_alone_stands_for_device_0():
+    parsed = parse({"llm.ClusterInfo": as_text(CLUSTER)})
+    assert (parsed.generation, parsed.device_ids, parsed.listen) == (1, (0,), ("127.0.0.1", 1))
+    decoder = parse({"llm.ClusterInfo": as_text({"cluster_id": 7, "logic_device_id": ["0:0:0:0"]})}, LLMRole.DECODER)
+    assert (decoder.device_ids, decoder.listen) == ((0,), None)
+
+
+@pytest.mark.parametrize("change", [
+    {"logic_device_id": []}, {"logic_device_id": "0:0:0:0"}, {"logic_device_id": ["0"]}, {"logic_device_id": [0, 1]},
+    {"logic_device_id": ["0:0:0:0"]}, {"cluster_id": 8}])
+def test_cluster_info_alone_refuses(change, assert_raises):
+    assert "llm.ClusterInfo" in str(assert_raises("PI", parse, {"llm.ClusterInfo": as_text({**CLUSTER, **change})}))
 
 
 def test_link_total_time_zero_means_the_environment():

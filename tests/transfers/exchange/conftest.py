@@ -22,8 +22,8 @@ def accessible():
 @pytest.fixture(scope="module")
 def first_generation():
     with Peers() as peers:
-        there = peers.start(THERE, engine_options_v1(), role=LLMRole.PROMPT, env=TCP)
-        here = peers.start(HERE, engine_options_v1(listen=False), role=LLMRole.DECODER, env=TCP)
+        there = peers.start(THERE, engine_options_v1(llm_Strict="0"), role=LLMRole.PROMPT, env=TCP)
+        here = peers.start(HERE, engine_options_v1(listen=False, llm_Strict="0"), role=LLMRole.DECODER, env=TCP)
         peers.link(here, there)
         yield connect(Pair(peers, False, "tcp", here, there))
 

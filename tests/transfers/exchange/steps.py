@@ -26,7 +26,7 @@ def connect(pair):
 def linked(peers, path="tcp", remote_accessible=False):
     """Two linked children: a process has room for one engine, and several pairs of this module live at once."""
     env = {PATHS_VARIABLE: path}
-    options = engine_options(host_pool=16 * MIB, remote_accessible=remote_accessible)
+    options = engine_options(host_pool=16 * MIB, remote_accessible=remote_accessible, llm_Strict="0")
     there, here = (peers.start(number, options, env=env) for number in (THERE, HERE))
     peers.link(here, there)
     return Pair(peers, remote_accessible, path, here, there)

@@ -1,0 +1,45 @@
+"""The environment variables of this package: what each may say, checked before anything is opened."""
+from __future__ import annotations
+
+from typing import Callable, Dict, List, Mapping
+
+from llm_datadist.options.values import integer_in, invalid, one_of
+
+__all__ = ["PREFIX", "VARIABLES", "check_environment"]
+
+PREFIX = "LLM_DATADIST_"
+PATHS = ("shm", "cma", "tcp")
+
+
+def _check_paths(variable: str, text: str) -> None:
+    for word in text.replace("|", ",").split(","):
+        if word not in PATHS:
+            raise invalid(variable, text, f"it must hold {', '.join(PATHS)}, one or several, joined by commas")
+
+
+# Variable -> a check of (name for the text, value); an empty value counts as absent.
+VARIABLES: Dict[str, Callable[[str, str], object]] = {
+    "LLM_DATADIST_PROVIDER": one_of("auto", "host", "cann"),
+    "LLM_DATADIST_HOST_PATHS": _check_paths,
+    "LLM_DATADIST_COPY_THREADS": integer_in(1, 64),
+    "LLM_DATADIST_TCP_STREAMS": integer_in(1, 16),
+    "LLM_DATADIST_SHARED_TABLE": one_of("0", "1"),
+    "LLM_DATADIST_LINK_BASE_PORT": integer_in(1, 65535),
+    "LLM_DATADIST_HOST_DEVICES": integer_in(0, 64),
+    "LLM_DATADIST_STRICT": one_of("0", "1"),
+}
+
+
+def check_environment(environ: Mapping[str, str]) -> List[str]:
+    """Check every variable of this package that is set, and return those that nobody reads.
+
+    Raises
+    ------
+    LLMParamInvalidError
+        A value is outside its range; the text names variable, value and range.
+    """
+    for variable, check in VARIABLES.items():
+        text = environ.get(variable, "")
+        if text:
+            check(f"environment variable {variable}", text)
+    return sorted(name for name in environ if name.startswith(PREFIX) and name not in VARIABLES)
