@@ -2,6 +2,8 @@ from typing import Any, Dict, List, Optional, Tuple
 
 from llm_datadist.options.parser import EngineOptions
 
+class PoolMemory: ...
+
 class EngineCore:
     def __init__(self, options: EngineOptions, cluster_id: int) -> None: ...
     @property
