@@ -99,7 +99,7 @@ cdef int _set_range(object tensors, int64_t* first, int64_t* stop) except -1:
 
 
 @cython.final
-cdef class Engine(EngineLinks):
+cdef class Engine(EngineBlockKeys):
     """One engine. Construction opens everything or leaves nothing behind.
 
     Parameters
