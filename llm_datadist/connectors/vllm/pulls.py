@@ -7,12 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Callable, List, Optional, Sequence, Set, Tuple
 
-from llm_datadist import BlocksCacheKey, Cache, LLMDataDist, LLMException
+from llm_datadist import Cache, HeldBlocksKey, LLMDataDist
 from llm_datadist.connectors.vllm.layout import BlocksLayout
 from llm_datadist.connectors.vllm.links import Links
 from llm_datadist.connectors.vllm.logger import log
 from llm_datadist.connectors.vllm.metadata import Endpoint, PullOrder
-from llm_datadist.status import LLMLinkError
+from llm_datadist.status import LLMLinkError, LLMNotFoundError
 
 __all__ = ["PullResult", "Pulls"]
 
@@ -50,7 +50,7 @@ class Pulls:
     engine : LLMDataDist
         The engine that fetches.
     caches : sequence of (BlocksLayout, Cache)
-        The KV cache; the position is the model id of the counterpart's.
+        The KV cache; the position is the generation of its keys.
     links : Links
         Links of `engine`.
     rank : int
@@ -105,21 +105,32 @@ class Pulls:
     def _fetch(self, order: PullOrder, result: PullResult) -> None:
         peer = order.remote.endpoints[self._rank]
         result.failed_blocks.update(*order.dst_blocks)
-        for model_id, (layout, cache) in enumerate(self._caches):
+        for generation, (layout, cache) in enumerate(self._caches):
+            key = HeldBlocksKey(peer.cluster_id, order.remote.key, generation)
             src = _blocks_of(layout, order.src_blocks)
             dst = _blocks_of(layout, order.dst_blocks)
+            if not src:
+                self._release(peer, key)
+                continue
             bytes_per_block = layout.block_bytes * len(layout.offsets)
             step = max(1, self._chunk_bytes // bytes_per_block)
             for first in range(0, len(src), step):
                 stop = min(first + step, len(src))
-                self._pull(peer, model_id, cache, src[first:stop], dst[first:stop])
+                self._pull(peer, key, cache, src[first:stop], dst[first:stop], stop == len(src))
                 result.num_bytes += bytes_per_block * (stop - first)
                 if len(self._caches) == 1:
                     result.failed_blocks.difference_update(dst[first:stop])
         result.failed_blocks.clear()
 
-    def _pull(self, peer: Endpoint, model_id: int, cache: Cache, src: List[int], dst: List[int]) -> None:
-        self._linked(peer, lambda: self._manager.pull_blocks(BlocksCacheKey(peer.cluster_id, model_id), cache, src, dst))
+    def _release(self, peer: Endpoint, key: HeldBlocksKey) -> None:
+        try:
+            self._linked(peer, lambda: self._manager.release_blocks(key))
+        except LLMNotFoundError:
+            pass                                    # the lease has ended before
+
+    def _pull(self, peer: Endpoint, key: HeldBlocksKey, cache: Cache, src: List[int], dst: List[int],
+              is_last: bool) -> None:
+        self._linked(peer, lambda: self._manager.pull_blocks(key, cache, src, dst, release=is_last))
 
     def _linked(self, peer: Endpoint, call: Callable[[], None]) -> None:
         """Call over a link to `peer`; over a new one if that it had turns out to be broken."""
@@ -130,8 +141,6 @@ class Pulls:
             self._links.forget(peer)
             self._links.ensure(peer)
             call()
-        except LLMException:
-            raise
 
 
 def _blocks_of(layout: BlocksLayout, block_ids: Sequence[List[int]]) -> List[int]:

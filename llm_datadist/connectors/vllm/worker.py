@@ -90,7 +90,7 @@ class WorkerHalf:
 
     def _start(self) -> None:
         settings, engine = self._settings, self.open()
-        self._holds = Holds(settings.lease_ms)
+        self._holds = Holds(engine, [cache for _, cache in self._caches], settings.lease_ms)
         links = Links(engine, settings.link_timeout_ms)
         self._pulls = Pulls(engine, self._caches, links, self._rank, settings.pull_threads, settings.chunk_bytes)
         log.info("cluster %s, rank %s, listens at %s; KV cache of %s", engine.cluster_id, self._rank,
