@@ -16,7 +16,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Type
 
 __all__ = ["Server", "ServerError", "connector_config", "free_port"]
 
-START_LIMIT_S = 240.0
+START_LIMIT_S = 600.0
 END_GRACE_S = 20.0
 REQUEST_LIMIT_S = 120.0
 CONNECTOR = "LLMDataDistConnector"

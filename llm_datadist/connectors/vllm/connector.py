@@ -1,7 +1,7 @@
 """`LLMDataDistConnector`: what vLLM calls, handed on to the half that it is."""
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Set, Tuple
+from typing import TYPE_CHECKING, Any, ContextManager, Dict, List, Optional, Set, Tuple
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
@@ -15,6 +15,7 @@ from llm_datadist.connectors.vllm.layout import blocks_layouts, layout_digest
 from llm_datadist.connectors.vllm.metadata import Metadata, WorkerCard
 from llm_datadist.connectors.vllm.scheduler import SchedulerHalf
 from llm_datadist.connectors.vllm.settings import Settings
+from llm_datadist.connectors.vllm.stats import PromMetrics, TransferStats
 from llm_datadist.connectors.vllm.worker import WorkerHalf
 
 if TYPE_CHECKING:
@@ -94,6 +95,14 @@ class LLMDataDistConnector(KVConnectorBase_V1, SupportsHMA):
 
     # ----------------------------------------------------------------------------------------- the workers' half
 
+    def get_mem_pool_context(self) -> Optional[ContextManager[Any]]:
+        """Where vLLM allocates its KV cache; None leaves that to vLLM."""
+        if not self._settings.kv_in_pool:
+            return None
+        from llm_datadist.connectors.vllm.pool import PoolAllocation
+
+        return PoolAllocation(self._worker)
+
     def register_kv_caches(self, kv_caches: Dict[str, Any]) -> None:
         """Open the engine over vLLM's KV cache."""
         self._worker.register(next(iter(kv_caches.values())).untyped_storage().data_ptr())
@@ -133,6 +142,21 @@ class LLMDataDistConnector(KVConnectorBase_V1, SupportsHMA):
     def get_block_ids_with_load_errors(self) -> Set[int]:
         """Blocks that did not arrive."""
         return self._worker.take_failed_blocks()
+
+    def get_kv_connector_stats(self) -> Optional[TransferStats]:
+        """What the worker has counted since the last step."""
+        return self._worker.take_stats() if self._worker is not None else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: Optional[Dict[str, Any]] = None) -> TransferStats:
+        """The counts in a form that can be added up."""
+        return TransferStats(data)
+
+    @classmethod
+    def build_prom_metrics(cls, vllm_config: "VllmConfig", metric_types: Dict[Any, Any], labelnames: List[str],
+                           per_engine_labelvalues: Dict[int, List[object]]) -> PromMetrics:
+        """The counts on the Prometheus page."""
+        return PromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def shutdown(self) -> None:
         """End transfers and the engine."""

@@ -6,21 +6,27 @@ threads, which sleep while there is none.
 """
 from __future__ import annotations
 
+import ctypes
 import json
 import secrets
-from typing import Any, List, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 
-from llm_datadist import BlocksCacheKey, Cache, CacheDesc, DataType, LLMConfig, LLMDataDist, LLMRole
+import numpy as np
+
+from llm_datadist import Cache, CacheDesc, DataType, LLMConfig, LLMDataDist, LLMRole
 from llm_datadist.connectors.vllm.holds import Holds
 from llm_datadist.connectors.vllm.layout import BlocksLayout
 from llm_datadist.connectors.vllm.links import Links
 from llm_datadist.connectors.vllm.logger import log
 from llm_datadist.connectors.vllm.metadata import Endpoint, Metadata, WorkerCard
-from llm_datadist.connectors.vllm.pulls import PullResult, Pulls
+from llm_datadist.connectors.vllm.pulls import Pulls
 from llm_datadist.connectors.vllm.settings import Settings
+from llm_datadist.connectors.vllm.stats import TransferStats
 
 __all__ = ["WorkerHalf"]
 
+_PAGE_SHIFT = 12
+_PAGE_BYTES = 1 << _PAGE_SHIFT
 _CLUSTER_ID_BITS = 52           # ids travel in JSON, which some proxies read as floating point numbers
 
 
@@ -53,7 +59,7 @@ class WorkerHalf:
         self._pulls: Optional[Pulls] = None
         self._holds: Optional[Holds] = None
         self._failed_blocks: Set[int] = set()
-        self._ended: List[PullResult] = []
+        self._stats = TransferStats()
 
     # ------------------------------------------------------------------------------------------------ life cycle
 
@@ -69,7 +75,7 @@ class WorkerHalf:
                 port = settings.listen_port + self._rank if settings.listen_port else 0
                 config.listen_ip_info = f"{settings.listen_host}:{port}"
             if pool_bytes:
-                config.mem_pool_cfg = json.dumps({"memory_size": pool_bytes, "page_shift": 12})
+                config.mem_pool_cfg = json.dumps({"memory_size": pool_bytes, "page_shift": _PAGE_SHIFT})
             options = {**config.generate_options(), "llm.Provider": settings.provider}
             # A new name each time: what another engine knows about a process that was here before leads nowhere.
             engine = LLMDataDist(LLMRole.MIX, secrets.randbits(_CLUSTER_ID_BITS) | 1)
@@ -77,14 +83,47 @@ class WorkerHalf:
             self._engine = engine
         return self._engine
 
+    def take_from_pool(self, num_bytes: int) -> "Optional[np.ndarray[Any, Any]]":
+        """Take the KV cache from the pool of the engine, which is opened for that.
+
+        Parameters
+        ----------
+        num_bytes : int
+            Size of vLLM's buffer.
+
+        Returns
+        -------
+        numpy.ndarray of uint8, shape (num_bytes,), or None
+            Zeros, as the pool is new; this package's memory, good until `close`. None where the layers do not fill the
+            buffer one after the other, as the tensors of a cache do.
+        """
+        if len(self._layouts) != 1 or self._engine is not None:
+            return None
+        layout = self._layouts[0]
+        is_dense = layout.offsets == tuple(range(0, num_bytes, layout.place_bytes))
+        if not is_dense or len(layout.offsets) * layout.place_bytes != num_bytes or layout.place_bytes % _PAGE_BYTES:
+            log.warning("kv_in_pool: the layers of this model are not laid out one after the other in whole pages; "
+                        "the KV cache is registered instead")
+            return None
+        engine = self.open(num_bytes)
+        cache = engine.cache_manager.allocate_blocks_cache(
+            CacheDesc(len(layout.offsets), [layout.num_blocks, layout.block_bytes], DataType.DT_UINT8))
+        start = cache.tensor_addrs[0]
+        if cache.tensor_addrs != [start + offset for offset in layout.offsets]:
+            raise RuntimeError("the tensors of the pool do not follow each other")
+        self._caches.append((layout, cache))
+        return np.ctypeslib.as_array((ctypes.c_uint8 * num_bytes).from_address(start))
+
     def register(self, base_addr: int) -> None:
         """Make the KV cache known to the engine; `base_addr` is the first byte of vLLM's buffer."""
         manager = self.open().cache_manager
-        for model_id, layout in enumerate(self._layouts):
+        if self._caches:                                # in the pool already
+            self._start()
+            return
+        for layout in self._layouts:
+            # Without a key for all blocks: others get at those of a request alone, by the key it holds.
             desc = CacheDesc(len(layout.offsets), [layout.num_blocks, layout.block_bytes], DataType.DT_UINT8)
-            cache = manager.register_blocks_cache(
-                desc, [base_addr + offset for offset in layout.offsets],
-                BlocksCacheKey(self._engine.cluster_id, model_id))
+            cache = manager.register_blocks_cache(desc, [base_addr + offset for offset in layout.offsets])
             self._caches.append((layout, cache))
         self._start()
 
@@ -134,16 +173,20 @@ class WorkerHalf:
         """Return the requests whose blocks were taken or given up, that have theirs, and of those, that failed."""
         if self._pulls is None or self._holds is None:
             return set(), set(), set()
-        sent = {request_id for request_id, _ in self._holds.take_ended()}
+        sent: Set[str] = set()
+        for request_id, outcome in self._holds.take_ended():
+            sent.add(request_id)
+            self._stats.count(f"blocks_{outcome.name.lower()}")
         received: Set[str] = set()
         failed: Set[str] = set()
         for result in self._pulls.take_ended():
-            self._ended.append(result)
             if not result.order.waits:
                 continue
             received.add(result.order.request_id)
             if result.error is None:
+                self._stats.record_pull(result.seconds, result.num_bytes)
                 continue
+            self._stats.count("failed_pulls")
             if len(result.order.dst_blocks) == 1:
                 self._failed_blocks |= result.failed_blocks     # those before the first one are kept
             else:
@@ -155,6 +198,15 @@ class WorkerHalf:
         failed, self._failed_blocks = self._failed_blocks, set()
         return failed
 
-    def stats(self) -> Any:
-        """What the engine holds; see ``LLMDataDist.stats``."""
-        return self.open().stats()
+    def take_stats(self) -> Optional[TransferStats]:
+        """Return what was counted since the last call; None when that is nothing."""
+        if self._stats.is_empty():
+            return None
+        stats, self._stats = self._stats, TransferStats()
+        return stats
+
+    def held(self) -> Dict[str, int]:
+        """What this worker's engine holds at this moment, for tests and for whoever looks for a leak."""
+        stats = self.open().stats()
+        return {**{name: int(stats[name]) for name in ("caches", "pins", "holds", "links")},
+                "requests": len(self._holds or ()), "pulls": self._pulls.num_running if self._pulls else 0}
