@@ -79,7 +79,7 @@ def _mla() -> Any:
     return DeepseekV2ForCausalLM(DeepseekV2Config(
         **_common(), hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=4, kv_lora_rank=64, q_lora_rank=None, qk_rope_head_dim=32, qk_nope_head_dim=32,
-        v_head_dim=32, head_dim=32, first_k_dense_replace=3, n_routed_experts=None, moe_intermediate_size=64))
+        v_head_dim=32, head_dim=32, first_k_dense_replace=3, moe_intermediate_size=64))
 
 
 KINDS: Dict[str, Callable[[], Any]] = {"tiny": _tiny, "fat": _fat, "hybrid": _hybrid, "mla": _mla}

@@ -132,9 +132,11 @@ class WorkerHalf:
         self._holds = Holds(engine, [cache for _, cache in self._caches], settings.lease_ms)
         links = Links(engine, settings.link_timeout_ms)
         self._pulls = Pulls(engine, self._caches, links, self._rank, settings.pull_threads, settings.chunk_bytes)
-        log.info("cluster %s, rank %s, listens at %s; KV cache of %s", engine.cluster_id, self._rank,
-                 engine.listen_address, ", ".join(f"{len(layout.offsets)} x {layout.num_blocks} blocks of "
-                                                  f"{layout.block_bytes} bytes" for layout in self._layouts))
+        shapes = ", ".join(f"{len(layout.offsets)} x {layout.num_blocks} blocks of {layout.block_bytes} bytes"
+                           for layout in self._layouts)
+        log.info("cluster %s, rank %s, listens at %s; KV cache in %s, %s", engine.cluster_id, self._rank,
+                 engine.listen_address, "vLLM's memory" if self._caches[0][1].is_registered else "the shared pool",
+                 shapes)
 
     def card(self) -> WorkerCard:
         """Where this worker is reached, and what lies there."""
