@@ -37,8 +37,9 @@ test: $(VENV)/.tested
 demo-vllm: $(VLLM_VENV)/.installed
 	$(VLLM_VENV)/bin/llm-datadist vllm-demo $(DEMO_ARGS)
 
+# Warnings of vLLM and torch are theirs.
 test-vllm: $(VLLM_VENV)/.installed
-	cd tests && ../$(VLLM_VENV)/bin/python -m pytest connectors $(PYTEST_ARGS)
+	cd tests && ../$(VLLM_VENV)/bin/python -m pytest -W default connectors $(PYTEST_ARGS)
 
 bench-vllm: $(VLLM_VENV)/.peer
 	$(VLLM_VENV)/bin/llm-datadist bench vllm $(BENCH_ARGS)

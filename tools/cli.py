@@ -16,6 +16,7 @@ COMMANDS = {
     "demo": ("llm_datadist.tools.demo.command", "run prefill and decode of a model in two processes and check it"),
     "doctor": ("llm_datadist.tools.doctor", "say which provider is used, why not another, and what this host allows"),
     "kvbench": ("llm_datadist.tools.bench.kvcommand", "measure moving the KV cache of a request, for known models"),
+    "vllm-demo": ("llm_datadist.tools.vllm.command", "let two vLLM servers share requests through this package"),
     "version": ("llm_datadist.tools.version", "print versions"),
 }
 

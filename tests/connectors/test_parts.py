@@ -16,13 +16,12 @@ from llm_datadist.connectors.vllm.scheduler import SchedulerHalf
 from llm_datadist.connectors.vllm.settings import Settings
 from llm_datadist.connectors.vllm.stats import TransferStats
 
-
 # ---------------------------------------------------------------------------------------------------- options
 
 def test_options_have_defaults_and_are_checked():
     assert Settings.read({}) == Settings()
     assert Settings.read({"lease_ms": 5, "kv_in_pool": True}).lease_ms == 5
-    for wrong in ({"lease": 5}, {"lease_ms": 0}, {"lease_ms": "5"}, {"lease_ms": True}, {"mode": "pul"},
+    for wrong in ({"lease": 5}, {"lease_ms": 0}, {"lease_ms": "5"}, {"lease_ms": True}, {"mode": "push"},
                   {"listen_port": 65536}, {"kv_in_pool": 2}, {"provider": "nixl"}, {"listen_host": None}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Settings.read(wrong)
@@ -148,8 +147,8 @@ def test_each_instance_is_one_half(role):
         model_config=SimpleNamespace(dtype="float32"), parallel_config=SimpleNamespace(tensor_parallel_size=1),
         cache_config=SimpleNamespace(cache_dtype="auto", get_resolved_kv_cache_layout=lambda: "LBHNC"))
     connector = package.LLMDataDistConnector(config, KVConnectorRole[role], cache_config())
-    assert (connector._scheduler is None) == (role == "WORKER")
-    assert (connector._worker is None) == (role == "SCHEDULER")
+    assert hasattr(connector, "_scheduler") == (role == "SCHEDULER")
+    assert hasattr(connector, "_worker") == (role == "WORKER")
     connector.shutdown()
 
 

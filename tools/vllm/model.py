@@ -68,8 +68,8 @@ def _hybrid() -> Any:
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     return Gemma2ForCausalLM(Gemma2Config(
-        **_common(), hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=4, head_dim=32, sliding_window=256, query_pre_attn_scalar=32))
+        **{**_common(), "tie_word_embeddings": True}, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
+        num_attention_heads=8, num_key_value_heads=4, head_dim=32, sliding_window=256, query_pre_attn_scalar=32))
 
 
 def _mla() -> Any:
@@ -78,8 +78,8 @@ def _mla() -> Any:
 
     return DeepseekV2ForCausalLM(DeepseekV2Config(
         **_common(), hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=4, kv_lora_rank=64, q_lora_rank=None, qk_rope_head_dim=32, qk_nope_head_dim=32,
-        v_head_dim=32, head_dim=32, first_k_dense_replace=3, moe_intermediate_size=64))
+        num_key_value_heads=4, kv_lora_rank=512, q_lora_rank=None, qk_rope_head_dim=64, qk_nope_head_dim=32,
+        v_head_dim=32, head_dim=64, first_k_dense_replace=3, moe_intermediate_size=64))
 
 
 KINDS: Dict[str, Callable[[], Any]] = {"tiny": _tiny, "fat": _fat, "hybrid": _hybrid, "mla": _mla}

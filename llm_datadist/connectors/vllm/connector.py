@@ -46,12 +46,12 @@ class LLMDataDistConnector(KVConnectorBase_V1, SupportsHMA):
     """
 
     _cache_hit_source = CacheHitSource.P2P
+    _scheduler: SchedulerHalf           # of the instance with this role
+    _worker: WorkerHalf
 
     def __init__(self, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig") -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self._settings = Settings.read(self._kv_transfer_config.kv_connector_extra_config)
-        self._scheduler: Optional[SchedulerHalf] = None
-        self._worker: Optional[WorkerHalf] = None
         if role is KVConnectorRole.SCHEDULER:
             self._scheduler = SchedulerHalf()
         else:
@@ -114,7 +114,7 @@ class LLMDataDistConnector(KVConnectorBase_V1, SupportsHMA):
     def bind_connector_metadata(self, connector_metadata: Metadata) -> None:
         """A step begins."""
         super().bind_connector_metadata(connector_metadata)
-        if self._worker is not None:
+        if self._role is KVConnectorRole.WORKER:
             self._worker.bind(connector_metadata)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
@@ -145,7 +145,7 @@ class LLMDataDistConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_kv_connector_stats(self) -> Optional[TransferStats]:
         """What the worker has counted since the last step."""
-        return self._worker.take_stats() if self._worker is not None else None
+        return self._worker.take_stats() if self._role is KVConnectorRole.WORKER else None
 
     @classmethod
     def build_kv_connector_stats(cls, data: Optional[Dict[str, Any]] = None) -> TransferStats:
@@ -160,7 +160,7 @@ class LLMDataDistConnector(KVConnectorBase_V1, SupportsHMA):
 
     def shutdown(self) -> None:
         """End transfers and the engine."""
-        if self._worker is not None:
+        if self._role is KVConnectorRole.WORKER:
             self._worker.close()
 
 

@@ -56,7 +56,7 @@ class Holds:
             self._manager.drop_blocks(self._key(key, generation))
 
     def take_ended(self) -> List[Tuple[str, KeyOutcome]]:
-        """Return the requests whose blocks nobody will fetch any more, and why: the worst of what became of its keys."""
+        """Return the requests whose blocks nobody will fetch any more, and the worst of what became of their keys."""
         ended = []
         for event in self._manager.take_key_events():
             request_id = self._requests.get(event.key.req_id)

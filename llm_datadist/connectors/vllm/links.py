@@ -47,7 +47,7 @@ class Links:
         with making:
             if peer in self._linked:
                 return
-            overall, codes = self._engine.link_clusters([_cluster(peer)], self._timeout_ms)
+            _, codes = self._engine.link_clusters([_cluster(peer)], self._timeout_ms)
             if codes[0] not in (LLMStatusCode.LLM_SUCCESS, LLMStatusCode.LLM_ALREADY_LINK):
                 raise LLMLinkError(f"cannot link to cluster {peer.cluster_id} at {peer.host}:{peer.port}, "
                                    f"error code is {codes[0]}.", status_code=codes[0], operation="link_clusters",

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
-from llm_datadist.connectors.vllm.metadata import Endpoint, Metadata, PullOrder, RemoteBlocks, WorkerCard
 from llm_datadist.connectors.vllm.logger import log
+from llm_datadist.connectors.vllm.metadata import Endpoint, Metadata, PullOrder, RemoteBlocks, WorkerCard
 
 __all__ = ["SchedulerHalf"]
 

@@ -6,7 +6,6 @@ from typing import Any, Mapping
 
 __all__ = ["Settings"]
 
-_MODES = ("pull", "push")
 _PROVIDERS = ("auto", "host", "cann")
 
 
@@ -16,9 +15,6 @@ class Settings:
 
     Parameters
     ----------
-    mode : str
-        ``"pull"``: the decode side reads the blocks when it schedules the request. ``"push"``: the prefill side writes
-        them layer by layer while it computes.
     kv_in_pool : bool
         Whether the KV cache is allocated in the shared pool of this package, which peers on the same host map.
     listen_host : str
@@ -45,7 +41,6 @@ class Settings:
         An option is unknown, or has a value that is not allowed. The text names it.
     """
 
-    mode: str = "pull"
     kv_in_pool: bool = False
     listen_host: str = "127.0.0.1"
     listen_port: int = 0
@@ -57,13 +52,13 @@ class Settings:
     provider: str = "auto"
 
     def __post_init__(self) -> None:
-        for name, low, high in (("listen_port", 0, 65535), ("lease_ms", 1, 2**31 - 1), ("pull_timeout_ms", 1, 2**31 - 1),
-                                ("link_timeout_ms", 1, 2**31 - 1), ("pull_threads", 1, 64),
-                                ("chunk_bytes", 1, 2**62)):
+        ranges = {"listen_port": (0, 65535), "pull_threads": (1, 64), "chunk_bytes": (1, 2**62),
+                  **dict.fromkeys(("lease_ms", "pull_timeout_ms", "link_timeout_ms"), (1, 2**31 - 1))}
+        for name, (low, high) in ranges.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise ValueError(f"{name}={value!r} is not allowed; it must be an integer in [{low}, {high}]")
-        for name, allowed in (("mode", _MODES), ("provider", _PROVIDERS), ("kv_in_pool", (True, False))):
+        for name, allowed in (("provider", _PROVIDERS), ("kv_in_pool", (True, False))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; it must be one of {allowed}")
         if not isinstance(self.listen_host, str):

@@ -168,8 +168,9 @@ class WorkerHalf:
 
     def start_pulls(self, metadata: Metadata) -> None:
         """Start to fetch what the scheduler asks for."""
-        for order in metadata.pulls:
-            self._pulls.start(order)
+        if self._pulls is not None:
+            for order in metadata.pulls:
+                self._pulls.start(order)
 
     def take_results(self) -> Tuple[Set[str], Set[str], Set[str]]:
         """Return the requests whose blocks were taken or given up, that have theirs, and of those, that failed."""

@@ -45,7 +45,7 @@ cdef ldd_status ldd_holds_bind(ldd_holds* holds, uint64_t request, uint64_t gene
                                int64_t deadline_ns, ldd_detail* detail) noexcept nogil
 # Withdraw a key without an event; whether there was one.
 cdef bint ldd_holds_drop(ldd_holds* holds, uint64_t request, uint64_t generation) noexcept nogil
-# A peer begins to move blocks: the cache, and a handle for ldd_holds_end. LDD_E_NOT_EXIST: there is no such key any more.
+# A peer begins to move blocks: the cache, and a handle for ldd_holds_end. LDD_E_NOT_EXIST: there is no such key.
 cdef ldd_status ldd_holds_begin(ldd_holds* holds, uint64_t request, uint64_t generation, int64_t* cache_id,
                                 uint32_t* key, uint32_t* key_generation, ldd_detail* detail) noexcept nogil
 # It is done. LDD_E_NOT_EXIST: the key was withdrawn meanwhile, so that what was read may be another request's.

@@ -4,8 +4,8 @@ A blocks cache has one key for all of its blocks, which tells nobody whether a b
 peer means. A hold is a second key to the same cache, of a request and a generation: its owner makes it before a peer
 can know of it, and hands the blocks to another request only after it has ended. It ends once: a peer has moved the
 blocks and let go, or goes away while it does, or nobody comes before the deadline, or the owner withdraws it. All but
-the last are events for the owner. Whoever comes later, or is still at it when the owner withdraws, is told that there is
-no such key.
+the last are events for the owner. Whoever comes later, or is still at it when the owner withdraws, is told that there
+is no such key.
 
 Holds are not in the shared table: peers ask the service thread, which so knows of every end when it comes, and wakes
 whoever waits for the descriptor. No function here takes the GIL, waits for a peer, or holds the mutex longer than a
