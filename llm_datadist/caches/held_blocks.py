@@ -1,7 +1,8 @@
 """Keys of blocks that are held for one request, and what became of them."""
 from __future__ import annotations
 
-from typing import NamedTuple, Optional, Tuple
+from dataclasses import dataclass
+from typing import Optional, Tuple
 
 from llm_datadist.status import NamedIntEnum
 from llm_datadist.utils.utils import check_uint64
@@ -79,10 +80,11 @@ class KeyOutcome(NamedIntEnum):
     LOST = 4
 
 
-class KeyEvent(NamedTuple):
+@dataclass(frozen=True)
+class KeyEvent:
     """The end of a key, for its owner.
 
-    Attributes
+    Parameters
     ----------
     key : HeldBlocksKey
         The key; it is gone.

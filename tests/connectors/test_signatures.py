@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import sys
 
 import pytest
 from connectors.halves import HAS_VLLM, IMITATION
@@ -15,6 +16,7 @@ MODULE = "vllm/distributed/kv_transfer/kv_connector/v1/base.py"
 def imitated():
     spec = importlib.util.spec_from_file_location("imitated_base", IMITATION / MODULE)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module                 # where dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 

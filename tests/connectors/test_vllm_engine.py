@@ -119,9 +119,10 @@ def test_requests_that_are_pushed_out_come_back(servers):
     """All prompts nearly fill their last block, so that each request needs another one while it runs."""
     prompts = [prompt_of(1016, index) for index in range(11)]
     before = servers.counted("vllm:num_preemptions_total")
+    params = [servers.prefill.prefill(prompt) for prompt in prompts]
     with ThreadPoolExecutor(11) as pool:
-        together = list(pool.map(lambda prompt: servers.both(prompt, 150), prompts))
-    alone = [servers.alone(prompt, 150) for prompt in prompts]
+        together = list(pool.map(lambda prompt, found: servers.decode.tokens(prompt, 150, found), prompts, params))
+        alone = list(pool.map(lambda prompt: servers.alone(prompt, 150), prompts))
     assert servers.counted("vllm:num_preemptions_total") > before
     assert together == alone
 
