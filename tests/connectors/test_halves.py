@@ -89,7 +89,8 @@ class Pair:
                 assert (self.decode.places[layer, here] == 64 * layer + there).all()
 
     def nothing_held(self):
-        assert until(lambda: (self.prefill.call(step), self.prefill.call(held)["holds"])[1] == 0)
+        assert until(lambda: self.decode.worker.held()["pulls"] == 0)
+        assert until(lambda: (self.prefill.call(step), self.prefill.call(held)["requests"])[1] == 0)
         there, here = self.prefill.call(held), self.decode.worker.held()
         for name in ("pins", "holds", "requests", "pulls"):
             assert there[name] == here[name] == 0, (name, there, here)

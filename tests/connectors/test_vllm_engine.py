@@ -35,7 +35,7 @@ def prompt_of(num_tokens, seed=0):
 class Servers:
     """A prefill server, a decode server, and what one computes alone."""
 
-    def __init__(self, directory, kind="tiny", **options):
+    def __init__(self, directory, kind="tiny", decode_arguments=(), **options):
         from llm_datadist.tools.vllm.model import make_model
         from llm_datadist.tools.vllm.server import Server, connector_config
 
@@ -44,7 +44,7 @@ class Servers:
             "prefill", model, directory, connector_config("kv_producer", lease_ms=LEASE_MS, **options), core=0)
         self.decode = Server(
             "decode", model, directory, connector_config("kv_consumer", pull_timeout_ms=2000, **options), core=1,
-            arguments=SMALL_CACHE)
+            arguments=decode_arguments)
         self._servers = [self.prefill, self.decode]
         try:
             for server in self._servers:
@@ -76,7 +76,7 @@ class Servers:
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory):
-    made = Servers(tmp_path_factory.mktemp("servers"))
+    made = Servers(tmp_path_factory.mktemp("servers"), decode_arguments=SMALL_CACHE)
     yield made
     made.close()
 

@@ -21,10 +21,11 @@ cdef ldd_status ldd_release_hold(ldd_node* node, uint64_t cluster_id, uint64_t r
         return status
     status = ldd_link_lock(link, detail)
     if status == LDD_OK:
-        status = ldd_request_resolve(link, KEY_HOLD, request, generation, 0, False, ldd_now_ns() + node.sync_timeout_ns,
-                                 &remote, detail)
+        status = ldd_request_resolve(link, KEY_HOLD, request, generation, 0, False,
+                                     ldd_now_ns() + node.sync_timeout_ns, &remote, detail)
         if status == LDD_OK:
-            status = ldd_request_release(link, remote.desc.lease, True, 0, 0, ldd_now_ns() + node.sync_timeout_ns, detail)
+            status = ldd_request_release(link, remote.desc.lease, True, 0, 0, ldd_now_ns() + node.sync_timeout_ns,
+                                         detail)
         ldd_unlock(&link.lock)
     ldd_link_end(link)
     return status
