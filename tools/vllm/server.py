@@ -68,16 +68,16 @@ class Server:
                  environ: Optional[Mapping[str, str]] = None) -> None:
         self.name = name
         self.port = free_port()
-        self.log = directory / f"{name}.log"
+        self.log = directory.resolve() / f"{name}.log"
         self._environ = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": str(cache_gib), "VLLM_NO_USAGE_STATS": "1",
                          "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", **(environ or {})}
         if core is not None:
             self._environ["VLLM_CPU_OMP_THREADS_BIND"] = str(core)
         # What `vllm serve` runs; that command itself looks for a distribution of the name vllm, which vllm-cpu is not.
         self._command = [
-            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--host", "127.0.0.1",
-            "--port", str(self.port), "--served-model-name", "model", "--dtype", "float32", "--enforce-eager",
-            "--max-model-len", "2048", *arguments]
+            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model.resolve()),
+            "--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", "model", "--dtype", "float32",
+            "--enforce-eager", "--max-model-len", "2048", *arguments]
         if transfer_config is not None:
             self._command += ["--kv-transfer-config", json.dumps(transfer_config)]
         self._process: Optional[subprocess.Popen[bytes]] = None
@@ -85,8 +85,10 @@ class Server:
     def start(self) -> None:
         """Start it; `wait_ready` says when it answers."""
         with open(self.log, "ab") as output:
+            # Not in the current directory, which Python would look for modules in: that may be a checkout of ours.
             self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=output,
-                                             stderr=subprocess.STDOUT, env=self._environ, start_new_session=True)
+                                             stderr=subprocess.STDOUT, env=self._environ, start_new_session=True,
+                                             cwd=self.log.parent)
 
     def wait_ready(self) -> None:
         """Wait until it answers.
