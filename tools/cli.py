@@ -19,6 +19,7 @@ COMMANDS = {
     "doctor": ("llm_datadist.tools.doctor", "say which provider is used, why not another, and what this host allows"),
     "kvbench": ("llm_datadist.tools.bench.kvcommand", "measure moving the KV cache of a request, for known models"),
     "ping": ("llm_datadist.tools.ping", "say whether a cluster answers at an address, and how soon"),
+    "vllm-demo": ("llm_datadist.tools.vllm.command", "let two vLLM servers share requests through this package"),
     "version": ("llm_datadist.tools.version", "print versions"),
 }
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, 
 
 from llm_datadist.caches.descriptors import CacheDesc, Placement
 from llm_datadist.caches.handles import CPU_CACHE_ID, Cache, KvCache
+from llm_datadist.caches.held_blocks import HeldBlocksKey
 from llm_datadist.caches.keys import INVALID_ID, BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex, is_valid_id
 from llm_datadist.status import (
     LLMException,
@@ -24,13 +25,13 @@ from llm_datadist.utils.utils import check_int64, check_isinstance, check_uint32
 if TYPE_CHECKING:
     from llm_datadist.core.engine.engine import Engine
 
-__all__ = ["ManagerBase", "PullOptions", "PullSlotOptions"]
+__all__ = ["ManagerBase", "PullBlocksOptions", "PullOptions", "PullSlotOptions"]
 
-KEY_REQ, KEY_PREFIX, KEY_BLOCKS, KEY_BY_ID = range(4)
+KEY_REQ, KEY_PREFIX, KEY_BLOCKS, KEY_BY_ID, KEY_HOLD = range(5)
 MAX_DIMS = 31
 MAX_TENSORS = 2**32
 
-AnyKey = Union[CacheKey, CacheKeyByIdAndIndex, BlocksCacheKey]
+AnyKey = Union[CacheKey, CacheKeyByIdAndIndex, BlocksCacheKey, HeldBlocksKey]
 KeySpec = Tuple[int, int, int, int]             # slot, kind, id, model id
 RemoteKey = Tuple[int, int, int, int]           # kind, id, model id, batch index
 TensorRange = Optional[Tuple[int, int]]
@@ -52,7 +53,14 @@ class PullSlotOptions(PullOptions, total=False):
     dst_cache_offset: Optional[int]
 
 
+class PullBlocksOptions(PullOptions, total=False):
+    """Keywords of ``CacheManager.pull_blocks``."""
+
+    release: bool
+
+
 PULL_KEYWORDS = tuple(PullOptions.__annotations__)
+PULL_HELD_KEYWORDS = (*PULL_KEYWORDS, "release")
 PULL_SLOT_KEYWORDS = (*PULL_KEYWORDS, "src_cache_offset", "dst_cache_offset")
 
 
@@ -101,6 +109,8 @@ def remote_key(cache_key: AnyKey) -> RemoteKey:
     """Name of a cache on its owner."""
     if isinstance(cache_key, CacheKeyByIdAndIndex):
         return KEY_BY_ID, max(cache_key.cache_id, 0), 0, cache_key.batch_index      # no cache has id 0
+    if isinstance(cache_key, HeldBlocksKey):
+        return KEY_HOLD, cache_key.req_id, cache_key.generation, 0
     if isinstance(cache_key, BlocksCacheKey):
         return KEY_BLOCKS, INVALID_ID, _number_of(cache_key, "model_id"), 0
     if is_valid_id(cache_key.prefix_id):

@@ -4,9 +4,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
 from llm_datadist.caches.handles import Cache
+from llm_datadist.caches.held_blocks import HeldBlocksKey
 from llm_datadist.caches.keys import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
 from llm_datadist.managers.base import (
+    PULL_HELD_KEYWORDS,
     PULL_KEYWORDS,
+    PullBlocksOptions,
     PullOptions,
     TensorRange,
     check_equal_lengths,
@@ -21,6 +24,7 @@ from llm_datadist.managers.base import (
     remote_key,
     tensors_of,
 )
+from llm_datadist.managers.held_blocks import HeldBlocks
 from llm_datadist.managers.memory import CacheMemory
 from llm_datadist.managers.task import CacheTask, transfer_cache_async
 from llm_datadist.managers.transfer_config import (
@@ -46,7 +50,7 @@ _Blocks = Sequence[int]
 UINT32_MAX = 2**32 - 1
 
 
-class CacheManager(CacheMemory):
+class CacheManager(HeldBlocks, CacheMemory):
     """Caches of one process, and the transfers to and from those of linked processes.
 
     Obtained from ``LLMDataDist.cache_manager``. Every method may be called from any thread and releases the GIL
@@ -144,8 +148,8 @@ class CacheManager(CacheMemory):
             dst_tensors, release=not self._remote_accessible)
 
     @staticmethod
-    def _pull_layers(cache_key: Union[CacheKey, CacheKeyByIdAndIndex, BlocksCacheKey], dst_cache: Cache,
-                     kwargs: PullOptions) -> Tuple[TensorRange, TensorRange]:
+    def _pull_layers(cache_key: Union[CacheKey, CacheKeyByIdAndIndex, BlocksCacheKey, HeldBlocksKey],
+                     dst_cache: Cache, kwargs: PullOptions) -> Tuple[TensorRange, TensorRange]:
         """Check the rest of what both pulls take, and return the tensors of source and destination."""
         tensors_per_layer = check_tensors_per_layer(kwargs.get("tensor_num_per_layer", 2))
         if isinstance(cache_key, CacheKey):
@@ -153,15 +157,16 @@ class CacheManager(CacheMemory):
         return layers_of_pull(dst_cache.cache_desc, tensors_per_layer, kwargs)
 
     def pull_blocks(
-        self, src_cache_key: Union[CacheKey, CacheKeyByIdAndIndex, BlocksCacheKey], dst_cache: Cache,
-        src_blocks: _Blocks = (), dst_blocks: _Blocks = (), **kwargs: "Unpack[PullOptions]",
+        self, src_cache_key: Union[CacheKey, CacheKeyByIdAndIndex, BlocksCacheKey, HeldBlocksKey], dst_cache: Cache,
+        src_blocks: _Blocks = (), dst_blocks: _Blocks = (), **kwargs: "Unpack[PullBlocksOptions]",
     ) -> None:
         """Read blocks of a peer's cache into blocks of ours and wait until they are here.
 
         Parameters
         ----------
-        src_cache_key : BlocksCacheKey, CacheKey or CacheKeyByIdAndIndex
-            A blocks cache, or a batch slot of a contiguous one that is cut into blocks in order.
+        src_cache_key : BlocksCacheKey, HeldBlocksKey, CacheKey or CacheKeyByIdAndIndex
+            A blocks cache, blocks of one that are held for a request, or a batch slot of a contiguous one that is cut
+            into blocks in order.
         dst_cache : Cache
             The destination, a blocks cache.
         src_blocks : sequence of int, shape (n,)
@@ -174,6 +179,8 @@ class CacheManager(CacheMemory):
             Layers, step 1, of equal length. Default: all.
         tensor_num_per_layer : int, default 2
             Tensors per layer.
+        release : bool, default True
+            With a `HeldBlocksKey`: whether this is the last pull that needs it, whose success ends it.
 
         Raises
         ------
@@ -182,7 +189,10 @@ class CacheManager(CacheMemory):
         LLMParamInvalidError
             Lengths differ, a block number is outside its cache or is the destination twice, block sizes or layouts
             differ. Nothing moved.
-        LLMNotFoundError, LLMLinkError, LLMTimeoutError
+        LLMNotFoundError
+            As for `pull_cache`. Also when the owner withdrew a `HeldBlocksKey` during the pull: what was read may be
+            another request's.
+        LLMLinkError, LLMTimeoutError
             As for `pull_cache`.
         """
         try:
@@ -205,12 +215,14 @@ class CacheManager(CacheMemory):
             raise
 
     def _pull_blocks(
-        self, src_cache_key: Union[CacheKey, CacheKeyByIdAndIndex, BlocksCacheKey], dst_cache: Cache,
-        src_blocks: _Blocks, dst_blocks: _Blocks, kwargs: PullOptions,
+        self, src_cache_key: Union[CacheKey, CacheKeyByIdAndIndex, BlocksCacheKey, HeldBlocksKey], dst_cache: Cache,
+        src_blocks: _Blocks, dst_blocks: _Blocks, kwargs: PullBlocksOptions,
     ) -> None:
         """Check everything, and pull."""
-        self._check_keywords("pull_blocks", kwargs, PULL_KEYWORDS)
-        check_isinstance("src_cache_key", src_cache_key, [CacheKey, CacheKeyByIdAndIndex, BlocksCacheKey])
+        held = isinstance(src_cache_key, HeldBlocksKey)
+        self._check_keywords("pull_blocks", kwargs, PULL_HELD_KEYWORDS if held else PULL_KEYWORDS)
+        check_isinstance("src_cache_key", src_cache_key,
+                         [CacheKey, CacheKeyByIdAndIndex, BlocksCacheKey, HeldBlocksKey])
         check_isinstance("dst_cache", dst_cache, Cache)
         if not dst_cache.is_blocks_cache:
             raise LLMParamInvalidError(f"{dst_cache} is a contiguous cache; use pull_cache")
@@ -218,15 +230,17 @@ class CacheManager(CacheMemory):
         _check_blocks("dst_blocks", dst_blocks)
         if len(dst_blocks) == 0:
             raise LLMParamInvalidError("dst_blocks is empty; it must name at least one block")
-        if isinstance(src_cache_key, BlocksCacheKey) != (len(src_blocks) != 0):
+        if isinstance(src_cache_key, (BlocksCacheKey, HeldBlocksKey)) != (len(src_blocks) != 0):
             raise LLMParamInvalidError(f"src_blocks has {len(src_blocks)} entries; it must name blocks of a blocks "
                                        "cache, and be empty when src_cache_key names a contiguous one")
         src_tensors, dst_tensors = self._pull_layers(src_cache_key, dst_cache, kwargs)
         cluster_id, key = cluster_of(src_cache_key), remote_key(src_cache_key)
+        release = not self._remote_accessible
+        if held:
+            release = check_isinstance("release", kwargs.get("release", True), bool, allow_none=False)
         self._require_initialized()
         self._llm_engine.pull_blocks(
-            cluster_id, key, self._id_of(dst_cache), src_blocks, dst_blocks, src_tensors, dst_tensors,
-            release=not self._remote_accessible)
+            cluster_id, key, self._id_of(dst_cache), src_blocks, dst_blocks, src_tensors, dst_tensors, release)
 
     # -------------------------------------------------------------------------------------------------- pushes
 

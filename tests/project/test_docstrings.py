@@ -14,6 +14,7 @@ SECTIONS = {"Parameters", "Returns", "Yields", "Raises", "Notes", "Examples", "S
 # The modules that define what clients use; the others of the facade are helpers, with one line each.
 MODULES = """
 llm_datadist.status llm_datadist.configs llm_datadist.data_type llm_datadist.caches.descriptors
+llm_datadist.caches.held_blocks llm_datadist.managers.held_blocks
 llm_datadist.caches.keys llm_datadist.caches.handles llm_datadist.managers.transfer_config
 llm_datadist.caches.tensor llm_datadist.caches.tensor_view llm_datadist.options.values llm_datadist.options.parser
 llm_datadist.utils.utils llm_datadist.utils.log llm_datadist.v2.llm_utils llm_datadist.v2.config

@@ -140,7 +140,7 @@ def finalize(dist: LLMDataDist) -> None:
 
 
 def _held(stats: Dict[str, Any]) -> List[str]:
-    found = [f"{stats[name]} {name}" for name in ("caches", "keys", "pins") if stats[name]]
+    found = [f"{stats[name]} {name}" for name in ("caches", "keys", "pins", "holds") if stats[name]]
     for name in ("device_pool", "host_pool"):
         pool = stats[name]
         if pool and pool["free_bytes"] != pool["bytes"]:

@@ -16,6 +16,7 @@ examples:
   llm-datadist bench --connect 10.0.0.1:26100 --path tcp --block-size 64K
   llm-datadist bench compare before.json after.json --fail-on-regression
   llm-datadist bench report run.json --markdown docs/performance.md
+  llm-datadist bench vllm                                     vLLM with this package and with its own connector
 """
 
 
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG
-    actions = parser.add_subparsers(dest="action", metavar="compare|report")
+    actions = parser.add_subparsers(dest="action", metavar="compare|report|vllm")
     comparing = actions.add_parser("compare", help="say what changed between two results beyond noise")
     comparing.add_argument("before", help="JSON of one run")
     comparing.add_argument("after", help="JSON of another")
@@ -37,6 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     reporting = actions.add_parser("report", help="write reports of a result that was measured before")
     reporting.add_argument("result", help="JSON of a run")
     output.add_arguments(reporting)
+    serving = actions.add_parser("vllm", help="measure this package's connector in vLLM beside vLLM's own")
+    _add_vllm_arguments(serving)
 
     parser.add_argument("--preset", choices=("quick", "goals"), help="a fixed set of rows and figures")
     sweep = parser.add_argument_group("sweep", "comma-separated values; every combination is measured")
@@ -61,6 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_arguments(parser)
 
 
+def _add_vllm_arguments(parser: argparse.ArgumentParser) -> None:
+    from llm_datadist.tools.vllm import bench
+
+    bench.add_arguments(parser)
+
+
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark.
 
@@ -77,6 +86,10 @@ def run(args: argparse.Namespace) -> int:
             return _compare(args)
         if args.action == "report":
             return _report(args)
+        if args.action == "vllm":
+            from llm_datadist.tools.vllm import bench
+
+            return bench.run(args)
         if args.listen is not None:
             require()
             from .listen import listen

@@ -2,13 +2,13 @@
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from llm_datadist.core.base.status cimport ldd_detail, ldd_status
-from llm_datadist.core.engine.linking cimport EngineLinks
+from llm_datadist.core.engine.block_keys cimport EngineBlockKeys
 from llm_datadist.core.plan.index_list cimport IndexList
 from llm_datadist.core.table.cache_table cimport ldd_key_spec
 from llm_datadist.core.transfer.fitting cimport ldd_transfer
 
 
-cdef class Engine(EngineLinks):
+cdef class Engine(EngineBlockKeys):
     cdef int _run(self, ldd_transfer* what, key, src_tensors, dst_tensors, const char* name) except -1
     cdef int _set_blocks(self, ldd_transfer* what, IndexList src, IndexList dst, const char* name) except -1
     cdef ldd_status _begin_copy(self, int64_t* deadline_ns, ldd_detail* detail) noexcept nogil

@@ -1,6 +1,6 @@
 from typing import Optional, Sequence, SupportsIndex, Tuple, Union, final
 
-from llm_datadist.core.engine.linking import EngineLinks
+from llm_datadist.core.engine.block_keys import EngineBlockKeys
 
 KEY_REQ: int
 KEY_PREFIX: int
@@ -14,7 +14,7 @@ _Tensors = Optional[Tuple[int, int]]  # [first, stop); None: all
 _Swapped = Union[int, Tuple[Sequence[int], int]]  # a cache id, or addresses and number of blocks
 
 @final
-class Engine(EngineLinks):
+class Engine(EngineBlockKeys):
     @property
     def pool_memory(self) -> object: ...
     @property

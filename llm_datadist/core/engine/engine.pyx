@@ -106,7 +106,7 @@ cdef int _set_range(object tensors, int64_t* first, int64_t* stop) except -1:
 
 @cython.final
 @cython.no_gc_clear
-cdef class Engine(EngineLinks):
+cdef class Engine(EngineBlockKeys):
     """One engine. Construction opens everything or leaves nothing behind.
 
     Parameters

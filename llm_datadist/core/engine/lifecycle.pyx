@@ -36,6 +36,7 @@ from llm_datadist.core.table.cache_table cimport (
     ldd_cache_row, ldd_table_clear, ldd_table_counts, ldd_table_create, ldd_table_destroy, ldd_table_set_epoch,
     ldd_table_snapshot, ldd_table_stats,
 )
+from llm_datadist.core.table.holds cimport ldd_holds_count
 from llm_datadist.core.table.key_index cimport KEY_BY_ID, ldd_key
 from llm_datadist.core.table.pool cimport ldd_pool_create, ldd_pool_destroy, ldd_pool_free_bytes, ldd_pool_largest_bytes
 from llm_datadist.core.transfer.batch cimport ldd_context_enter, ldd_context_leave
@@ -388,7 +389,7 @@ cdef class EngineCore:
         return {
             "caches": counts.num_owned + counts.num_registered, "owned_caches": counts.num_owned,
             "registered_caches": counts.num_registered, "deferred_caches": counts.num_deferred,
-            "keys": counts.num_keys, "pins": counts.num_pins,
+            "keys": counts.num_keys, "pins": counts.num_pins, "holds": ldd_holds_count(&self.node.holds),
             "device_pool": self._pool_stats(False), "host_pool": self._pool_stats(True),
             "links": ldd_get32(&self.node.num_links), "requests": ldd_get64(&self.service.num_requests),
             "rejected_frames": ldd_get64(&self.service.num_rejected_frames), "provider": self._provider.name,

@@ -8,6 +8,7 @@ from llm_datadist.core.base.sync cimport ldd_cond, ldd_mutex
 from llm_datadist.core.link.region cimport ldd_regions
 from llm_datadist.core.plan.block_plan cimport ldd_desc_list
 from llm_datadist.core.table.cache_table cimport ldd_table
+from llm_datadist.core.table.holds cimport ldd_holds
 from llm_datadist.core.table.shared_table cimport ldd_lane, ldd_shared_reader
 
 cdef enum:
@@ -38,6 +39,7 @@ ctypedef struct ldd_lease:
     ldd_pin* more                               # the pins after the first, of a lease on ranges
     uint32_t key_index                          # what a release may take
     uint32_t key_generation
+    bint held                                   # that is a key of node.holds, not of the table
 
 ctypedef struct ldd_link:
     ldd_node* node
@@ -90,6 +92,7 @@ ctypedef struct ldd_node:
     const ldd_provider* provider
     aclrtContext context
     ldd_table* table
+    ldd_holds holds
     ldd_regions regions
     uint64_t cluster_id
     uint8_t instance[16]

@@ -19,6 +19,7 @@ from llm_datadist.core.base.sync cimport (
     ldd_mutex_init, ldd_unlock,
 )
 from llm_datadist.core.plan.block_plan cimport ldd_desc_list_free
+from llm_datadist.core.table.holds cimport ldd_holds_destroy, ldd_holds_init
 from llm_datadist.core.table.shared_table cimport ldd_reader_free
 
 cdef extern from "unistd.h" nogil:
@@ -29,12 +30,14 @@ cdef void ldd_node_init(ldd_node* node, const ldd_provider* provider, uint64_t c
     memset(node, 0, sizeof(ldd_node))
     node.provider = provider
     node.cluster_id = cluster_id
+    ldd_holds_init(&node.holds)
     ldd_mutex_init(&node.lock)
     ldd_cond_init(&node.idle)
     ldd_cond_init(&node.attempted)
 
 
 cdef void ldd_node_destroy(ldd_node* node) noexcept nogil:
+    ldd_holds_destroy(&node.holds)
     ldd_mutex_destroy(&node.lock)
     ldd_cond_destroy(&node.idle)
     ldd_cond_destroy(&node.attempted)

@@ -3,7 +3,7 @@
 Runs on the service thread. A lease pins the caches it names until the peer releases it or its connection
 ends; what a peer fetches over the data path is in ``serve_pull.pyx``.
 """
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memset, strlen
@@ -30,6 +30,9 @@ from llm_datadist.core.table.cache_table cimport (
     ldd_cache_view, ldd_table_pin_range, ldd_table_remove_lane, ldd_table_resolve, ldd_table_take, ldd_table_take_in,
     ldd_table_unpin,
 )
+from llm_datadist.core.table.holds cimport (
+    HOLD_DONE, HOLD_LOST, HOLD_OPEN, HOLD_RELEASED, KEY_HOLD, ldd_hold_outcome, ldd_holds_begin, ldd_holds_end,
+)
 from llm_datadist.core.table.key_index cimport KEY_BY_ID, LDD_NO_KEY
 from llm_datadist.core.table.shared_table cimport ldd_lane_unmap
 
@@ -55,8 +58,19 @@ cdef uint32_t _unpin_some(ldd_service* service, ldd_link* link, ldd_lease* lease
     return done
 
 
-cdef void _end_lease(ldd_service* service, ldd_link* link, ldd_lease* lease) noexcept nogil:
+cdef ldd_status _end_hold(ldd_service* service, ldd_lease* lease, ldd_hold_outcome outcome) noexcept nogil:
+    """`outcome` is what becomes of held blocks; LDD_E_NOT_EXIST when their key was withdrawn meanwhile."""
+    if not lease.held:
+        return LDD_OK
+    lease.held = False
+    return ldd_holds_end(&service.node.holds, lease.key_index, lease.key_generation, outcome)
+
+
+cdef ldd_status _end_lease(ldd_service* service, ldd_link* link, ldd_lease* lease,
+                           ldd_hold_outcome outcome) noexcept nogil:
+    cdef ldd_status status = _end_hold(service, lease, outcome)
     _unpin_some(service, link, lease, lease.num_pins)
+    return status
 
 
 cdef void ldd_reply_end_leases(ldd_service* service) noexcept nogil:
@@ -75,6 +89,7 @@ cdef void ldd_reply_ended(ldd_service* service, ldd_conn* conn) noexcept nogil:
     """A serving connection ended: the peer touches nothing here any more, so its leases are over."""
     cdef ldd_link* link = conn.link
     cdef char reason[96]
+    cdef uint32_t i
     ldd_conn_forget(service, conn, True)
     if link == NULL:
         return
@@ -82,6 +97,8 @@ cdef void ldd_reply_ended(ldd_service* service, ldd_conn* conn) noexcept nogil:
     snprintf(reason, sizeof(reason), b"cluster %llu closed the connection", <unsigned long long>link.cluster_id)
     ldd_link_break(link, reason)
     ldd_regions_drop_peer(&service.node.regions, link.token)
+    for i in range(link.num_leases):
+        _end_hold(service, &link.leases[i], HOLD_LOST)
     if link.lane != NULL:
         ldd_table_remove_lane(service.node.table, link.lane)
         ldd_lane_unmap(link.lane)
@@ -135,6 +152,27 @@ cdef ldd_status ldd_reply_find(ldd_node* node, const ldd_resolve* request, ldd_c
     return status
 
 
+cdef ldd_status _find_held(ldd_node* node, const ldd_resolve* request, ldd_cache_view* view,
+                           ldd_detail* detail) noexcept nogil:
+    """As ldd_reply_find, for a key of blocks that are held; its handle is in the view."""
+    cdef ldd_resolve by_id = request[0]
+    cdef int64_t cache_id = 0
+    cdef uint32_t key = 0, generation = 0
+    cdef ldd_status status = ldd_holds_begin(&node.holds, request.id, request.model_id, &cache_id, &key, &generation,
+                                             detail)
+    if status < 0:
+        return status
+    by_id.kind = KEY_BY_ID
+    by_id.id = <uint64_t>cache_id
+    by_id.batch_index = 0
+    status = ldd_reply_find(node, &by_id, view, detail)
+    if status < 0:
+        ldd_holds_end(&node.holds, key, generation, HOLD_OPEN)
+    view.key_index = key
+    view.key_generation = generation
+    return status
+
+
 cdef ldd_status _on_resolve(ldd_service* service, ldd_conn* conn, uint32_t request_id,
                            const ldd_resolve* request) noexcept nogil:
     cdef ldd_node* node = service.node
@@ -142,6 +180,7 @@ cdef ldd_status _on_resolve(ldd_service* service, ldd_conn* conn, uint32_t reque
     cdef ldd_cache_view view
     cdef ldd_detail detail
     cdef ldd_lease* lease = NULL
+    cdef bint held = request.kind == KEY_HOLD
     cdef uint64_t even[2]
     cdef ldd_status status
     memset(&answer, 0, sizeof(answer))
@@ -149,13 +188,15 @@ cdef ldd_status _on_resolve(ldd_service* service, ldd_conn* conn, uint32_t reque
     if ldd_link_state_of(conn.link) != LINK_ACTIVE:
         status = ldd_fail(&detail, LDD_E_NOT_LINKED, b"the link was closed here")
     else:
-        status = ldd_reply_find(node, request, &view, &detail)
+        status = _find_held(node, request, &view, &detail) if held else ldd_reply_find(node, request, &view, &detail)
         if status == LDD_OK:
             lease = _new_lease(conn.link)
             if lease == NULL:
                 status = ldd_fail(&detail, LDD_E_NO_MEMORY, b"no room for another lease, %u are out",
                                   conn.link.num_leases)
                 ldd_table_unpin(node.table, view.slot, view.generation)
+                if held:
+                    ldd_holds_end(&node.holds, view.key_index, view.key_generation, HOLD_OPEN)
     answer.status = status
     if status < 0:
         answer.text_bytes = <uint32_t>strlen(detail.text)
@@ -167,6 +208,7 @@ cdef ldd_status _on_resolve(ldd_service* service, ldd_conn* conn, uint32_t reque
     lease.first.generation = view.generation
     lease.key_index = view.key_index
     lease.key_generation = view.key_generation
+    lease.held = held
     answer.lease = lease.id
     answer.cache_id = view.cache_id
     answer.num_tensors = view.num_tensors
@@ -187,6 +229,12 @@ cdef ldd_status _on_resolve(ldd_service* service, ldd_conn* conn, uint32_t reque
                  8 * <size_t>view.num_tensors)
 
 
+cdef ldd_hold_outcome _outcome_of(const ldd_release* request) noexcept nogil:
+    if not request.flags & LDD_RELEASE_TAKE:
+        return HOLD_OPEN
+    return HOLD_DONE if request.num_tensors else HOLD_RELEASED
+
+
 cdef ldd_status _on_release(ldd_service* service, ldd_conn* conn, uint32_t request_id,
                            const ldd_release* request) noexcept nogil:
     cdef ldd_ack answer
@@ -198,10 +246,13 @@ cdef ldd_status _on_release(ldd_service* service, ldd_conn* conn, uint32_t reque
         lease = &conn.link.leases[i]
         if lease.id == request.lease and lease.id:
             answer.status = LDD_OK
-            if request.flags & LDD_RELEASE_TAKE:
+            if request.flags & LDD_RELEASE_TAKE and not lease.held:
                 answer.status = ldd_table_take(service.node.table, lease.key_index, lease.key_generation,
                                                request.first_tensor, request.num_tensors)
-            _end_lease(service, conn.link, lease)
+            if lease.held:
+                answer.status = _end_lease(service, conn.link, lease, _outcome_of(request))
+            else:
+                _end_lease(service, conn.link, lease, HOLD_OPEN)
             break
     return ldd_conn_reply(conn, request_id, LDD_FRAME_ACK, &answer, sizeof(answer), NULL, 0)
 
@@ -251,7 +302,7 @@ cdef ldd_status _on_ranges(ldd_service* service, ldd_conn* conn, uint32_t reques
                     break
     if status < 0:
         if lease != NULL:
-            _end_lease(service, conn.link, lease)
+            _end_lease(service, conn.link, lease, HOLD_OPEN)
     else:
         answer.lease = lease.id
     answer.status = status

@@ -21,6 +21,7 @@ from llm_datadist.core.link.shared_reader cimport (
 )
 from llm_datadist.core.link.wire cimport LDD_FETCH_ASK, LDD_MODE_REMOTE_ACCESSIBLE
 from llm_datadist.core.table.cache_table cimport ldd_cache_view, ldd_table_pin_local, ldd_table_unpin
+from llm_datadist.core.table.holds cimport KEY_HOLD
 from llm_datadist.core.transfer.batch cimport ldd_batch_run, ldd_context_enter, ldd_context_leave, ldd_link_lock
 from llm_datadist.core.transfer.fitting cimport (
     ldd_end, ldd_end_here, ldd_end_there, ldd_fit, ldd_fit_ends, ldd_fit_plan,
@@ -71,14 +72,15 @@ cdef ldd_status _run_locked(ldd_node* node, const ldd_transfer* what, ldd_link* 
     if status < 0:
         return status
     status = LDD_READER_ASK
-    if not (what.release and what.remote_first >= 0):
+    if what.kind != KEY_HOLD and not (what.release and what.remote_first >= 0):
         status = ldd_reader_resolve(link, what.kind, what.id, what.model_id, what.batch_index, what.put, what.release,
                                   &remote, detail)
     peeked = status == LDD_OK
     if status == LDD_READER_ASK:
-        status = ldd_one_pull(link, what, local, deadline_ns, detail)
-        if status != LDD_FETCH_ASK:
-            return status
+        if what.kind != KEY_HOLD:               # how such a pull ends matters to its owner and to us
+            status = ldd_one_pull(link, what, local, deadline_ns, detail)
+            if status != LDD_FETCH_ASK:
+                return status
         status = ldd_request_resolve(link, what.kind, what.id, what.model_id, what.batch_index, what.put, deadline_ns,
                                  &remote, detail)
         if status == LDD_OK:
