@@ -5,6 +5,7 @@
 #   make bench  measure transfers against what the machine does itself
 #   make demo-vllm   vLLM serves prefill and decode through this package; installs vLLM into .venv-vllm (3.5 GB)
 #   make test-vllm   run the tests of the connector with vLLM
+#   make test-cann  run the two-process tests over a stand-in for CANN, in each kind of endpoints
 #   make lint   run the linters
 #   make churn  a million pulls from an owner that reuses its memory, every byte checked
 #   make tsan   run the tests of the table, the shared table and the copy threads under ThreadSanitizer
@@ -38,7 +39,8 @@ SOURCES := $(shell find include llm_datadist llm_datadist_v1 tools -type f -not 
 PROBES := $(wildcard tests/probes/*.py*)
 C_FILES := $(filter %.c %.h,$(SOURCES))
 
-.PHONY: demo test bench lint format churn tsan coverage check-aarch64 check-free-threaded demo-vllm test-vllm bench-vllm clean
+.PHONY: demo test test-cann bench lint format churn tsan coverage check-aarch64 check-free-threaded demo-vllm test-vllm \
+        bench-vllm clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -82,6 +84,12 @@ test-vllm: $(VLLM_VENV)/.installed
 
 bench-vllm: $(VLLM_VENV)/.peer
 	$(VLLM_VENV)/bin/llm-datadist bench vllm $(BENCH_ARGS)
+
+test-cann: $(VENV)/.tested
+	cd tests && for kind in device-hccs device-roce host-roce; do \
+	  LDD_TEST_STRICT=cann LDD_TEST_ENDPOINTS=$$kind ../$(BIN)/python -m pytest -q transfers links flows \
+	    $(PYTEST_ARGS) || exit 1; \
+	done
 
 lint: $(VENV)/.linted
 	$(BIN)/ruff check .

@@ -1,11 +1,13 @@
 """Fixtures shared by the tests of the facade."""
 from __future__ import annotations
 
+import os
 import signal
 
 import pytest
 from support.engines import Benches
 from support.peer import Peers
+from support.strict import NOT_OVER_CANN, whole_session
 
 from llm_datadist.status import LLMException, LLMStatusCode, exception_for
 
@@ -24,6 +26,23 @@ _CODE = {
 def pytest_addoption(parser):
     """``--benchmark`` runs ``benchmarks/`` as well, which is skipped otherwise."""
     parser.addoption("--benchmark", action="store_true", help="run the micro-benchmarks (needs pytest-benchmark)")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Skip what CANN has not, where everything runs over the stand-in for it."""
+    if os.environ.get("LDD_TEST_STRICT") != "cann":
+        return
+    for item in items:
+        for start, reason in NOT_OVER_CANN.items():
+            if start in item.nodeid:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def provider_of_the_session():
+    """With ``LDD_TEST_STRICT=cann`` everything runs over the stand-in for CANN; see ``support/strict.py``."""
+    with whole_session(os.environ):
+        yield
 
 
 @pytest.fixture

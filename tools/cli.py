@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from llm_datadist import __version__
 
 COMMANDS = {
+    "ascend-check": ("llm_datadist.tools.ascend_check", "check transfers between processes on this machine's devices"),
     "bench": ("llm_datadist.tools.bench.command", "measure transfers against what the machine does itself"),
     "demo": ("llm_datadist.tools.demo.command", "run prefill and decode of a model in two processes and check it"),
     "doctor": ("llm_datadist.tools.doctor", "say which provider is used, why not another, and what this host allows"),

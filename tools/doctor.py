@@ -1,6 +1,6 @@
-"""``llm-datadist doctor``: which provider answers and why not another, and what this host allows.
+"""``llm-datadist doctor``: which provider answers and why not another, what this host allows, and what to do about it.
 
-Nothing is changed, no device memory is taken and no network is used.
+Nothing is changed. Only ``--loopback`` takes device memory, and uses the network of this host.
 """
 from __future__ import annotations
 
@@ -51,6 +51,7 @@ sys.stdout.buffer.write(into.raw)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--json", action="store_true", help="machine-readable output")
+    parser.add_argument("--loopback", action="store_true", help="also pull once between two processes on device 0")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -75,6 +76,10 @@ def run(args: argparse.Namespace) -> int:
         },
         "limits": limits(),
     }
+    if args.loopback:
+        from llm_datadist.tools.ascend_check import loopback
+        findings["loopback"] = {"a pull between two processes": loopback()}
+    findings["advice"] = dict(enumerate(advice(findings, os.environ), 1))
     if args.json:
         print(json.dumps(findings, indent=2))
     else:
@@ -102,6 +107,39 @@ def providers(environ: Mapping[str, str]) -> dict:
         if provider.why_not_cann:
             found["why not CANN"] = provider.why_not_cann
     return found
+
+
+def num_devices(provider: Provider) -> int:
+    """How many devices the runtime of a provider counts, 0 when it does not answer."""
+    count = ctypes.c_uint32()
+    runtime = ctypes.CDLL(provider.libraries["acl"])
+    return count.value if runtime.aclrtGetDeviceCount(ctypes.byref(count)) == 0 else 0
+
+
+def advice(findings: dict, environ: Mapping[str, str]) -> list[str]:
+    """What to do about the findings; empty when nothing seems to be missing."""
+    found, told = findings["providers"], []
+    why = found.get("refused") or found.get("why not CANN") or ""
+    if found["chosen"] != "cann" and why:
+        if "No such file" in why or "unavailable" in why:
+            told.append("To use CANN, run the toolkit's set_env.sh, or set ASCEND_HOME_PATH to where it is installed"
+                        + ("." if environ.get("ASCEND_HOME_PATH") else ": it is not set."))
+        if "lacks symbol" in why:
+            told.append("The toolkit is too old, or is none: install one with the symbol that is named.")
+        if "no device" in why:
+            told.append("CANN sees no device: look at npu-smi info, at ASCEND_RT_VISIBLE_DEVICES, and, in a container, "
+                        "at /dev/davinci*.")
+    if found["chosen"] == "cann":
+        conf = environ.get("LLM_DATADIST_HCCN_CONF") or "/etc/hccn.conf"
+        if not os.access(conf, os.R_OK):
+            told.append(f"{conf} cannot be read: without local_comm_res only devices of one super node are linked.")
+        if findings["limits"]["locked memory"].partition(" ")[0] != "unlimited":
+            told.append("Memory that may be locked is limited: raise it (ulimit -l unlimited) for host pools and RDMA.")
+    elif str(findings["host"]["cross-memory attach"]).startswith("no"):
+        told.append("Registered memory goes through TCP on this host: allow ptrace between processes to change that.")
+    if str(findings.get("loopback", {}).get("a pull between two processes", "yes")).startswith("no"):
+        told.append("The loopback failed: run llm-datadist ascend-check for the whole report.")
+    return told
 
 
 def memfd() -> str:

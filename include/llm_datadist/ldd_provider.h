@@ -52,7 +52,11 @@ extern "C" {
     X(aclInit)                                                                                                     \
     X(aclGetRecentErrMsg)                                                                                          \
     X(aclrtGetVersion)                                                                                             \
-    X(aclrtStreamAbort)
+    X(aclrtStreamAbort)                                                                                            \
+    X(aclrtGetLogicDevIdByUserDevId)                                                                               \
+    X(aclrtGetPhyDevIdByLogicDevId)                                                                                \
+    X(aclrtGetDeviceInfo)                                                                                          \
+    X(aclrtPointerGetAttributes)
 
 #define HIXL_REQUIRED(X)                                                                                           \
     X(HixlCSServerCreate)                                                                                          \
@@ -62,6 +66,7 @@ extern "C" {
     X(HixlCSServerDestroy)                                                                                         \
     X(HixlCSClientCreate)                                                                                          \
     X(HixlCSClientRegMem)                                                                                          \
+    X(HixlCSClientUnregMem)                                                                                        \
     X(HixlCSClientConnect)                                                                                         \
     X(HixlCSClientGetRemoteMem)                                                                                    \
     X(HixlCSClientBatchPutAsync)                                                                                   \

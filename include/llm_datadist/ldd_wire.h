@@ -28,7 +28,9 @@ enum {
     LDD_FRAME_RANGES = 7,     /* given addresses -> LEASE; pins their caches     */
     LDD_FRAME_LEASE = 8,
     LDD_FRAME_UNLINK = 9,     /* -> ACK; both sides drop the link                */
-    LDD_FRAME_PING = 10       /* -> ACK                                          */
+    LDD_FRAME_PING = 10,      /* -> ACK                                          */
+    LDD_FRAME_ENDPOINTS = 11, /* -> ENDPOINT_LIST; where a network needs any     */
+    LDD_FRAME_ENDPOINT_LIST = 12
 };
 
 typedef struct {
@@ -67,6 +69,20 @@ typedef struct {
     uint8_t endpoint[160];
     char text[152];
 } ldd_welcome;
+
+/* Every way in which an engine can be reached; the asker picks a pair of its own and one of these. */
+enum { LDD_MAX_ENDPOINTS = 16 };
+
+typedef struct {
+    uint8_t endpoint[160]; /* EndpointDesc */
+    char plane[32];        /* endpoints of different planes do not reach each other; "" is a plane, too */
+    char net_instance[64]; /* the super node, for protocols that do not leave it; "" says nothing */
+} ldd_endpoint_record;
+
+typedef struct {
+    uint32_t count, reserved;
+    ldd_endpoint_record items[LDD_MAX_ENDPOINTS];
+} ldd_endpoint_list;
 
 enum { LDD_ACCESS_READ = 0, LDD_ACCESS_WRITE = 1 };
 
@@ -151,6 +167,7 @@ static_assert(sizeof(ldd_hello) == 320 && offsetof(ldd_hello, data_port) == 88, 
 static_assert(sizeof(ldd_welcome) == 416 && offsetof(ldd_welcome, data_ip) == 40, "welcome");
 static_assert(sizeof(ldd_frame_header) + sizeof(ldd_hello) == LDD_HELLO_FRAME_BYTES, "hello frame");
 static_assert(sizeof(ldd_frame_header) + sizeof(ldd_welcome) == LDD_WELCOME_FRAME_BYTES, "welcome frame");
+static_assert(sizeof(ldd_endpoint_record) == 256 && sizeof(ldd_endpoint_list) == 4104, "endpoints");
 static_assert(sizeof(ldd_resolve) == 24, "resolve");
 static_assert(sizeof(ldd_fetch_request) == 64 && sizeof(ldd_fetch_run) == 16, "fetch");
 static_assert(sizeof(ldd_descriptor) == 64, "descriptor");

@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Callable, List, Mapping, Optional, Tuple, TypeVar
 
 from llm_datadist.configs import LLMRole, trans_int_ip
-from llm_datadist.options.endpoints import endpoints_of
+from llm_datadist.options.endpoints import Endpoints, endpoints_of
 from llm_datadist.options.environment import VARIABLES, check_environment
 from llm_datadist.options.values import (
     INT32_MAX,
@@ -123,8 +123,8 @@ class EngineOptions:
         ``"auto"``, ``"host"`` or ``"cann"``.
     link_base_port : int
         Port, plus device id, at which members of a two-sided link on other hosts are met.
-    endpoints : tuple of bytes
-        Endpoints of `local_comm_res`, 160 bytes each; see ``endpoints.py``.
+    endpoints : Endpoints
+        What `local_comm_res` says of the network; see ``endpoints.py``.
     strict : bool
         Whether to refuse what the original lets through although it can hardly be meant: unknown keywords of pulls,
         repeated destination blocks, local copies between caches of different data types.
@@ -150,7 +150,7 @@ class EngineOptions:
     rdma_service_level: Optional[int] = None
     provider: str = "auto"
     link_base_port: int = DEFAULT_LINK_BASE_PORT
-    endpoints: Tuple[bytes, ...] = ()
+    endpoints: Endpoints = field(default_factory=Endpoints)
     strict: bool = True
 
     @classmethod
@@ -266,7 +266,7 @@ class _Parser:
             link_total_time_s=self._link_total_time_s(),
             link_retry_count=self._optional(LINK_RETRY_COUNT, integer_in(1, 100)) or 1,
             local_comm_res=self._options.get(LOCAL_COMM_RES),
-            endpoints=endpoints_of(LOCAL_COMM_RES, self._options.get(LOCAL_COMM_RES, ""), device_ids[0]),
+            endpoints=endpoints_of(LOCAL_COMM_RES, self._options.get(LOCAL_COMM_RES, "")),
             transfer_backend=self._options.get(TRANSFER_BACKEND, ""),
             global_resource_config=self._options.get(GLOBAL_RESOURCE_CONFIG, ""),
             enable_switch_role=self._options.get(ENABLE_SWITCH_ROLE) == "1",

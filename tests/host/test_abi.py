@@ -10,7 +10,7 @@ import pytest
 from llm_datadist.core.base.provider import HOST_LIBRARY
 
 INCLUDE = Path(__file__).resolve().parents[2] / "include"
-HEADERS = ["acl/acl_base_rt.h", "acl/acl_rt.h", "hcomm/hcomm_types.h", "cs/hixl_cs.h", "llm_datadist/ldd_ext.h",
+HEADERS = ["acl/acl_base_rt.h", "acl/acl_rt.h", "hcomm/hcomm_res_defs.h", "cs/hixl_cs.h", "llm_datadist/ldd_ext.h",
            "llm_datadist/ldd_status.h", "llm_datadist/ldd_sync.h", "llm_datadist/ldd_provider.h"]
 STRICT = ["-Wall", "-Wextra", "-Werror", "-D_GNU_SOURCE", f"-I{INCLUDE}"]
 

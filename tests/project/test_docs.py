@@ -48,3 +48,13 @@ def test_every_row_of_compatibility_names_a_test():
     rows = [line for line in text.splitlines() if line.startswith("|") and not re.match(r"\|(-|.*\| Tests \|$)", line)]
     assert len(rows) > 60 and [row for row in rows if "::test_" not in row] == []
     assert [int(row.split("|")[1]) for row in rows if re.match(r"\| \d+ \|", row)] == list(range(1, 23))
+
+
+def test_ascend_names_tests_that_exist():
+    text = (ROOT / "docs/ascend.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(test_\w+)`", text))
+    found = set(re.findall(r"^def (test_\w+)\(", (TESTS / "cann/test_rules.py").read_text(encoding="utf-8"), re.M))
+    assert len(named) > 25 and named - found == set()
+    assert [int(row) for row in re.findall(r"^\| (\d+) \|", text, re.M)] == list(range(1, 16))
+    for path in re.findall(r"`([\w/]+/test_\w+\.py)`", text):
+        assert (TESTS / path.removeprefix("tests/")).is_file(), path

@@ -22,6 +22,7 @@ Run as a program, this module is the child.
 from __future__ import annotations
 
 import faulthandler
+import functools
 import importlib
 import importlib.util
 import math
@@ -69,7 +70,10 @@ def engine_options(
         config.host_mem_pool_cfg = f'{{"memory_size": {host_pool}, "page_shift": {page_shift}}}'
     if listen:
         config.listen_ip_info = "127.0.0.1:0"
-    return {**config.generate_options(), **{key.replace("_", ".", 1): value for key, value in extra.items()}}
+    options = config.generate_options()
+    if "LDD_TEST_LOCAL_COMM_RES" in os.environ:         # see strict.py
+        options["llm.LocalCommRes"] = os.environ["LDD_TEST_LOCAL_COMM_RES"]
+    return {**options, **{key.replace("_", ".", 1): value for key, value in extra.items()}}
 
 
 def engine_options_v1(
@@ -99,6 +103,11 @@ class Node:
         """The engine."""
         assert self._dist is not None, "the engine was not started"
         return self._dist
+
+    @property
+    def has_engine(self) -> bool:
+        """Whether there is an engine."""
+        return self._dist is not None
 
     @property
     def cache_manager(self) -> Any:
@@ -208,7 +217,11 @@ def _answer(node: Node, request: Tuple[Tuple[str, str, str], bytes]) -> bytes:
     try:
         function = _resolve(*where)
         args, kwargs = pickle.loads(arguments)
-        return pickle.dumps((True, function(node, *args, **kwargs), None))
+        call = functools.partial(function, node, *args, **kwargs)
+        if os.environ.get("LDD_TEST_STRICT") == "cann" and node.has_engine:
+            from support.strict import call_as_a_stranger
+            call = functools.partial(call_as_a_stranger, call)
+        return pickle.dumps((True, call(), None))
     except BaseException as error:
         text = traceback.format_exc()
         try:
@@ -232,6 +245,9 @@ def main() -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # Functions pass by name, and a test module may be known as tests.<name>; behind the installed package in the path.
     sys.path.append(os.path.dirname(sys.path[0]))
+    if os.environ.get("LDD_TEST_STRICT") == "cann":
+        from support.strict import let_the_cpu_address_devices
+        let_the_cpu_address_devices()
     connection = Connection(int(sys.argv[1]))
     connection.send_bytes(b"ready")
     node = Node()

@@ -12,27 +12,66 @@ cdef extern from "acl/acl_base_rt.h" nogil:
     ctypedef void* aclrtContext
     ctypedef void* aclrtStream
     enum:
+        ACL_ERROR_BAD_ALLOC
+        ACL_ERROR_RT_WAIT_TIMEOUT
+        ACL_ERROR_RT_TASK_TIMEOUT
         ACL_ERROR_RT_FEATURE_NOT_SUPPORT
+        ACL_ERROR_RT_MEMORY_ALLOCATION
+        ACL_ERROR_RT_NO_DEVICE
+        ACL_ERROR_RT_RESOURCE_ALLOC_FAIL
+        ACL_ERROR_RT_NO_STREAM_RESOURCE
+        ACL_ERROR_RT_DEVICE_OOM
         ACL_ERROR_RT_STREAM_SYNC_TIMEOUT
+        ACL_ERROR_RT_EVENT_SYNC_TIMEOUT
         ACL_ERROR_RT_DEVICE_MEM_ERROR
+        ACL_ERROR_RT_HBM_MULTI_BIT_ECC_ERROR
+        ACL_ERROR_RT_SUSPECT_DEVICE_MEM_ERROR
         ACL_ERROR_RT_SUSPECT_REMOTE_ERROR
+        ACL_DEV_ATTR_SUPER_POD_DEVICE_ID
+        ACL_DEV_ATTR_SUPER_POD_ID
     ctypedef enum aclrtMemcpyKind:
         ACL_MEMCPY_HOST_TO_HOST
+        ACL_MEMCPY_HOST_TO_DEVICE
+        ACL_MEMCPY_DEVICE_TO_HOST
+        ACL_MEMCPY_DEVICE_TO_DEVICE
         ACL_MEMCPY_DEFAULT
     ctypedef enum aclrtMemMallocPolicy:
         ACL_MEM_MALLOC_HUGE_FIRST
+    ctypedef enum aclrtMemLocationType:
+        ACL_MEM_LOCATION_TYPE_DEVICE
+    ctypedef struct aclrtMemLocation:
+        aclrtMemLocationType type
+    ctypedef struct aclrtPtrAttributes:
+        aclrtMemLocation location
+        uint32_t pageSize
 
-cdef extern from "hcomm/hcomm_types.h" nogil:
+cdef extern from "hcomm/hcomm_res_defs.h" nogil:
     ctypedef void* MemHandle
     ctypedef enum CommMemType:
         COMM_MEM_TYPE_DEVICE
         COMM_MEM_TYPE_HOST
+    ctypedef enum CommProtocol:
+        COMM_PROTOCOL_HCCS
+        COMM_PROTOCOL_ROCE
+        COMM_PROTOCOL_UBC_CTP
+        COMM_PROTOCOL_UBOE
+        COMM_PROTOCOL_UBG
+    ctypedef enum CommAddrType:
+        pass
+    ctypedef enum EndpointLocType:
+        ENDPOINT_LOC_TYPE_HOST
     ctypedef struct CommMem:
         CommMemType type
         void* addr
         uint64_t size
+    ctypedef struct CommAddr:
+        CommAddrType type
+    ctypedef struct EndpointLoc:
+        EndpointLocType locType
     ctypedef struct EndpointDesc:
-        pass
+        CommProtocol protocol
+        CommAddr commAddr
+        EndpointLoc loc
 
 cdef extern from "cs/hixl_cs.h" nogil:
     ctypedef uint32_t HixlStatus
@@ -46,6 +85,8 @@ cdef extern from "cs/hixl_cs.h" nogil:
         HIXL_NOT_CONNECTED
         HIXL_ALREADY_CONNECTED
         HIXL_UNSUPPORTED
+        HIXL_RESOURCE_EXHAUSTED
+        HIXL_FAILED
     ctypedef enum HixlCompleteStatus:
         HIXL_COMPLETE_STATUS_WAITING
         HIXL_COMPLETE_STATUS_COMPLETED
@@ -122,6 +163,10 @@ cdef extern from "llm_datadist/ldd_provider.h" nogil:
         aclError (*aclInit)(const char* config_path) noexcept nogil
         const char* (*aclGetRecentErrMsg)() noexcept nogil
         aclError (*aclrtStreamAbort)(aclrtStream stream) noexcept nogil
+        aclError (*aclrtGetLogicDevIdByUserDevId)(int32_t user_id, int32_t* out_logic_id) noexcept nogil
+        aclError (*aclrtGetPhyDevIdByLogicDevId)(int32_t logic_id, int32_t* out_physical_id) noexcept nogil
+        aclError (*aclrtGetDeviceInfo)(uint32_t device, int attribute, int64_t* out_value) noexcept nogil
+        aclError (*aclrtPointerGetAttributes)(const void* ptr, aclrtPtrAttributes* out_attributes) noexcept nogil
 
     ctypedef struct ldd_hixl_table:
         HixlStatus (*HixlCSServerCreate)(const HixlServerDesc* desc, const HixlServerConfig* config,
@@ -135,6 +180,7 @@ cdef extern from "llm_datadist/ldd_provider.h" nogil:
             HixlClientHandle* out_client) noexcept nogil
         HixlStatus (*HixlCSClientRegMem)(HixlClientHandle client, const char* tag, const CommMem* mem,
             MemHandle* out_handle) noexcept nogil
+        HixlStatus (*HixlCSClientUnregMem)(HixlClientHandle client, MemHandle handle) noexcept nogil
         HixlStatus (*HixlCSClientConnect)(HixlClientHandle client, uint32_t timeout_ms) noexcept nogil
         HixlStatus (*HixlCSClientGetRemoteMem)(HixlClientHandle client, CommMem** out_list, char*** out_tags,
             uint32_t* out_count, uint32_t timeout_ms) noexcept nogil

@@ -10,12 +10,16 @@ from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
-from llm_datadist.core.base.provider cimport ACL_MEMCPY_DEFAULT, aclrtContext
+from llm_datadist.core.base.provider cimport (
+    ACL_MEMCPY_DEFAULT, ACL_MEMCPY_DEVICE_TO_DEVICE, ACL_MEMCPY_DEVICE_TO_HOST, ACL_MEMCPY_HOST_TO_DEVICE,
+    ACL_MEMCPY_HOST_TO_HOST, LDD_CAP_ANY_LOCAL, aclrtContext, aclrtMemcpyKind,
+)
 from llm_datadist.core.base.status cimport (
     LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_E_TIMEOUT, LDD_OK, ldd_fail, raise_status, start_detail,
 )
 from llm_datadist.core.base.sync cimport ldd_now_ns, ldd_unlock
 from llm_datadist.core.base.wait cimport ldd_lock_interruptible
+from llm_datadist.core.link.background cimport ldd_links_withdraw
 from llm_datadist.core.link.region cimport ldd_regions_add, ldd_regions_epoch, ldd_regions_remove
 from llm_datadist.core.table.cache_table cimport (
     LDD_CACHE_BLOCKS, LDD_CACHE_HOST, LDD_CACHE_LAST_KEY_WINS, LDD_CACHE_REMOTE, ldd_cache_view, ldd_key_spec,
@@ -224,6 +228,7 @@ cdef class Engine(EngineBlockKeys):
         addrs, nbytes = self._registered.pop(cache_id, ((), 0))
         for addr in addrs:
             with nogil:
+                ldd_links_withdraw(&self.node, addr, nbytes, ldd_now_ns() + self.node.sync_timeout_ns)
                 ldd_regions_remove(&self.node.regions, addr, nbytes)
         with nogil:
             ldd_table_set_epoch(self.table, ldd_regions_epoch(&self.node.regions))
@@ -366,14 +371,23 @@ cdef class Engine(EngineBlockKeys):
                             <long long>(self.node.sync_timeout_ns // 1000000))
         return status
 
-    cdef ldd_status _copy_planned(self, ldd_status planned, int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
+    cdef aclrtMemcpyKind _copy_kind(self, bint from_host, bint to_host) noexcept nogil:
+        """Older runtimes go by the kind alone; the host provider takes any address for either."""
+        if self._provider.table.caps & LDD_CAP_ANY_LOCAL:
+            return ACL_MEMCPY_DEFAULT
+        if from_host:
+            return ACL_MEMCPY_HOST_TO_HOST if to_host else ACL_MEMCPY_HOST_TO_DEVICE
+        return ACL_MEMCPY_DEVICE_TO_HOST if to_host else ACL_MEMCPY_DEVICE_TO_DEVICE
+
+    cdef ldd_status _copy_planned(self, ldd_status planned, aclrtMemcpyKind kind, int64_t deadline_ns,
+                                  ldd_detail* detail) noexcept nogil:
         """Carry out ``_ops`` and give the lock back."""
         cdef aclrtContext before
         cdef ldd_status status = planned
         if status == LDD_OK:
             before = ldd_context_enter(&self.node)
             status = ldd_local_copy(self._provider.table, self._stream, self._ops.items, self._ops.count,
-                                    ACL_MEMCPY_DEFAULT, deadline_ns, detail)
+                                    kind, deadline_ns, detail)
             ldd_context_leave(&self.node, before)
         ldd_op_list_clear(&self._ops)
         ldd_unlock(&self._copy_lock)
@@ -400,7 +414,7 @@ cdef class Engine(EngineBlockKeys):
                     if status == LDD_OK:
                         status = ldd_plan_copy_cache(&self._ops, &dst_slots, dst_batch_index, &src_slots,
                                                      src_batch_index, offset, size, &detail)
-                        status = self._copy_planned(status, deadline_ns, &detail)
+                        status = self._copy_planned(status, self._copy_kind(src.host, dst.host), deadline_ns, &detail)
                     ldd_table_unpin(self.table, dst.slot, dst.generation)
                 ldd_table_unpin(self.table, src.slot, src.generation)
         self.raise_for(status, &detail, b"copy_cache")
@@ -422,7 +436,7 @@ cdef class Engine(EngineBlockKeys):
                 if status == LDD_OK:
                     status = ldd_plan_copy_blocks(&self._ops, view.addrs, view.num_tensors, view.num_slots,
                                                   view.stride, src.data, dst.data, src.length, &detail)
-                    status = self._copy_planned(status, deadline_ns, &detail)
+                    status = self._copy_planned(status, self._copy_kind(view.host, view.host), deadline_ns, &detail)
                 ldd_table_unpin(self.table, view.slot, view.generation)
         self.raise_for(status, &detail, b"copy_blocks")
 
@@ -461,7 +475,8 @@ cdef class Engine(EngineBlockKeys):
                     status = ldd_plan_swap_blocks(
                         &self._ops, ends[0].slots.addrs, pair_src.data, ends[0].slots.num_slots, ends[1].slots.addrs,
                         pair_dst.data, ends[1].slots.num_slots, num_tensors, block_bytes, pair_src.length, &detail)
-                    status = self._copy_planned(status, deadline_ns, &detail)
+                    status = self._copy_planned(status, self._copy_kind(_is_on_host(&ends[0]), _is_on_host(&ends[1])),
+                                                deadline_ns, &detail)
                 for i in range(2):
                     if ends[i].pinned:
                         ldd_table_unpin(self.table, ends[i].view.slot, ends[i].view.generation)
@@ -480,6 +495,10 @@ cdef void _fill_slots(ldd_slots* out, const ldd_cache_view* view) noexcept nogil
     out.num_tensors = view.num_tensors
     out.num_slots = view.num_slots
     out.stride = view.stride
+
+
+cdef bint _is_on_host(const ldd_swap_end* end) noexcept nogil:
+    return end.own != NULL or end.view.host     # what a caller names by address is a cpu cache
 
 
 cdef ldd_status _open_end(ldd_table* table, ldd_swap_end* end, uint32_t num_tensors, uint64_t block_bytes,

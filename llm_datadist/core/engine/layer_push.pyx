@@ -231,7 +231,10 @@ cdef class LayerPush:
             before = ldd_context_enter(&self._engine.node)
             status = ldd_link_ready(self._link, self._region_epoch, deadline_ns, detail)
             if status == LDD_OK:
+                self._link.pin.slot, self._link.pin.generation = self._local.slot, self._local.generation
+                self._link.pinned = True
                 status = ldd_batch_run(self._link, True, deadline_ns, detail)
+                self._link.pinned = False
             ldd_context_leave(&self._engine.node, before)
         return status
 

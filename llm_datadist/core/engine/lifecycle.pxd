@@ -46,5 +46,6 @@ cdef class EngineCore:
     cdef int raise_for(self, ldd_status status, const ldd_detail* detail, const char* what) except -1
     cdef int raise_for_peer(self, ldd_status status, const ldd_detail* detail, const char* what, uint64_t cluster_id,
                             const char* stage) except -1
+    cdef ldd_status _take_device_memory(self, void** memory, uint64_t nbytes, ldd_detail* detail) noexcept nogil
     cdef void _release_tables(self) noexcept nogil
     cdef void _release_device(self) noexcept nogil

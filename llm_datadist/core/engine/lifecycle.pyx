@@ -7,15 +7,19 @@ cimport cython
 
 import os
 
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from cpython.ref cimport Py_INCREF
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
 from llm_datadist.core.base.atomic cimport ldd_get32, ldd_get64
-from llm_datadist.core.base.provider cimport ACL_MEM_MALLOC_HUGE_FIRST, LDD_CAP_SHARED_MEMORY, aclrtContext
+from llm_datadist.core.base.provider cimport (
+    ACL_DEV_ATTR_SUPER_POD_DEVICE_ID, ACL_DEV_ATTR_SUPER_POD_ID, ACL_MEM_MALLOC_HUGE_FIRST, LDD_CAP_ANY_LOCAL,
+    LDD_CAP_SHARED_MEMORY, aclError, aclrtContext, ldd_provider,
+)
 from llm_datadist.core.base.sockets cimport ldd_socket_listen
 from llm_datadist.core.base.status cimport (
-    LDD_E_FAILED, LDD_E_NO_MEMORY, LDD_OK, check, ldd_fail, raise_status, start_detail,
+    LDD_E_FAILED, LDD_E_NOT_ENABLED, LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_OK, check, ldd_fail, raise_status, start_detail,
 )
 from llm_datadist.core.base.sync cimport ldd_lock, ldd_mutex_destroy, ldd_mutex_init, ldd_now_ns, ldd_unlock
 from llm_datadist.core.base.wait cimport ldd_acl_result
@@ -24,14 +28,14 @@ from llm_datadist.core.link.links cimport (
 )
 from llm_datadist.core.link.open cimport ldd_random
 from llm_datadist.core.link.region cimport (
-    ldd_regions_add, ldd_regions_close, ldd_regions_end_fetches, ldd_regions_epoch, ldd_regions_init, ldd_regions_serve,
-    ldd_regions_set_endpoints,
+    ldd_regions_add, ldd_regions_close, ldd_regions_configure, ldd_regions_end_fetches, ldd_regions_epoch,
+    ldd_regions_init, ldd_regions_serve,
 )
 from llm_datadist.core.link.service cimport (
     ldd_service_listen, ldd_service_start, ldd_service_stop, ldd_service_unlisten,
 )
 from llm_datadist.core.link.shared_reader cimport ldd_shared_table_name
-from llm_datadist.core.link.wire cimport LDD_MODE_REMOTE_ACCESSIBLE
+from llm_datadist.core.link.wire cimport LDD_MAX_ENDPOINTS, LDD_MODE_REMOTE_ACCESSIBLE, ldd_endpoint_record
 from llm_datadist.core.table.cache_table cimport (
     ldd_cache_row, ldd_table_clear, ldd_table_counts, ldd_table_create, ldd_table_destroy, ldd_table_set_epoch,
     ldd_table_snapshot, ldd_table_stats,
@@ -53,6 +57,10 @@ cdef enum:
     ACL_REPEAT_INITIALIZE = 100002
     LISTEN_BACKLOG = 1024
     CLOSE_GRACE_NS = 2000000000                 # on top of the time running transfers may still take
+    HUGE_PAGE_BYTES = 2 << 20
+    # Of a network where nothing else was said: what CANN's own package passes.
+    DEFAULT_TRAFFIC_CLASS = 132
+    DEFAULT_SERVICE_LEVEL = 4
 
 
 ctypedef struct ldd_key_row:
@@ -147,11 +155,10 @@ cdef class EngineCore:
             status = ldd_table_create(&self.table, &detail)
         self.node.table = self.table
         self.raise_for(status, &detail, b"init")
-        endpoints = b"".join(options.endpoints)
-        status = ldd_regions_set_endpoints(&self.node.regions, <const char*>endpoints,
-                                           <uint32_t>len(options.endpoints))
-        self.raise_for(status, &detail, b"init")
         self._open_device()
+        self.node.regions.context = self.node.context
+        if self._provider.name == "cann":
+            self._configure_network(options)
         if options.device_pool is not None:
             self._open_pool(options.device_pool, False)
         if options.host_pool is not None:
@@ -165,14 +172,77 @@ cdef class EngineCore:
         if options.listen is not None:
             self.set_listener(options.listen)
 
+    def _configure_network(self, options):
+        """What servers and clients over hardware are created with."""
+        cdef ldd_detail detail
+        cdef ldd_status status
+        start_detail(&detail)
+        records = options.endpoints.records(**self._device_facts())
+        if len(records) > LDD_MAX_ENDPOINTS:
+            status = ldd_fail(&detail, LDD_E_PARAM, b"%d endpoints are given, at most %d are possible",
+                              <int>len(records), <int>LDD_MAX_ENDPOINTS)
+            self.raise_for(status, &detail, b"init")
+        for name, value in (("rdma_traffic_class", options.rdma_traffic_class),
+                            ("rdma_service_level", options.rdma_service_level)):
+            if value is not None and value > 255:
+                text = f"{name} is {value}, which no network takes: 0 to 255".encode()
+                status = ldd_fail(&detail, LDD_E_PARAM, b"%s", <char*>text)
+                self.raise_for(status, &detail, b"init")
+        packed = b"".join(records)
+        assert len(packed) == len(records) * sizeof(ldd_endpoint_record)
+        config = options.global_resource_config.encode()
+        traffic_class, service_level = options.rdma_traffic_class, options.rdma_service_level
+        status = ldd_regions_configure(
+            &self.node.regions, <const char*>packed, <uint32_t>len(records), config,
+            <uint8_t>(DEFAULT_TRAFFIC_CLASS if traffic_class is None else traffic_class),
+            <uint8_t>(DEFAULT_SERVICE_LEVEL if service_level is None else service_level))
+        self.raise_for(status, &detail, b"init")
+
+    def _device_facts(self):
+        """What the runtime tells about the device; None for what it does not."""
+        cdef ldd_detail detail
+        cdef ldd_status status = LDD_OK
+        cdef int32_t logical = self._device_id, physical
+        cdef aclrtContext before
+        start_detail(&detail)
+        before = ldd_context_enter(&self.node)
+        if self._provider.table.acl.aclrtGetLogicDevIdByUserDevId != NULL:
+            status = ldd_acl_result(
+                self._provider.table,
+                self._provider.table.acl.aclrtGetLogicDevIdByUserDevId(self._device_id, &logical),
+                b"ask for the logical device", &detail)
+        physical = logical
+        if status == LDD_OK and self._provider.table.acl.aclrtGetPhyDevIdByLogicDevId != NULL:
+            status = ldd_acl_result(self._provider.table,
+                                    self._provider.table.acl.aclrtGetPhyDevIdByLogicDevId(logical, &physical),
+                                    b"ask for the physical device", &detail)
+        facts = {
+            "device_id": self._device_id,
+            "physical_id": physical,
+            "super_device_id": self._device_attribute(ACL_DEV_ATTR_SUPER_POD_DEVICE_ID),
+            "super_pod": self._device_attribute(ACL_DEV_ATTR_SUPER_POD_ID),
+        }
+        ldd_context_leave(&self.node, before)
+        if status != LDD_E_NOT_ENABLED:         # a runtime without such numbers has but one for each device
+            self.raise_for(status, &detail, b"init")
+        return facts
+
+    def _device_attribute(self, int attribute):
+        cdef int64_t value = -1
+        if (self._provider.table.acl.aclrtGetDeviceInfo == NULL
+                or self._provider.table.acl.aclrtGetDeviceInfo(<uint32_t>self._device_id, attribute, &value) != 0):
+            return None
+        return value if 0 <= value < 0xFFFFFFFF else None
+
     def _open_device(self):
         cdef ldd_detail detail
         cdef aclrtContext before = NULL
-        cdef int code
+        cdef int code = 0
         cdef ldd_status status
         start_detail(&detail)
         with nogil:
-            code = self._provider.table.acl.aclInit(NULL)
+            if self._provider.table.acl.aclInit != NULL:        # without it, the framework has done it
+                code = self._provider.table.acl.aclInit(NULL)
             status = LDD_OK
             if code != 0 and code != ACL_REPEAT_INITIALIZE:
                 status = ldd_acl_result(self._provider.table, code, b"initialise the runtime", &detail)
@@ -195,7 +265,7 @@ cdef class EngineCore:
         self.raise_for(status, &detail, b"init")
 
     def _open_pool(self, pool_options, bint host):
-        cdef uint64_t nbytes = pool_options.memory_size
+        cdef uint64_t nbytes = pool_options.memory_size, first
         cdef uint32_t page_shift = pool_options.page_shift
         cdef ldd_detail detail
         cdef ldd_status status
@@ -210,20 +280,29 @@ cdef class EngineCore:
                                         self._provider.table.acl.aclrtMallocHost(memory, nbytes),
                                         b"take the host pool", &detail)
             else:
-                status = ldd_acl_result(
-                    self._provider.table,
-                    self._provider.table.acl.aclrtMalloc(memory, nbytes, ACL_MEM_MALLOC_HUGE_FIRST),
-                    b"take the device pool", &detail)
+                status = self._take_device_memory(memory, nbytes, &detail)
             if status < 0:
                 memory[0] = NULL
                 status = LDD_E_FAILED if host else LDD_E_NO_MEMORY
             else:
-                status = ldd_pool_create(<uint64_t>memory[0], nbytes, page_shift, pool, &detail)
+                first = <uint64_t>memory[0]
+                if not host and not self._provider.table.caps & LDD_CAP_ANY_LOCAL:
+                    first = (first + HUGE_PAGE_BYTES - 1) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
+                status = ldd_pool_create(first, nbytes, page_shift, pool, &detail)
                 if status == LDD_OK:
-                    status = ldd_regions_add(&self.node.regions, <uint64_t>memory[0], nbytes, host, &detail)
+                    status = ldd_regions_add(&self.node.regions, first, nbytes, host, &detail)
                     ldd_table_set_epoch(self.table, ldd_regions_epoch(&self.node.regions))
             ldd_context_leave(&self.node, before)
         self.raise_for(status, &detail, b"init")
+
+    cdef ldd_status _take_device_memory(self, void** memory, uint64_t nbytes, ldd_detail* detail) noexcept nogil:
+        """Memory for a pool; where hardware is to know it, so many bytes lie in it from a multiple of 2 MiB on."""
+        cdef const ldd_provider* provider = self._provider.table
+        cdef aclError code = provider.acl.aclrtMalloc(memory, nbytes, ACL_MEM_MALLOC_HUGE_FIRST)
+        if code == 0 and not provider.caps & LDD_CAP_ANY_LOCAL and <uint64_t>memory[0] % HUGE_PAGE_BYTES:
+            provider.acl.aclrtFree(memory[0])
+            code = provider.acl.aclrtMalloc(memory, nbytes + HUGE_PAGE_BYTES, ACL_MEM_MALLOC_HUGE_FIRST)
+        return ldd_acl_result(provider, code, b"take the device pool", detail)
 
     def close(self):
         """Unlink everything locally, stop serving, and give all memory back. Idempotent.
@@ -260,12 +339,15 @@ cdef class EngineCore:
         if released:
             with nogil:
                 self._release_device()
+        if idle != LDD_OK:
+            Py_INCREF(self)                     # a call into the provider that was given up, and still needs us
         self._listen_fd = -1
         self.listener = None
         self._registered.clear()
 
     cdef void _release_tables(self) noexcept nogil:
         ldd_regions_close(&self.node.regions)
+        self.node.regions.context = NULL
         ldd_table_destroy(self.table)
         self.table = self.node.table = NULL
         ldd_pool_destroy(self.device_pool)

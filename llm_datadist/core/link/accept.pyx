@@ -15,7 +15,7 @@ from llm_datadist.core.base.sockets cimport (
 from llm_datadist.core.base.status cimport (
     LDD_E_LINK_FAILED, LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_E_PROCESSING_LINK, LDD_OK, ldd_detail, ldd_fail,
 )
-from llm_datadist.core.base.sync cimport ldd_lock, ldd_lock_until, ldd_unlock
+from llm_datadist.core.base.sync cimport ldd_lock, ldd_lock_until, ldd_now_ns, ldd_unlock
 from llm_datadist.core.link.links cimport (
     LINK_ACTIVE, LINK_OPENING, ORIGIN_COMM, ORIGIN_PEER, ldd_link, ldd_link_break, ldd_link_new, ldd_link_publish,
     ldd_link_state_of, ldd_link_unref, ldd_links_drop_stale, ldd_node,
@@ -61,8 +61,8 @@ cdef extern from * nogil:
 cdef extern from "<unistd.h>" nogil:
     int close(int fd)
 
-
 cdef enum:
+    SLOW_CLIENT_NS = 120000000000               # a peer over hardware makes its client between the two connections
     PONG_BYTES = sizeof(ldd_frame_header) + sizeof(ldd_ack)
     PONG_LIMIT_MS = 300
 
@@ -358,6 +358,8 @@ cdef bint ldd_accept_hello(ldd_service* service, ldd_conn* conn, const ldd_frame
         conn.closing = True
     else:
         conn.kind = CONN_SERVING                # the deadline stays until the link's second connection came
+        if service.node.regions.num_endpoints and conn.deadline_ns:
+            conn.deadline_ns = ldd_now_ns() + SLOW_CLIENT_NS
     return True
 
 

@@ -5,7 +5,7 @@ from llm_datadist.core.base.atomic cimport ldd_load32
 from llm_datadist.core.base.provider cimport HixlClientHandle, aclrtContext, ldd_provider
 from llm_datadist.core.base.status cimport ldd_detail, ldd_status
 from llm_datadist.core.base.sync cimport ldd_cond, ldd_mutex
-from llm_datadist.core.link.region cimport ldd_regions
+from llm_datadist.core.link.region cimport ldd_client_memory, ldd_regions
 from llm_datadist.core.plan.block_plan cimport ldd_desc_list
 from llm_datadist.core.table.cache_table cimport ldd_table
 from llm_datadist.core.table.holds cimport ldd_holds
@@ -63,6 +63,11 @@ ctypedef struct ldd_link:
     char data_ip[64]
     uint32_t data_port
     uint8_t endpoint[160]                       # the peer's EndpointDesc; all zero where there is none
+    const void* own_endpoint                    # ours, of the pair that was chosen; NULL before that
+    bint submits_slowly                         # a batch is moved within the call that submits it
+    ldd_client_memory* own_memory               # what the client knows of our memory
+    ldd_pin pin                                 # of the local cache of the transfer that runs, if `pinned`
+    bint pinned
     uint64_t seen_epoch                         # of the peer's regions
     bint fetches                                # all of them are reached by the network, and in one exchange
     ldd_desc_list descs
@@ -130,6 +135,8 @@ cdef ldd_status ldd_link_publish(ldd_link* link, ldd_detail* detail) noexcept no
 # An active link to this cluster with an operation counted on it; LDD_E_NOT_LINKED otherwise.
 cdef ldd_status ldd_link_begin(ldd_node* node, uint64_t cluster_id, ldd_link** out, ldd_detail* detail) noexcept nogil
 cdef void ldd_link_end(ldd_link* link) noexcept nogil
+# One more operation on a link somebody uses, whatever its state; ends with ldd_link_end.
+cdef void ldd_link_hold(ldd_link* link) noexcept nogil
 # No new operation starts on it; kept in the set.
 cdef void ldd_link_break(ldd_link* link, const char* reason) noexcept nogil
 # Take it out of the set.

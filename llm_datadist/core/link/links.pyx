@@ -18,6 +18,7 @@ from llm_datadist.core.base.sync cimport (
     ldd_cond_broadcast, ldd_cond_destroy, ldd_cond_init, ldd_cond_wait_until, ldd_lock, ldd_mutex_destroy,
     ldd_mutex_init, ldd_unlock,
 )
+from llm_datadist.core.link.client cimport ldd_client_destroy
 from llm_datadist.core.plan.block_plan cimport ldd_desc_list_free
 from llm_datadist.core.table.holds cimport ldd_holds_destroy, ldd_holds_init
 from llm_datadist.core.table.shared_table cimport ldd_reader_free
@@ -62,7 +63,8 @@ cdef ldd_link* ldd_link_new(ldd_node* node, uint64_t cluster_id, ldd_link_origin
 
 cdef void _destroy(ldd_link* link) noexcept nogil:
     if link.client != NULL:
-        link.node.provider.hixl.HixlCSClientDestroy(link.client)
+        ldd_client_destroy(link.node, link.client)
+    free(link.own_memory)
     if link.ask_fd >= 0:
         close(link.ask_fd)
     ldd_reader_free(link.reader)
@@ -147,6 +149,12 @@ cdef void _start_locked(ldd_link* link) noexcept nogil:
     link.refs += 1
     link.ops += 1
     link.node.num_ops += 1
+
+
+cdef void ldd_link_hold(ldd_link* link) noexcept nogil:
+    ldd_lock(&link.node.lock)
+    _start_locked(link)
+    ldd_unlock(&link.node.lock)
 
 
 cdef bint ldd_link_resume(ldd_link* link) noexcept nogil:

@@ -15,6 +15,7 @@ from llm_datadist.core.base.status cimport (
 )
 from llm_datadist.core.base.sync cimport ldd_cond_broadcast, ldd_cond_wait_until, ldd_lock, ldd_now_ns, ldd_unlock
 from llm_datadist.core.base.wait cimport ldd_lock_interruptible
+from llm_datadist.core.link.background cimport ldd_background_destroy
 from llm_datadist.core.link.links cimport (
     LINK_ACTIVE, LINK_CLOSED, ORIGIN_COMM, ORIGIN_LOCAL, ldd_attempt, ldd_link, ldd_link_drop, ldd_link_end,
     ldd_link_new, ldd_link_publish, ldd_link_state_of, ldd_link_unref,
@@ -260,8 +261,7 @@ cdef ldd_status ldd_link_close(ldd_node* node, const char* ip, int port, uint64_
         status = LDD_OK
         if ldd_link_state_of(link) == LINK_ACTIVE:
             if link.client != NULL:             # before the peer hears of the end: what it confirms last arrives first
-                node.provider.hixl.HixlCSClientDestroy(link.client)
-                link.client = NULL
+                ldd_background_destroy(link)
             status = ldd_request_unlink(link, deadline_ns, detail)
         elif not _link_closed(link):
             status = _tell_listener(ip, port, deadline_ns, detail)

@@ -6,17 +6,21 @@ on loopback alone. Any thread; the lock is held across provider calls that are s
 """
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
-from libc.string cimport memset, strcmp, strlen, memcpy
+from libc.string cimport memcpy, memset, strcmp, strdup, strlen
 
+from llm_datadist.core.base.device_context cimport ldd_device_enter, ldd_device_leave
 from llm_datadist.core.base.provider cimport (
-    COMM_MEM_TYPE_DEVICE, COMM_MEM_TYPE_HOST, LDD_CAP_ADMIT, LDD_CAP_ANY_LOCAL, LDD_CAP_DROP_PEER,
-    LDD_CAP_FETCH, LDD_CAP_LATE_REGISTRATION, LDD_RIGHT_READ, LDD_RIGHT_WRITE, CommMem, HixlServerConfig,
-    HixlServerDesc,
+    ACL_MEM_LOCATION_TYPE_DEVICE, COMM_MEM_TYPE_DEVICE, COMM_MEM_TYPE_HOST, COMM_PROTOCOL_HCCS, LDD_CAP_ADMIT,
+    LDD_CAP_ANY_LOCAL, LDD_CAP_DROP_PEER, LDD_CAP_FETCH, LDD_RIGHT_READ, LDD_RIGHT_WRITE, CommMem, HixlServerConfig,
+    HixlServerDesc, aclrtPtrAttributes,
 )
 from llm_datadist.core.base.sockets cimport ldd_socket_free_port
-from llm_datadist.core.base.status cimport LDD_E_FAILED, LDD_E_NOT_ENABLED, LDD_E_NO_MEMORY, LDD_OK, ldd_fail
+from llm_datadist.core.base.status cimport (
+    LDD_E_FAILED, LDD_E_NOT_ENABLED, LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_OK, ldd_fail,
+)
 from llm_datadist.core.base.sync cimport ldd_lock, ldd_mutex_destroy, ldd_mutex_init, ldd_unlock
 from llm_datadist.core.base.wait cimport ldd_hixl_result
+from llm_datadist.core.link.wire cimport LDD_MAX_ENDPOINTS, ldd_endpoint_record
 
 cdef extern from * nogil:
     int __ATOMIC_RELEASE, __ATOMIC_ACQUIRE
@@ -26,6 +30,11 @@ cdef extern from * nogil:
 cdef enum:
     LISTEN_BACKLOG = 512
     PORT_TRIES = 16                             # a port found free may be taken before the server binds it
+    HUGE_PAGE_BYTES = 2 << 20
+
+# What CANN's documentation allows for one registration.
+cdef uint64_t MAX_DEVICE_BYTES = <uint64_t>50 << 30
+cdef uint64_t MAX_HOST_BYTES = <uint64_t>1 << 40
 
 
 cdef void ldd_regions_init(ldd_regions* regions, const ldd_provider* provider) noexcept nogil:
@@ -37,6 +46,7 @@ cdef void ldd_regions_init(ldd_regions* regions, const ldd_provider* provider) n
 
 cdef void ldd_regions_close(ldd_regions* regions) noexcept nogil:
     cdef uint32_t i, s
+    cdef aclrtContext before = ldd_device_enter(regions.provider, regions.context)
     ldd_lock(&regions.lock)
     for s in range(regions.num_servers):
         for i in range(regions.count):
@@ -47,10 +57,11 @@ cdef void ldd_regions_close(ldd_regions* regions) noexcept nogil:
     free(regions.items)
     regions.items = NULL
     regions.count = regions.capacity = 0
-    free(regions.endpoints)
-    regions.endpoints = NULL
+    free(regions.resource_config)
+    regions.resource_config = NULL
     regions.num_endpoints = 0
     ldd_unlock(&regions.lock)
+    ldd_device_leave(regions.provider, regions.context, before)
     ldd_mutex_destroy(&regions.lock)
 
 
@@ -80,24 +91,57 @@ cdef void _withdraw(ldd_regions* regions, ldd_region* region) noexcept nogil:
     region.refs = 0
 
 
-cdef ldd_status ldd_regions_add(ldd_regions* regions, uint64_t addr, uint64_t nbytes, bint host,
-                                ldd_detail* detail) noexcept nogil:
+cdef ldd_status _check_range(const ldd_regions* regions, uint64_t addr, uint64_t nbytes, bint host,
+                             ldd_detail* detail) noexcept nogil:
+    """The rules of a provider that registers memory with hardware, before it is asked: its own refusal comes late."""
+    cdef aclrtPtrAttributes attributes
+    cdef uint64_t limit = MAX_HOST_BYTES if host else MAX_DEVICE_BYTES
+    cdef uint32_t i
+    if nbytes > limit:
+        return ldd_fail(detail, LDD_E_PARAM,
+                        b"%llu bytes at %#llx: one registration of %s memory has at most %llu bytes",
+                        <unsigned long long>nbytes, <unsigned long long>addr,
+                        <const char*>b"host" if host else <const char*>b"device", <unsigned long long>limit)
+    for i in range(regions.count):
+        if (regions.items[i].refs and addr < regions.items[i].addr + regions.items[i].nbytes
+                and regions.items[i].addr < addr + nbytes):
+            return ldd_fail(detail, LDD_E_PARAM,
+                            b"%llu bytes at %#llx overlap the %llu bytes at %#llx that are registered: ranges must be "
+                            b"equal or apart", <unsigned long long>nbytes, <unsigned long long>addr,
+                            <unsigned long long>regions.items[i].nbytes, <unsigned long long>regions.items[i].addr)
+    for i in range(regions.num_endpoints):
+        if regions.endpoints[i].protocol == COMM_PROTOCOL_HCCS and not host \
+                and regions.provider.acl.aclrtPointerGetAttributes != NULL and addr % HUGE_PAGE_BYTES:
+            memset(&attributes, 0, sizeof(attributes))
+            if (regions.provider.acl.aclrtPointerGetAttributes(<void*>addr, &attributes) == 0
+                    and attributes.location.type == ACL_MEM_LOCATION_TYPE_DEVICE
+                    and 0 < attributes.pageSize < HUGE_PAGE_BYTES):
+                return ldd_fail(detail, LDD_E_PARAM,
+                                b"device memory at %#llx lies on pages of %u bytes: HCCS needs huge pages, or memory "
+                                b"that starts at a multiple of 2 MiB", <unsigned long long>addr, attributes.pageSize)
+            break
+    return LDD_OK
+
+
+cdef ldd_status _add_locked(ldd_regions* regions, uint64_t addr, uint64_t nbytes, bint host,
+                            ldd_detail* detail) noexcept nogil:
     cdef uint32_t i, s, slot
     cdef ldd_status status = LDD_OK
     cdef ldd_region* grown
-    ldd_lock(&regions.lock)
     slot = regions.count
     for i in range(regions.count):
         if regions.items[i].refs == 0:
             slot = i
         elif regions.items[i].addr == addr and regions.items[i].nbytes == nbytes:
             regions.items[i].refs += 1
-            ldd_unlock(&regions.lock)
             return LDD_OK
+    if not regions.provider.caps & LDD_CAP_ANY_LOCAL:
+        status = _check_range(regions, addr, nbytes, host, detail)
+        if status < 0:
+            return status
     if slot == regions.capacity:
         grown = <ldd_region*>realloc(regions.items, (regions.capacity * 2 + 16) * sizeof(ldd_region))
         if grown == NULL:
-            ldd_unlock(&regions.lock)
             return ldd_fail(detail, LDD_E_NO_MEMORY, b"no memory for another region")
         regions.items = grown
         regions.capacity = regions.capacity * 2 + 16
@@ -106,25 +150,36 @@ cdef ldd_status ldd_regions_add(ldd_regions* regions, uint64_t addr, uint64_t nb
     region.addr = addr
     region.nbytes = nbytes
     region.host = host
-    # A provider that shows peers only what was there when they connected keeps such memory local.
-    if regions.num_servers == 0 or regions.provider.caps & LDD_CAP_LATE_REGISTRATION:
-        for s in range(regions.num_servers):
-            status = _announce(regions, region, s, detail)
-            if status < 0:
-                break
+    # Peers that are connected ask again when they hear of a new epoch.
+    for s in range(regions.num_servers):
+        status = _announce(regions, region, s, detail)
+        if status < 0:
+            break
     if status < 0:
         _withdraw(regions, region)
     else:
         region.refs = 1
         if slot == regions.count:
             regions.count += 1
+        regions.added += 1
         __atomic_add_fetch(&regions.epoch, 1, __ATOMIC_RELEASE)
+    return status
+
+
+cdef ldd_status ldd_regions_add(ldd_regions* regions, uint64_t addr, uint64_t nbytes, bint host,
+                                ldd_detail* detail) noexcept nogil:
+    cdef aclrtContext before = ldd_device_enter(regions.provider, regions.context)
+    cdef ldd_status status
+    ldd_lock(&regions.lock)
+    status = _add_locked(regions, addr, nbytes, host, detail)
     ldd_unlock(&regions.lock)
+    ldd_device_leave(regions.provider, regions.context, before)
     return status
 
 
 cdef void ldd_regions_remove(ldd_regions* regions, uint64_t addr, uint64_t nbytes) noexcept nogil:
     cdef uint32_t i
+    cdef aclrtContext before = ldd_device_enter(regions.provider, regions.context)
     ldd_lock(&regions.lock)
     for i in range(regions.count):
         if regions.items[i].refs and regions.items[i].addr == addr and regions.items[i].nbytes == nbytes:
@@ -134,6 +189,7 @@ cdef void ldd_regions_remove(ldd_regions* regions, uint64_t addr, uint64_t nbyte
                 __atomic_add_fetch(&regions.epoch, 1, __ATOMIC_RELEASE)
             break
     ldd_unlock(&regions.lock)
+    ldd_device_leave(regions.provider, regions.context, before)
 
 
 cdef ldd_status _start_server(ldd_regions* regions, uint32_t s, const char* ip, ldd_detail* detail) noexcept nogil:
@@ -148,12 +204,14 @@ cdef ldd_status _start_server(ldd_regions* regions, uint32_t s, const char* ip, 
     for _attempt in range(PORT_TRIES):
         memset(&desc, 0, sizeof(desc))
         memset(&config, 0, sizeof(config))
+        config.global_resource_config = regions.resource_config
         server.port = <uint32_t>ldd_socket_free_port(ip, &reason)
         if server.port == 0:
             return ldd_fail(detail, LDD_E_FAILED, b"no port for a data server at %s: %s", ip, reason.text)
         desc.server_ip = ip
         desc.server_port = server.port
-        desc.endpoint_list = regions.endpoints
+        if regions.num_endpoints:
+            desc.endpoint_list = regions.endpoints
         desc.endpoint_list_num = regions.num_endpoints
         status = ldd_hixl_result(regions.provider,
                                  regions.provider.hixl.HixlCSServerCreate(&desc, &config, &server.handle),
@@ -184,6 +242,7 @@ cdef ldd_status ldd_regions_serve(ldd_regions* regions, const char* ip, uint32_t
                                   ldd_detail* detail) noexcept nogil:
     cdef uint32_t s
     cdef ldd_status status
+    cdef aclrtContext before
     ldd_lock(&regions.lock)
     for s in range(regions.num_servers):
         if strcmp(regions.servers[s].ip, ip) == 0:
@@ -197,7 +256,9 @@ cdef ldd_status ldd_regions_serve(ldd_regions* regions, const char* ip, uint32_t
                         <int>MAX_DATA_SERVERS)
     memset(&regions.servers[s], 0, sizeof(ldd_data_server))
     memcpy(regions.servers[s].ip, ip, strlen(ip))
+    before = ldd_device_enter(regions.provider, regions.context)
     status = _start_server(regions, s, ip, detail)
+    ldd_device_leave(regions.provider, regions.context, before)
     if status == LDD_OK:
         regions.num_servers += 1
         port[0] = regions.servers[s].port
@@ -205,22 +266,39 @@ cdef ldd_status ldd_regions_serve(ldd_regions* regions, const char* ip, uint32_t
     return status
 
 
-cdef ldd_status ldd_regions_register_client(ldd_regions* regions, HixlClientHandle client,
+cdef ldd_status ldd_regions_register_client(ldd_regions* regions, HixlClientHandle client, ldd_client_memory** out,
                                             ldd_detail* detail) noexcept nogil:
     cdef CommMem mem
-    cdef MemHandle handle                       # goes with the client
     cdef uint32_t i
+    cdef ldd_client_memory* known
+    cdef ldd_client_range* item
     cdef ldd_status status = LDD_OK
+    out[0] = NULL
     if regions.provider.caps & LDD_CAP_ANY_LOCAL:
         return LDD_OK
     ldd_lock(&regions.lock)
+    known = <ldd_client_memory*>malloc(sizeof(ldd_client_memory) + regions.count * sizeof(ldd_client_range))
+    if known == NULL:
+        ldd_unlock(&regions.lock)
+        return ldd_fail(detail, LDD_E_NO_MEMORY, b"no memory for a record of %u regions", regions.count)
+    known.items = <ldd_client_range*>(known + 1)
+    known.count = 0
+    known.added = regions.added
     for i in range(regions.count):
         if regions.items[i].refs and status == LDD_OK:
             _describe(&regions.items[i], &mem)
+            item = &known.items[known.count]
+            item.addr = regions.items[i].addr
+            item.nbytes = regions.items[i].nbytes
             status = ldd_hixl_result(regions.provider,
-                                     regions.provider.hixl.HixlCSClientRegMem(client, NULL, &mem, &handle),
+                                     regions.provider.hixl.HixlCSClientRegMem(client, NULL, &mem, &item.handle),
                                      b"register memory with the data client", detail)
+            known.count += 1
     ldd_unlock(&regions.lock)
+    if status < 0:
+        free(known)                             # the registrations go with the client
+    else:
+        out[0] = known
     return status
 
 
@@ -238,6 +316,16 @@ cdef ldd_status ldd_regions_admit_peer(ldd_regions* regions, uint32_t port, cons
                 b"admit a peer to the data server", detail)
     ldd_unlock(&regions.lock)
     return status
+
+
+cdef bint ldd_regions_are_known(ldd_regions* regions, const ldd_client_memory* known) noexcept nogil:
+    cdef bint all_known
+    if known == NULL:
+        return True
+    ldd_lock(&regions.lock)
+    all_known = known.added == regions.added
+    ldd_unlock(&regions.lock)
+    return all_known
 
 
 cdef void ldd_regions_drop_peer(ldd_regions* regions, const uint8_t* token) noexcept nogil:
@@ -259,12 +347,21 @@ cdef void ldd_regions_end_fetches(ldd_regions* regions) noexcept nogil:
     ldd_unlock(&regions.lock)
 
 
-cdef ldd_status ldd_regions_set_endpoints(ldd_regions* regions, const void* endpoints, uint32_t count) noexcept nogil:
-    regions.endpoints = <EndpointDesc*>malloc(max(count, <uint32_t>1) * sizeof(EndpointDesc))
-    if regions.endpoints == NULL:
-        return LDD_E_NO_MEMORY
-    memcpy(regions.endpoints, endpoints, count * sizeof(EndpointDesc))
-    regions.num_endpoints = count
+cdef ldd_status ldd_regions_configure(ldd_regions* regions, const void* records, uint32_t count,
+                                      const char* resource_config, uint8_t traffic_class,
+                                      uint8_t service_level) noexcept nogil:
+    cdef uint32_t i
+    count = min(count, <uint32_t>LDD_MAX_ENDPOINTS)
+    memcpy(regions.offers.items, records, count * sizeof(ldd_endpoint_record))
+    for i in range(count):
+        memcpy(&regions.endpoints[i], regions.offers.items[i].endpoint, sizeof(EndpointDesc))
+    regions.offers.count = regions.num_endpoints = count
+    regions.traffic_class = traffic_class
+    regions.service_level = service_level
+    if resource_config[0] != 0:
+        regions.resource_config = strdup(resource_config)
+        if regions.resource_config == NULL:
+            return LDD_E_NO_MEMORY
     return LDD_OK
 
 

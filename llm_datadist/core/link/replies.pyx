@@ -21,9 +21,9 @@ from llm_datadist.core.link.region cimport ldd_regions_drop_peer, ldd_regions_ep
 from llm_datadist.core.link.service_conn cimport ldd_conn_forget, ldd_conn_reply
 from llm_datadist.core.link.wire cimport (
     LDD_ACCESS_WRITE, LDD_DESC_BLOCKS, LDD_DESC_EVEN, LDD_DESC_HOST, LDD_DESC_OWNED, LDD_DESC_REMOTE_ACCESSIBLE,
-    LDD_FRAME_ACK, LDD_FRAME_DESCRIPTOR, LDD_FRAME_LEASE, LDD_FRAME_PING, LDD_FRAME_RANGES, LDD_FRAME_RELEASE,
-    LDD_FRAME_RESOLVE, LDD_FRAME_UNLINK, LDD_MODE_REMOTE_ACCESSIBLE, LDD_RELEASE_TAKE, LDD_WIRE_MAX_RANGES, ldd_ack,
-    ldd_descriptor,
+    LDD_FRAME_ACK, LDD_FRAME_DESCRIPTOR, LDD_FRAME_ENDPOINT_LIST, LDD_FRAME_ENDPOINTS, LDD_FRAME_LEASE,
+    LDD_FRAME_PING, LDD_FRAME_RANGES, LDD_FRAME_RELEASE, LDD_FRAME_RESOLVE, LDD_FRAME_UNLINK,
+    LDD_MODE_REMOTE_ACCESSIBLE, LDD_RELEASE_TAKE, LDD_WIRE_MAX_RANGES, ldd_ack, ldd_descriptor, ldd_endpoint_list,
     ldd_frame_header, ldd_lease_reply, ldd_range, ldd_release, ldd_resolve,
 )
 from llm_datadist.core.table.cache_table cimport (
@@ -327,6 +327,9 @@ cdef bint ldd_reply(ldd_service* service, ldd_conn* conn, const ldd_frame_header
     if header.type == LDD_FRAME_RANGES and header.length and header.length % sizeof(ldd_range) == 0:
         return _on_ranges(service, conn, header.request_id, payload,
                          header.length // <uint32_t>sizeof(ldd_range)) == LDD_OK
+    if header.type == LDD_FRAME_ENDPOINTS and header.length == 0:
+        return ldd_conn_reply(conn, header.request_id, LDD_FRAME_ENDPOINT_LIST, &service.node.regions.offers,
+                              sizeof(ldd_endpoint_list), NULL, 0) == LDD_OK
     if (header.type == LDD_FRAME_UNLINK or header.type == LDD_FRAME_PING) and header.length == 0:
         memset(&ack, 0, sizeof(ack))
         if ldd_link_state_of(conn.link) != LINK_ACTIVE and header.type == LDD_FRAME_PING:

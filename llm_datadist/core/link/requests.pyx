@@ -7,22 +7,28 @@ the peer's own words (unknown key, bad range) leaves it as it is.
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport realloc
-from libc.string cimport memcpy, memset, strcmp
+from libc.string cimport memcpy, memset, strcmp, strncmp
 
+from llm_datadist.core.base.device_context cimport ldd_device_enter, ldd_device_leave
 from llm_datadist.core.base.provider cimport (
-    HIXL_SUCCESS, LDD_CAP_FETCH, CommMem, EndpointDesc, HixlClientConfig, HixlClientDesc,
+    COMM_PROTOCOL_HCCS, COMM_PROTOCOL_ROCE, COMM_PROTOCOL_UBC_CTP, COMM_PROTOCOL_UBG, COMM_PROTOCOL_UBOE,
+    ENDPOINT_LOC_TYPE_HOST, HIXL_SUCCESS, LDD_CAP_FETCH, CommMem, CommProtocol, EndpointDesc, aclrtContext,
 )
 from llm_datadist.core.base.sockets cimport ldd_socket_recv, ldd_socket_send
-from llm_datadist.core.base.status cimport LDD_E_FAILED, LDD_E_NO_MEMORY, LDD_E_TIMEOUT, LDD_OK, ldd_fail
+from llm_datadist.core.base.status cimport (
+    LDD_E_FAILED, LDD_E_LINK_FAILED, LDD_E_NO_MEMORY, LDD_E_TIMEOUT, LDD_OK, ldd_fail,
+)
 from llm_datadist.core.base.sync cimport ldd_now_ns
 from llm_datadist.core.base.wait cimport ldd_hixl_result
+from llm_datadist.core.link.background cimport ldd_background_destroy, ldd_background_open
 from llm_datadist.core.link.links cimport ldd_link_break
-from llm_datadist.core.link.region cimport ldd_regions_register_client
+from llm_datadist.core.link.region cimport ldd_regions, ldd_regions_are_known
 from llm_datadist.core.link.wire cimport (
-    LDD_ACCESS_READ, LDD_ACCESS_WRITE, LDD_DESC_EVEN, LDD_FRAME_ACK, LDD_FRAME_DESCRIPTOR, LDD_FRAME_LEASE,
-    LDD_FRAME_PING, LDD_FRAME_RANGES, LDD_FRAME_RELEASE, LDD_FRAME_RESOLVE, LDD_FRAME_UNLINK, LDD_RELEASE_TAKE,
-    LDD_WIRE_MAGIC, LDD_WIRE_MAX_PAYLOAD, LDD_WIRE_VERSION, ldd_ack, ldd_frame_header, ldd_lease_reply, ldd_range,
-    ldd_release, ldd_resolve,
+    LDD_ACCESS_READ, LDD_ACCESS_WRITE, LDD_DESC_EVEN, LDD_FRAME_ACK, LDD_FRAME_DESCRIPTOR, LDD_FRAME_ENDPOINT_LIST,
+    LDD_FRAME_ENDPOINTS, LDD_FRAME_LEASE, LDD_FRAME_PING, LDD_FRAME_RANGES, LDD_FRAME_RELEASE, LDD_FRAME_RESOLVE,
+    LDD_FRAME_UNLINK, LDD_MAX_ENDPOINTS, LDD_RELEASE_TAKE, LDD_WIRE_MAGIC, LDD_WIRE_MAX_PAYLOAD, LDD_WIRE_VERSION,
+    ldd_ack, ldd_endpoint_list, ldd_endpoint_record, ldd_frame_header, ldd_lease_reply, ldd_range, ldd_release,
+    ldd_resolve,
 )
 
 cdef enum:
@@ -190,42 +196,117 @@ cdef uint32_t _left_ms(int64_t deadline_ns) noexcept nogil:
     return <uint32_t>min((left + 999999) // 1000000, <int64_t>0x7fffffff) if left > 0 else 0
 
 
-cdef ldd_status _connect_client(ldd_link* link, int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
-    cdef HixlClientDesc desc
-    cdef HixlClientConfig config
-    cdef char json[64]
-    cdef int i, at
+cdef int _preference(CommProtocol protocol) noexcept nogil:
+    """The order in which protocols are tried, from 0; -1 for one that nothing is known of."""
+    if protocol == COMM_PROTOCOL_UBC_CTP:
+        return 0
+    if protocol == COMM_PROTOCOL_UBG:
+        return 1
+    if protocol == COMM_PROTOCOL_UBOE:
+        return 2
+    if protocol == COMM_PROTOCOL_HCCS:
+        return 3
+    return 4 if protocol == COMM_PROTOCOL_ROCE else -1
+
+
+cdef const char* _protocol_name(CommProtocol protocol) noexcept nogil:
+    if protocol == COMM_PROTOCOL_UBC_CTP:
+        return b"ub_ctp"
+    if protocol == COMM_PROTOCOL_UBG:
+        return b"ub_rtp"
+    if protocol == COMM_PROTOCOL_UBOE:
+        return b"uboe"
+    if protocol == COMM_PROTOCOL_HCCS:
+        return b"hccs"
+    return b"roce" if protocol == COMM_PROTOCOL_ROCE else b"unknown"
+
+
+cdef int _rank_pair(const ldd_endpoint_record* ours, const ldd_endpoint_record* theirs) noexcept nogil:
+    """How well two endpoints go together, 0 is best; -1 when they do not."""
+    cdef EndpointDesc here, there
+    cdef int preference
+    memcpy(&here, ours.endpoint, sizeof(here))
+    memcpy(&there, theirs.endpoint, sizeof(there))
+    preference = _preference(here.protocol)
+    if (preference < 0 or here.protocol != there.protocol or here.commAddr.type != there.commAddr.type
+            or strncmp(ours.plane, theirs.plane, sizeof(ours.plane)) != 0):
+        return -1
+    if (here.protocol == COMM_PROTOCOL_HCCS and ours.net_instance[0] != 0 and theirs.net_instance[0] != 0
+            and strncmp(ours.net_instance, theirs.net_instance, sizeof(ours.net_instance)) != 0):
+        return -1                               # another super node
+    return 4 * preference + 2 * (here.loc.locType == ENDPOINT_LOC_TYPE_HOST) + (
+        there.loc.locType == ENDPOINT_LOC_TYPE_HOST)
+
+
+cdef void _list_endpoints(const ldd_endpoint_list* offers, char* text, size_t size) noexcept nogil:
+    cdef size_t at = 0
+    cdef uint32_t i
+    cdef EndpointDesc endpoint
+    text[0] = 0
+    for i in range(offers.count):
+        memcpy(&endpoint, offers.items[i].endpoint, sizeof(endpoint))
+        if at + 1 < size:
+            at += snprintf(text + at, size - at, b"%s%s on the %s%s%.31s%s%.40s", <const char*>b", " if i else
+                           <const char*>b"", _protocol_name(endpoint.protocol),
+                           <const char*>b"host" if endpoint.loc.locType == ENDPOINT_LOC_TYPE_HOST else
+                           <const char*>b"device",
+                           <const char*>b" of plane " if offers.items[i].plane[0] else <const char*>b"",
+                           offers.items[i].plane,
+                           <const char*>b" in " if offers.items[i].net_instance[0] else <const char*>b"",
+                           offers.items[i].net_instance)
+
+
+cdef ldd_status _choose_endpoints(ldd_link* link, int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
+    """Pick the pair of endpoints that the data path will use, out of all of ours and all of the peer's."""
+    cdef ldd_regions* regions = &link.node.regions
+    cdef ldd_endpoint_list theirs
+    cdef char ours_text[130]
+    cdef char theirs_text[130]
+    cdef int rank, best = -1
+    cdef uint32_t i, k, own = 0, other = 0
     cdef ldd_status status
-    cdef uint32_t timeout_ms = _left_ms(deadline_ns)
-    if timeout_ms == 0:
-        return ldd_fail(detail, LDD_E_TIMEOUT, b"the deadline passed before the data path was connected")
-    memset(&desc, 0, sizeof(desc))
-    memset(&config, 0, sizeof(config))
-    at = snprintf(json, sizeof(json), b'{"ldd_token":"')
-    for i in range(16):
-        at += snprintf(json + at, sizeof(json) - at, b"%02x", <unsigned int>link.token[i])
-    snprintf(json + at, sizeof(json) - at, b'"}')
-    config.global_resource_config = json
-    desc.server_ip = link.data_ip
-    desc.server_port = link.data_port
-    if link.node.regions.num_endpoints:
-        desc.local_endpoint = link.node.regions.endpoints
-        desc.remote_endpoint = <const EndpointDesc*>link.endpoint
-    status = ldd_hixl_result(link.node.provider,
-                             link.node.provider.hixl.HixlCSClientCreate(&desc, &config, &link.client),
-                             b"create the data client", detail)
+    theirs.count = 0
+    for i in range(sizeof(link.endpoint)):
+        if link.endpoint[i]:
+            theirs.count = 1
+            break
+    if theirs.count == 0:
+        return ldd_fail(detail, LDD_E_LINK_FAILED,
+                        b"cluster %llu names no endpoint of a network: does it run another provider?",
+                        <unsigned long long>link.cluster_id)
+    status = _ask(link, LDD_FRAME_ENDPOINTS, NULL, 0, LDD_FRAME_ENDPOINT_LIST, &theirs, sizeof(theirs), False, NULL,
+                 deadline_ns, detail)
     if status < 0:
-        link.client = NULL
         return status
-    status = ldd_regions_register_client(&link.node.regions, link.client, detail)
-    if status == LDD_OK:
-        status = ldd_hixl_result(link.node.provider,
-                                 link.node.provider.hixl.HixlCSClientConnect(link.client, timeout_ms),
-                                 b"connect the data path", detail)
-    if status < 0:
-        link.node.provider.hixl.HixlCSClientDestroy(link.client)
-        link.client = NULL
-    return status
+    theirs.count = min(theirs.count, <uint32_t>LDD_MAX_ENDPOINTS)
+    for i in range(theirs.count):
+        theirs.items[i].plane[sizeof(theirs.items[i].plane) - 1] = 0
+        theirs.items[i].net_instance[sizeof(theirs.items[i].net_instance) - 1] = 0
+        for k in range(regions.offers.count):
+            rank = _rank_pair(&regions.offers.items[k], &theirs.items[i])
+            if rank >= 0 and (best < 0 or rank < best):
+                best = rank
+                own = k
+                other = i
+    if best < 0:
+        _list_endpoints(&regions.offers, ours_text, sizeof(ours_text))
+        _list_endpoints(&theirs, theirs_text, sizeof(theirs_text))
+        return ldd_fail(detail, LDD_E_LINK_FAILED,
+                        b"no endpoint here (%s) fits one of cluster %llu (%s): name endpoints of one protocol in "
+                        b"local_comm_res", ours_text, <unsigned long long>link.cluster_id, theirs_text)
+    link.own_endpoint = &regions.endpoints[own]
+    link.submits_slowly = regions.endpoints[own].loc.locType == ENDPOINT_LOC_TYPE_HOST
+    memcpy(link.endpoint, theirs.items[other].endpoint, sizeof(link.endpoint))
+    return LDD_OK
+
+
+cdef ldd_status _connect_client(ldd_link* link, int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
+    cdef ldd_status status = LDD_OK
+    if _left_ms(deadline_ns) == 0:
+        return ldd_fail(detail, LDD_E_TIMEOUT, b"the deadline passed before the data path was connected")
+    if link.node.regions.num_endpoints and link.own_endpoint == NULL:
+        status = _choose_endpoints(link, deadline_ns, detail)
+    return ldd_background_open(link, deadline_ns, detail) if status == LDD_OK else status
 
 
 cdef void _note_paths(ldd_link* link) noexcept nogil:
@@ -241,11 +322,16 @@ cdef ldd_status ldd_link_ready(ldd_link* link, uint64_t region_epoch, int64_t de
     cdef CommMem* regions
     cdef char** tags
     cdef uint32_t count
+    cdef aclrtContext before
+    if link.client != NULL and not ldd_regions_are_known(&link.node.regions, link.own_memory):
+        ldd_background_destroy(link)            # it was connected before there was all of the memory we have now
     if link.client == NULL:
         status = _connect_client(link, deadline_ns, detail)
     elif link.seen_epoch != region_epoch:
+        before = ldd_device_enter(link.node.provider, link.node.context)
         status = ldd_hixl_result(link.node.provider, link.node.provider.hixl.HixlCSClientGetRemoteMem(
             link.client, &regions, &tags, &count, _left_ms(deadline_ns)), b"read the peer's regions", detail)
+        ldd_device_leave(link.node.provider, link.node.context, before)
     else:
         return LDD_OK
     if status < 0:

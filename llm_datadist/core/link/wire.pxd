@@ -17,6 +17,9 @@ cdef extern from "llm_datadist/ldd_wire.h" nogil:
         LDD_FRAME_LEASE
         LDD_FRAME_UNLINK
         LDD_FRAME_PING
+        LDD_FRAME_ENDPOINTS
+        LDD_FRAME_ENDPOINT_LIST
+        LDD_MAX_ENDPOINTS
         LDD_HELLO_FORWARD
         LDD_HELLO_REVERSE
         LDD_HELLO_SHARED_TABLE
@@ -64,6 +67,13 @@ cdef extern from "llm_datadist/ldd_wire.h" nogil:
         char data_ip[64]
         uint8_t endpoint[160]
         char text[152]
+    ctypedef struct ldd_endpoint_record:
+        uint8_t endpoint[160]
+        char plane[32]
+        char net_instance[64]
+    ctypedef struct ldd_endpoint_list:
+        uint32_t count
+        ldd_endpoint_record items[16]
     ctypedef struct ldd_resolve:
         uint8_t kind
         uint8_t access

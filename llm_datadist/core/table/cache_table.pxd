@@ -75,6 +75,8 @@ cdef ldd_status ldd_table_pin_local(ldd_table* table, int64_t cache_id, ldd_cach
 # LDD_E_PARAM names the address when there is none. Reads the bounds of every live cache.
 cdef ldd_status ldd_table_pin_range(ldd_table* table, uint64_t addr, uint64_t num_bytes, ldd_cache_view* view,
                                     ldd_detail* detail) noexcept nogil
+# One more pin on a cache that is pinned; False when it is not, or gone.
+cdef bint ldd_table_repin(ldd_table* table, uint32_t slot, uint32_t generation) noexcept nogil
 # Drop one pin; the last one of an unpublished cache frees it. A stale (slot, generation) is a no-op.
 cdef void ldd_table_unpin(ldd_table* table, uint32_t slot, uint32_t generation) noexcept nogil
 # A pull of tensors [first_tensor, first_tensor + num_tensors) succeeded: release the key when all were taken. A stale

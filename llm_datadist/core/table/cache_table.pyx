@@ -248,6 +248,17 @@ cdef ldd_status ldd_table_pin_range(ldd_table* table, uint64_t addr, uint64_t nu
                     <unsigned long long>num_bytes, <unsigned long long>addr)
 
 
+cdef bint ldd_table_repin(ldd_table* table, uint32_t slot, uint32_t generation) noexcept nogil:
+    cdef bint pinned = False
+    _lock_now(table)
+    if slot < table.cache_capacity and table.caches[slot].generation == generation and table.caches[slot].pins:
+        table.caches[slot].pins += 1
+        table.num_pins += 1
+        pinned = True
+    ldd_unlock(&table.mutex)
+    return pinned
+
+
 cdef void ldd_table_unpin(ldd_table* table, uint32_t slot, uint32_t generation) noexcept nogil:
     _lock_now(table)
     _unpin(table, slot, generation)

@@ -3,29 +3,26 @@
 Runs on the caller's thread without the GIL, under the link's lock. A failure after which bytes might still arrive
 breaks the link.
 """
-from libc.stdint cimport int64_t, uint32_t
+from libc.stdint cimport int32_t, int64_t
 
 from llm_datadist.core.base.atomic cimport ldd_add64
-from llm_datadist.core.base.provider cimport LDD_CAP_CANCEL, CompleteHandle
+from llm_datadist.core.base.device_context cimport ldd_device_enter, ldd_device_leave
+from llm_datadist.core.base.provider cimport HIXL_RESOURCE_EXHAUSTED, LDD_CAP_CANCEL, CompleteHandle
 from llm_datadist.core.base.status cimport (
     LDD_E_INTERRUPTED, LDD_E_NOT_LINKED, LDD_E_PARAM, LDD_E_TIMEOUT, LDD_OK, ldd_fail,
 )
 from llm_datadist.core.base.sync cimport ldd_now_ns, ldd_unlock
-from llm_datadist.core.base.wait cimport ldd_hixl_result, ldd_lock_interruptible, ldd_wait_interruptible
+from llm_datadist.core.base.wait cimport ldd_lock_interruptible, ldd_wait_interruptible
+from llm_datadist.core.link.background cimport ldd_background_destroy, ldd_background_submit
 from llm_datadist.core.link.links cimport LINK_ACTIVE, ldd_link_break, ldd_link_state_of
 
 
 cdef aclrtContext ldd_context_enter(ldd_node* node) noexcept nogil:
-    cdef aclrtContext before = NULL
-    node.provider.acl.aclrtGetCurrentContext(&before)
-    if before != node.context:
-        node.provider.acl.aclrtSetCurrentContext(node.context)
-    return before
+    return ldd_device_enter(node.provider, node.context)
 
 
 cdef void ldd_context_leave(ldd_node* node, aclrtContext before) noexcept nogil:
-    if before != NULL and before != node.context:
-        node.provider.acl.aclrtSetCurrentContext(before)
+    ldd_device_leave(node.provider, node.context, before)
 
 
 cdef ldd_status ldd_link_lock(ldd_link* link, ldd_detail* detail) noexcept nogil:
@@ -46,12 +43,9 @@ cdef ldd_status ldd_batch_run(ldd_link* link, bint put, int64_t deadline_ns, ldd
     cdef ldd_status status
     if link.descs.count == 0:
         return LDD_OK
-    if put:
-        status = ldd_hixl_result(link.node.provider, link.node.provider.hixl.HixlCSClientBatchPutAsync(
-            link.client, <uint32_t>link.descs.count, link.descs.items, &handle), b"write to the peer", detail)
-    else:
-        status = ldd_hixl_result(link.node.provider, link.node.provider.hixl.HixlCSClientBatchGetAsync(
-            link.client, <uint32_t>link.descs.count, link.descs.items, &handle), b"read from the peer", detail)
+    status = ldd_background_submit(link, put, deadline_ns, &handle, detail)
+    if handle == NULL and link.client != NULL and detail.provider_code == <int32_t>HIXL_RESOURCE_EXHAUSTED:
+        return status                           # nothing was taken in, and the client is as good as before
     status = ldd_batch_finish(link, status, handle, deadline_ns, detail)
     if status == LDD_OK:
         ldd_batch_count(link, put)
@@ -72,13 +66,12 @@ cdef ldd_status ldd_batch_finish(ldd_link* link, ldd_status submitted, CompleteH
         status = ldd_wait_interruptible(link.node.provider, link.client, handle, deadline_ns, detail)
         if status == LDD_OK:
             return LDD_OK
-        if status == LDD_E_TIMEOUT:
-            ldd_fail(detail, status, b"%llu bytes in %zu pieces did not arrive within %lld ms (cluster %llu)",
-                     <unsigned long long>link.descs.bytes, link.descs.count,
-                     <long long>(link.node.sync_timeout_ns // 1000000), <unsigned long long>link.cluster_id)
+    if status == LDD_E_TIMEOUT:
+        ldd_fail(detail, status, b"%llu bytes in %zu pieces did not arrive within %lld ms (cluster %llu)",
+                 <unsigned long long>link.descs.bytes, link.descs.count,
+                 <long long>(link.node.sync_timeout_ns // 1000000), <unsigned long long>link.cluster_id)
     if not link.node.provider.caps & LDD_CAP_CANCEL:
         # Without a cancel only the end of the client is sure to stop late bytes.
-        link.node.provider.hixl.HixlCSClientDestroy(link.client)
-        link.client = NULL
+        ldd_background_destroy(link)
     ldd_link_break(link, <const char*>b"interrupted" if status == LDD_E_INTERRUPTED else <const char*>detail.text)
     return status

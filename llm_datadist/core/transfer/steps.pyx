@@ -125,7 +125,9 @@ cdef ldd_status ldd_transfer_run(ldd_node* node, const ldd_transfer* what, ldd_d
         status = ldd_link_lock(link, detail)
         if status == LDD_OK:
             before = ldd_context_enter(node)
+            link.pin.slot, link.pin.generation, link.pinned = local.slot, local.generation, True
             status = _run_locked(node, what, link, &here, detail)
+            link.pinned = False
             ldd_context_leave(node, before)
             ldd_unlock(&link.lock)
         ldd_link_end(link)

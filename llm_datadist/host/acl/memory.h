@@ -13,7 +13,7 @@
 
 #include "acl/acl_rt.h"
 #include "acl/error.h"
-#include "hcomm/hcomm_types.h"
+#include "hcomm/hcomm_res_defs.h"
 
 typedef struct {
     uint64_t id;      /* unique in this process, never reused: tells a new allocation at an old address apart */

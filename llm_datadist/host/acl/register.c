@@ -83,7 +83,7 @@ static aclError add_range(const char *function, uint64_t addr, uint64_t size) {
     pthread_rwlock_wrlock(&ranges_lock);
     index = ending_above(addr);
     if (index < num_ranges && ranges[index].addr < addr + size) {
-        error = acl_fail(ACL_ERROR_RT_HOST_MEMORY_ALREADY_REGISTERED,
+        error = acl_fail(ACL_ERROR_HOST_MEMORY_ALREADY_REGISTERED,
                                   "%s: [%#llx, +%llu) overlaps the registered [%#llx, +%llu)", function,
                                   (unsigned long long)addr, (unsigned long long)size,
                                   (unsigned long long)ranges[index].addr, (unsigned long long)ranges[index].size);
@@ -146,7 +146,7 @@ LDD_EXPORT aclError aclrtHostUnregister(void *ptr) {
         num_ranges--;
         memmove(&ranges[index], &ranges[index + 1], (num_ranges - index) * sizeof *ranges);
     } else {
-        error = acl_fail(ACL_ERROR_RT_HOST_MEMORY_NOT_REGISTERED,
+        error = acl_fail(ACL_ERROR_HOST_MEMORY_NOT_REGISTERED,
                                   "%s: %p is not the start of a registered range", __func__, ptr);
     }
     pthread_rwlock_unlock(&ranges_lock);

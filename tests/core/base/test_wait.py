@@ -282,7 +282,11 @@ CODES = {
     ("hixl", 103905): "LLM_FEATURE_NOT_ENABLED", ("hixl", 203900): "LLM_FAILED", ("hixl", 503900): "LLM_FAILED",
     ("hixl", 2**32 - 1): "LLM_FAILED",
     ("acl", 0): "LLM_SUCCESS", ("acl", 507046): "LLM_TIMEOUT", ("acl", 507053): "LLM_DEVICE_MEM_ERROR",
-    ("acl", 507057): "LLM_SUSPECT_REMOTE_ERROR", ("acl", 507047): "LLM_FAILED", ("acl", 107002): "LLM_FAILED",
+    ("acl", 507057): "LLM_SUSPECT_REMOTE_ERROR", ("acl", 507047): "LLM_TIMEOUT", ("acl", 107002): "LLM_FAILED",
+    ("acl", 207000): "LLM_FEATURE_NOT_ENABLED", ("acl", 207001): "LLM_OUT_OF_MEMORY",
+    ("acl", 507054): "LLM_DEVICE_MEM_ERROR", ("hixl", 507046): "LLM_TIMEOUT", ("hixl", 107002): "LLM_FAILED",
+    ("hixl", 507053): "LLM_DEVICE_MEM_ERROR", ("hixl", 507057): "LLM_SUSPECT_REMOTE_ERROR",
+    ("hixl", 207018): "LLM_OUT_OF_MEMORY",
     ("acl", -1): "LLM_FAILED", ("acl", 100000): "LLM_FAILED",
 }
 

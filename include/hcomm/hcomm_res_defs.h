@@ -3,8 +3,8 @@
  *
  * Fill an EndpointDesc with EndpointDescInit before the real values: absent fields are all ones there.
  */
-#ifndef LLM_DATADIST_HCOMM_TYPES_H
-#define LLM_DATADIST_HCOMM_TYPES_H
+#ifndef LLM_DATADIST_HCOMM_RES_DEFS_H
+#define LLM_DATADIST_HCOMM_RES_DEFS_H
 
 #include <assert.h>
 #include <netinet/in.h>
@@ -92,11 +92,14 @@ typedef struct {
     uint8_t raws[52];
 } EndpointDesc;
 
-static inline void EndpointDescInit(EndpointDesc *endpoint) {
-    memset(endpoint, 0xFF, sizeof *endpoint);
-    endpoint->protocol = COMM_PROTOCOL_RESERVED;
-    endpoint->commAddr.type = COMM_ADDR_TYPE_RESERVED;
-    endpoint->loc.locType = ENDPOINT_LOC_TYPE_RESERVED;
+static inline void EndpointDescInit(EndpointDesc *endpoints, uint32_t count) {
+    uint32_t i;
+    memset(endpoints, 0xFF, count * sizeof *endpoints);
+    for (i = 0; i < count; i++) {
+        endpoints[i].protocol = COMM_PROTOCOL_RESERVED;
+        endpoints[i].commAddr.type = COMM_ADDR_TYPE_RESERVED;
+        endpoints[i].loc.locType = ENDPOINT_LOC_TYPE_RESERVED;
+    }
 }
 
 static_assert(sizeof(CommMem) == 24, "CommMem");

@@ -1,0 +1,13 @@
+"""The data client of a link and the memory it knows; see ``client.pyx``."""
+from libc.stdint cimport uint32_t, uint64_t
+
+from llm_datadist.core.base.provider cimport HixlClientHandle
+from llm_datadist.core.base.status cimport ldd_detail, ldd_status
+from llm_datadist.core.link.links cimport ldd_link, ldd_node
+
+# Create a client, let it know our memory, connect it. Leaves nothing behind when it fails. Sets link.own_memory.
+cdef ldd_status ldd_client_open(ldd_link* link, uint32_t timeout_ms, HixlClientHandle* out,
+                                ldd_detail* detail) noexcept nogil
+cdef void ldd_client_destroy(ldd_node* node, HixlClientHandle client) noexcept nogil
+# The client of the link, if it has one, forgets a range of ours; needs link.lock.
+cdef void ldd_client_withdraw(ldd_link* link, uint64_t addr, uint64_t nbytes) noexcept nogil

@@ -1,0 +1,84 @@
+"""The data client of a link: how it is made, the memory of ours it knows, and how it ends.
+
+Called under the link's lock, or by the one thread that opens the link; and by nobody else once a link is given up. A
+provider that wants local memory registered sees only what was there when a client connected, so a client is made anew
+after more memory came, and told of memory that goes.
+"""
+from libc.stdint cimport uint32_t, uint64_t
+from libc.stdio cimport snprintf
+from libc.stdlib cimport free
+from libc.string cimport memset
+
+from llm_datadist.core.base.device_context cimport ldd_device_enter, ldd_device_leave
+from llm_datadist.core.base.provider cimport (
+    LDD_CAP_DROP_PEER, EndpointDesc, HixlClientConfig, HixlClientDesc, aclrtContext,
+)
+from llm_datadist.core.base.status cimport LDD_OK
+from llm_datadist.core.base.wait cimport ldd_hixl_result
+from llm_datadist.core.link.region cimport ldd_client_memory, ldd_regions_register_client
+
+
+cdef ldd_status ldd_client_open(ldd_link* link, uint32_t timeout_ms, HixlClientHandle* out,
+                                ldd_detail* detail) noexcept nogil:
+    cdef ldd_node* node = link.node
+    cdef HixlClientDesc desc
+    cdef HixlClientConfig config
+    cdef char json[64]
+    cdef int i, at
+    cdef HixlClientHandle client = NULL
+    cdef aclrtContext before
+    cdef ldd_status status
+    memset(&desc, 0, sizeof(desc))
+    memset(&config, 0, sizeof(config))
+    if node.provider.caps & LDD_CAP_DROP_PEER:
+        at = snprintf(json, sizeof(json), b'{"ldd_token":"')
+        for i in range(16):
+            at += snprintf(json + at, sizeof(json) - at, b"%02x", <unsigned int>link.token[i])
+        snprintf(json + at, sizeof(json) - at, b'"}')
+        config.global_resource_config = json
+    else:
+        config.global_resource_config = node.regions.resource_config
+    desc.server_ip = link.data_ip
+    desc.server_port = link.data_port
+    desc.tc = node.regions.traffic_class
+    desc.sl = node.regions.service_level
+    if link.own_endpoint != NULL:
+        desc.local_endpoint = <const EndpointDesc*>link.own_endpoint
+        desc.remote_endpoint = <const EndpointDesc*>link.endpoint
+    before = ldd_device_enter(node.provider, node.context)
+    status = ldd_hixl_result(node.provider, node.provider.hixl.HixlCSClientCreate(&desc, &config, &client),
+                             b"create the data client", detail)
+    if status == LDD_OK:
+        free(link.own_memory)
+        link.own_memory = NULL
+        status = ldd_regions_register_client(&node.regions, client, &link.own_memory, detail)
+        if status == LDD_OK:
+            status = ldd_hixl_result(node.provider, node.provider.hixl.HixlCSClientConnect(client, timeout_ms),
+                                     b"connect the data path", detail)
+        if status < 0:
+            node.provider.hixl.HixlCSClientDestroy(client)
+    ldd_device_leave(node.provider, node.context, before)
+    out[0] = client if status == LDD_OK else NULL
+    return status
+
+
+cdef void ldd_client_destroy(ldd_node* node, HixlClientHandle client) noexcept nogil:
+    cdef aclrtContext before = ldd_device_enter(node.provider, node.context)
+    node.provider.hixl.HixlCSClientDestroy(client)
+    ldd_device_leave(node.provider, node.context, before)
+
+
+cdef void ldd_client_withdraw(ldd_link* link, uint64_t addr, uint64_t nbytes) noexcept nogil:
+    cdef ldd_client_memory* own = link.own_memory
+    cdef aclrtContext before
+    cdef uint32_t i
+    if own == NULL or link.client == NULL:
+        return
+    for i in range(own.count):
+        if own.items[i].addr == addr and own.items[i].nbytes == nbytes:
+            before = ldd_device_enter(link.node.provider, link.node.context)
+            link.node.provider.hixl.HixlCSClientUnregMem(link.client, own.items[i].handle)
+            ldd_device_leave(link.node.provider, link.node.context, before)
+            own.count -= 1
+            own.items[i] = own.items[own.count]
+            return
