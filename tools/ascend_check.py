@@ -226,21 +226,21 @@ class _Engine:
         """The runtime of the provider, with our device current in this thread."""
         from llm_datadist.core.base.provider import Provider
         acl = ctypes.CDLL(Provider.open(self.dist.stats()["provider"]).libraries["acl"])
-        if acl.aclrtSetDevice(self.device) != 0:
+        if acl["aclrtSetDevice"](self.device) != 0:
             raise RuntimeError(f"aclrtSetDevice refuses device {self.device}")
         return acl
 
     def _device_memory(self, num_bytes: int) -> int:
         """Memory of the runtime that no pool owns; it goes with the process."""
         memory = ctypes.c_void_p()
-        code = self._runtime().aclrtMalloc(ctypes.byref(memory), ctypes.c_size_t(num_bytes), 0)
+        code = self._runtime()["aclrtMalloc"](ctypes.byref(memory), ctypes.c_size_t(num_bytes), 0)
         if code != 0 or memory.value is None:
             raise RuntimeError(f"aclrtMalloc of {num_bytes} bytes answers {code}")
         return memory.value
 
     def _copy(self, dst: int, src: int, kind: int) -> None:
         size = ctypes.c_size_t(NUM_SLOTS * SIZE)
-        code = self._runtime().aclrtMemcpy(ctypes.c_void_p(dst), size, ctypes.c_void_p(src), size, kind)
+        code = self._runtime()["aclrtMemcpy"](ctypes.c_void_p(dst), size, ctypes.c_void_p(src), size, kind)
         if code != 0:
             raise RuntimeError(f"aclrtMemcpy answers {code}")
 

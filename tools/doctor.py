@@ -113,7 +113,7 @@ def num_devices(provider: Provider) -> int:
     """How many devices the runtime of a provider counts, 0 when it does not answer."""
     count = ctypes.c_uint32()
     runtime = ctypes.CDLL(provider.libraries["acl"])
-    return count.value if runtime.aclrtGetDeviceCount(ctypes.byref(count)) == 0 else 0
+    return count.value if runtime["aclrtGetDeviceCount"](ctypes.byref(count)) == 0 else 0
 
 
 def advice(findings: dict, environ: Mapping[str, str]) -> list[str]:

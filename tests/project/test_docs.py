@@ -54,7 +54,7 @@ def test_ascend_names_tests_that_exist():
     text = (ROOT / "docs/ascend.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`(test_\w+)`", text))
     found = set(re.findall(r"^def (test_\w+)\(", (TESTS / "cann/test_rules.py").read_text(encoding="utf-8"), re.M))
-    assert len(named) > 25 and named - found == set()
+    assert len(named) > 20 and named - found == set()
     assert [int(row) for row in re.findall(r"^\| (\d+) \|", text, re.M)] == list(range(1, 16))
     for path in re.findall(r"`([\w/]+/test_\w+\.py)`", text):
         assert (TESTS / path.removeprefix("tests/")).is_file(), path

@@ -191,6 +191,8 @@ def test_the_core_calls_the_provider_through_its_table_alone(path):
 
 # The tests of modules that are tested by what they are for, with the processes that this takes.
 TESTED_BY = {
+    "base/device_context": "cann/test_rules.py", "link/background": "cann/test_rules.py",
+    "link/client": "cann/test_rules.py",
     "base/sockets": "links/test_namespaces.py", "base/status": "facade/test_status.py",
     "link/access": "transfers/test_refusals.py",
     "link/accept": "links/test_rank_table_links.py", "link/fork": "links/test_forked_child.py",
@@ -279,7 +281,7 @@ def test_every_function_of_the_provider_is_declared_by_the_header_of_its_file():
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=name_of)
 def test_tools_use_the_public_api(path):
-    """All but the one that tells about providers, and the one that measures."""
+    """All but those that tell about providers, and the one that measures."""
     part = path.relative_to(TOOLS).parts[0]
     for name in imports(path):
         if name.startswith("llm_datadist.tools"):
@@ -287,6 +289,7 @@ def test_tools_use_the_public_api(path):
         if part == "bench":
             assert not name.startswith("llm_datadist.core.") or name in MEASURED, name
         else:
-            allowed = {"llm_datadist", "llm_datadist.core.base.provider"} if part == "doctor.py" else {"llm_datadist"}
+            allowed = {"llm_datadist", "llm_datadist.core.base.provider"} if part in (
+                "ascend_check.py", "doctor.py") else {"llm_datadist"}
             assert name in allowed, name
     assert not {name for name in identifiers(read(path)) if SYMBOL.fullmatch(name)}
