@@ -49,7 +49,7 @@ def open_each(node, homes, which):
 @pytest.mark.parametrize("which", ["ACL_REQUIRED", "HIXL_REQUIRED"])
 def test_each_required_symbol_is_missed_by_name(homes, peers, toolkit, which):
     symbols = names(which)
-    assert len(symbols) > 15
+    assert len(symbols) > 10
     found = homes(symbols)
     child = peers.child(environment(toolkit, LDD_TEST_STRICT=""))
     library = "libacl_rt.so" if which == "ACL_REQUIRED" else "libcann_hixl.so"
@@ -79,7 +79,7 @@ TRANSLATION = {"aclrtGetLogicDevIdByUserDevId", "aclrtGetPhyDevIdByLogicDevId"}
 
 def test_each_optional_symbol_may_be_missing(homes, peers, toolkit):
     exported = {symbol for symbol in names("ACL_OPTIONAL") if symbol not in TRANSLATION}
-    assert len(exported) > 30
+    assert len(exported) > 5
     found = homes(sorted(exported))
     child = peers.child(environment(toolkit, LDD_TEST_STRICT=""))
     assert child.call(live_with_each, found) == len(exported)
