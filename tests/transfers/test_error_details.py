@@ -81,7 +81,7 @@ ENGINE = Path(__file__).resolve().parents[2] / "llm_datadist" / "core" / "engine
 @pytest.mark.parametrize("path", sorted(ENGINE.glob("*.pyx")), ids=lambda path: path.stem)
 def test_every_raising_site_that_knows_the_peer_names_it(path):
     """Functions of the engine that have a cluster at hand raise through ``raise_for_peer``."""
-    functions = re.split(r"^    (?:def|cdef) ", path.read_text(encoding="utf-8"), flags=re.M)
+    functions = re.split(r"^(?:    )?(?:def|cdef) ", path.read_text(encoding="utf-8"), flags=re.M)
     guilty = []
     for function in functions[1:]:
         name = function.partition("(")[0].split()[-1]
