@@ -134,7 +134,7 @@ CALLS = [
     (lambda b: b.m.pull_cache(CacheKey(CLUSTER, 1), b.slots), "PI", f"cluster {CLUSTER} is this one", "local copies"),
     (lambda b: b.dist.link_clusters([], 0), "PI", "timeout=0", "positive, in milliseconds"),
     (lambda b: LLMDataDist(LLMRole.MIX, 9).init({}), "FAILED", f"cluster {CLUSTER}", "finalize that one first"),
-    (lambda b: LLMDataDist(LLMRole.MIX, 9).cache_manager, "RE", "llm datadist", "not initialized"),
+    (lambda b: LLMDataDist(LLMRole.MIX, 9).cache_manager, "FAILED", "llm datadist", "not initialized"),
     (lambda b: TransferWithCacheKeyConfig(BLOCKS, range(1), range(2)), "PI", "range(0, 2)", "differ in length"),
     # Options and variables.
     (setting("sync_kv_timeout", "1s"), "PI", "'1s'", "digits only"),
@@ -168,7 +168,7 @@ def test_wrong_call(benches, assert_raises, call, kind, value, remedy):
     if isinstance(error, LLMException):
         assert not error.recoverable or error.hint in text
         # A setting or an option names itself, a call is named by the exception; options are parsed here without `init`.
-        assert error.operation or re.match(r"option |environment variable |\w+=", text), text
+        assert error.operation or re.match(r"option |environment variable |llm datadist |\w+=", text), text
 
 
 LENIENT = [
