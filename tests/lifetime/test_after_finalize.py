@@ -8,7 +8,7 @@ from support.scripts import output_of
 def test_a_view_keeps_the_memory_it_shows():
     """The array reads and writes as before; the memory goes with it, and a new engine is not disturbed."""
     assert output_of("""
-        import gc
+        import gc, warnings
         def mappings():
             with open("/proc/self/maps") as maps:
                 return sum("memfd:llm_datadist" in line for line in maps)
@@ -19,6 +19,7 @@ def test_a_view_keeps_the_memory_it_shows():
         arrays = [cache.tensors()[1] for cache in caches]
         for number, array in enumerate(arrays):
             array[:] = number + 1
+        warnings.simplefilter("ignore", ResourceWarning)        # its caches are held, on purpose
         dist.finalize()
         print([float(array.sum()) for array in arrays], mappings())
         for cache in caches:
@@ -40,7 +41,7 @@ def test_a_view_keeps_the_memory_it_shows():
 def test_a_push_that_is_collected_with_its_engine(order):
     """Both are garbage of one cycle, as with a traceback that names both: whoever goes last finds the provider."""
     assert output_of("""
-        import gc
+        import gc, warnings
         from llm_datadist.core.engine.layer_push import LayerPush
 
         owner = start(1)
@@ -53,6 +54,7 @@ def test_a_push_that_is_collected_with_its_engine(order):
         engine = dist._require_engine()
         push = LayerPush(engine, 1, cache.cache_id)
         push.aim_at_key
+        warnings.simplefilter("ignore", ResourceWarning)        # its cache is held, on purpose
         dist.finalize()
         class Holder: pass
         holder = Holder()

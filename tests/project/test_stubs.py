@@ -35,7 +35,7 @@ ALLOWED = r"""
 .*\.__test__
 llm_datadist\.core\.plan\.index_list\.IndexList\.__init__
 llm_datadist\.core\.base\.provider\.Provider\.__init__
-llm_datadist\.core\.engine\.lifecycle\.EngineCore
+llm_datadist\.core\.engine\.lifecycle\.(EngineCore|PoolMemory)
 """
 
 

@@ -149,6 +149,13 @@ class WorkerHalf:
         if self._pulls is not None:
             self._pulls.close()
         if self._engine is not None:
+            manager = self._engine.cache_manager
+            for _, cache in self._caches:
+                if cache.is_registered:
+                    manager.unregister_cache(cache.cache_id)
+                else:
+                    manager.deallocate_blocks_cache(cache)
+            self._caches = []
             self._engine.finalize()
             self._engine = None
 

@@ -54,7 +54,7 @@ cdef class EngineBlockKeys(EngineLinks):
         start_detail(&detail)
         with nogil:
             status = ldd_release_hold(&self.node, cluster_id, request, generation, &detail)
-        self.raise_for(status, &detail, b"release_blocks")
+        self.raise_for_peer(status, &detail, b"release_blocks", cluster_id, b"release")
 
     def take_key_events(self):
         """The keys that ended since the last call, as (request, generation, outcome), oldest first."""

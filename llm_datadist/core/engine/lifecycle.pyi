@@ -1,7 +1,8 @@
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple, final
 
 from llm_datadist.options.parser import EngineOptions
 
+@final
 class PoolMemory: ...
 
 class EngineCore:
