@@ -103,10 +103,7 @@ typedef enum {
     ACL_STREAM_STATUS_RESERVED = 0xFFFF
 } aclrtStreamStatus;
 
-typedef enum {
-    ACL_DEVICE = 0,
-    ACL_HOST = 1
-} aclrtRunMode;
+typedef enum { ACL_DEVICE = 0, ACL_HOST = 1 } aclrtRunMode;
 
 typedef enum {
     ACL_MEM_LOCATION_TYPE_HOST = 0,
@@ -142,10 +139,7 @@ enum {
 };
 
 /* Modes of aclrtSetStreamFailureMode. */
-enum {
-    ACL_CONTINUE_ON_FAILURE = 0,
-    ACL_STOP_ON_FAILURE = 1
-};
+enum { ACL_CONTINUE_ON_FAILURE = 0, ACL_STOP_ON_FAILURE = 1 };
 
 /* Flags of aclrtCreateEventExWithFlag. */
 enum {
@@ -207,17 +201,21 @@ static_assert(sizeof(aclrtMemLocation) == 8, "memory location");
 static_assert(offsetof(aclrtMemLocation, id) == 0 && offsetof(aclrtMemLocation, type) == 4, "memory location");
 static_assert(sizeof(aclrtPtrAttributes) == 28, "pointer attributes");
 static_assert(offsetof(aclrtPtrAttributes, location) == 0 && offsetof(aclrtPtrAttributes, pageSize) == 8 &&
-              offsetof(aclrtPtrAttributes, rsv) == 12, "pointer attributes");
+                  offsetof(aclrtPtrAttributes, rsv) == 12,
+              "pointer attributes");
 static_assert(sizeof(aclrtPhysicalMemProp) == 32, "physical memory property");
 static_assert(offsetof(aclrtPhysicalMemProp, handleType) == 0 && offsetof(aclrtPhysicalMemProp, allocationType) == 4 &&
-              offsetof(aclrtPhysicalMemProp, memAttr) == 8 && offsetof(aclrtPhysicalMemProp, location) == 12 &&
-              offsetof(aclrtPhysicalMemProp, reserve) == 24, "physical memory property");
+                  offsetof(aclrtPhysicalMemProp, memAttr) == 8 && offsetof(aclrtPhysicalMemProp, location) == 12 &&
+                  offsetof(aclrtPhysicalMemProp, reserve) == 24,
+              "physical memory property");
 static_assert(sizeof(aclrtMemAccessDesc) == 24, "access descriptor");
 static_assert(offsetof(aclrtMemAccessDesc, flags) == 0 && offsetof(aclrtMemAccessDesc, location) == 4 &&
-              offsetof(aclrtMemAccessDesc, rsv) == 12, "access descriptor");
+                  offsetof(aclrtMemAccessDesc, rsv) == 12,
+              "access descriptor");
 static_assert(sizeof(aclrtMemcpyBatchAttr) == 32, "batch copy attribute");
 static_assert(offsetof(aclrtMemcpyBatchAttr, dstLoc) == 0 && offsetof(aclrtMemcpyBatchAttr, srcLoc) == 8 &&
-              offsetof(aclrtMemcpyBatchAttr, rsv) == 16, "batch copy attribute");
+                  offsetof(aclrtMemcpyBatchAttr, rsv) == 16,
+              "batch copy attribute");
 static_assert(sizeof(aclrtMemFabricHandle) == 128, "fabric handle");
 
 #ifdef __cplusplus

@@ -78,21 +78,26 @@ typedef struct {
 } HixlOneSideOpDesc;
 
 static_assert(sizeof(HixlServerConfig) == 128 && offsetof(HixlServerConfig, global_resource_config) == 0 &&
-              offsetof(HixlServerConfig, reserved) == 8, "server config");
+                  offsetof(HixlServerConfig, reserved) == 8,
+              "server config");
 static_assert(sizeof(HixlClientConfig) == 128 && offsetof(HixlClientConfig, global_resource_config) == 0 &&
-              offsetof(HixlClientConfig, reserved) == 8, "client config");
+                  offsetof(HixlClientConfig, reserved) == 8,
+              "client config");
 static_assert(sizeof(HixlServerDesc) == 128, "server description");
 static_assert(offsetof(HixlServerDesc, endpoint_list) == 0 && offsetof(HixlServerDesc, server_ip) == 8 &&
-              offsetof(HixlServerDesc, server_port) == 16 && offsetof(HixlServerDesc, endpoint_list_num) == 20 &&
-              offsetof(HixlServerDesc, reserved) == 24, "server description");
+                  offsetof(HixlServerDesc, server_port) == 16 && offsetof(HixlServerDesc, endpoint_list_num) == 20 &&
+                  offsetof(HixlServerDesc, reserved) == 24,
+              "server description");
 static_assert(sizeof(HixlClientDesc) == 128, "client description");
 static_assert(offsetof(HixlClientDesc, local_endpoint) == 0 && offsetof(HixlClientDesc, remote_endpoint) == 8 &&
-              offsetof(HixlClientDesc, server_ip) == 16 && offsetof(HixlClientDesc, server_port) == 24 &&
-              offsetof(HixlClientDesc, tc) == 28 && offsetof(HixlClientDesc, sl) == 29 &&
-              offsetof(HixlClientDesc, reserved) == 30, "client description");
+                  offsetof(HixlClientDesc, server_ip) == 16 && offsetof(HixlClientDesc, server_port) == 24 &&
+                  offsetof(HixlClientDesc, tc) == 28 && offsetof(HixlClientDesc, sl) == 29 &&
+                  offsetof(HixlClientDesc, reserved) == 30,
+              "client description");
 static_assert(sizeof(HixlOneSideOpDesc) == 24, "operation description");
 static_assert(offsetof(HixlOneSideOpDesc, remote_buf) == 0 && offsetof(HixlOneSideOpDesc, local_buf) == 8 &&
-              offsetof(HixlOneSideOpDesc, len) == 16, "operation description");
+                  offsetof(HixlOneSideOpDesc, len) == 16,
+              "operation description");
 
 HixlStatus HixlCSServerCreate(const HixlServerDesc *desc, const HixlServerConfig *config, HixlServerHandle *out_server);
 HixlStatus HixlCSServerRegMem(HixlServerHandle server, const char *tag, const CommMem *mem, MemHandle *out_handle);

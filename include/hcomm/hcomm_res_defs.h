@@ -18,11 +18,7 @@ extern "C" {
 
 typedef void *MemHandle;
 
-typedef enum {
-    COMM_MEM_TYPE_INVALID = -1,
-    COMM_MEM_TYPE_DEVICE = 0,
-    COMM_MEM_TYPE_HOST = 1
-} CommMemType;
+typedef enum { COMM_MEM_TYPE_INVALID = -1, COMM_MEM_TYPE_DEVICE = 0, COMM_MEM_TYPE_HOST = 1 } CommMemType;
 
 typedef enum {
     COMM_PROTOCOL_RESERVED = -1,
@@ -106,14 +102,16 @@ static_assert(sizeof(CommMem) == 24, "CommMem");
 static_assert(offsetof(CommMem, type) == 0 && offsetof(CommMem, addr) == 8 && offsetof(CommMem, size) == 16, "CommMem");
 static_assert(sizeof(CommAddr) == 40, "CommAddr");
 static_assert(offsetof(CommAddr, type) == 0 && offsetof(CommAddr, raws) == 4 && offsetof(CommAddr, addr) == 4 &&
-              offsetof(CommAddr, addr6) == 4 && offsetof(CommAddr, id) == 4 && offsetof(CommAddr, eid) == 4,
+                  offsetof(CommAddr, addr6) == 4 && offsetof(CommAddr, id) == 4 && offsetof(CommAddr, eid) == 4,
               "CommAddr");
 static_assert(sizeof(EndpointLoc) == 64, "EndpointLoc");
 static_assert(offsetof(EndpointLoc, locType) == 0 && offsetof(EndpointLoc, raws) == 4 &&
-              offsetof(EndpointLoc, device) == 4 && offsetof(EndpointLoc, host) == 4, "EndpointLoc");
+                  offsetof(EndpointLoc, device) == 4 && offsetof(EndpointLoc, host) == 4,
+              "EndpointLoc");
 static_assert(sizeof(EndpointDesc) == 160, "EndpointDesc");
 static_assert(offsetof(EndpointDesc, protocol) == 0 && offsetof(EndpointDesc, commAddr) == 4 &&
-              offsetof(EndpointDesc, loc) == 44 && offsetof(EndpointDesc, raws) == 108, "EndpointDesc");
+                  offsetof(EndpointDesc, loc) == 44 && offsetof(EndpointDesc, raws) == 108,
+              "EndpointDesc");
 
 #ifdef __cplusplus
 }

@@ -9,17 +9,37 @@
 
 #include <stdint.h>
 
-static inline uint32_t ldd_get32(const uint32_t *at) { return __atomic_load_n(at, __ATOMIC_RELAXED); }
-static inline uint64_t ldd_get64(const uint64_t *at) { return __atomic_load_n(at, __ATOMIC_RELAXED); }
-static inline void ldd_set32(uint32_t *at, uint32_t value) { __atomic_store_n(at, value, __ATOMIC_RELAXED); }
-static inline void ldd_set64(uint64_t *at, uint64_t value) { __atomic_store_n(at, value, __ATOMIC_RELAXED); }
-static inline uint32_t ldd_load32(const uint32_t *at) { return __atomic_load_n(at, __ATOMIC_ACQUIRE); }
-static inline uint64_t ldd_load64(const uint64_t *at) { return __atomic_load_n(at, __ATOMIC_ACQUIRE); }
-static inline void ldd_store32(uint32_t *at, uint32_t value) { __atomic_store_n(at, value, __ATOMIC_RELEASE); }
-static inline void ldd_store64(uint64_t *at, uint64_t value) { __atomic_store_n(at, value, __ATOMIC_RELEASE); }
-static inline void ldd_add64(uint64_t *at, uint64_t by) { __atomic_fetch_add(at, by, __ATOMIC_RELAXED); }
+static inline uint32_t ldd_get32(const uint32_t *at) {
+    return __atomic_load_n(at, __ATOMIC_RELAXED);
+}
+static inline uint64_t ldd_get64(const uint64_t *at) {
+    return __atomic_load_n(at, __ATOMIC_RELAXED);
+}
+static inline void ldd_set32(uint32_t *at, uint32_t value) {
+    __atomic_store_n(at, value, __ATOMIC_RELAXED);
+}
+static inline void ldd_set64(uint64_t *at, uint64_t value) {
+    __atomic_store_n(at, value, __ATOMIC_RELAXED);
+}
+static inline uint32_t ldd_load32(const uint32_t *at) {
+    return __atomic_load_n(at, __ATOMIC_ACQUIRE);
+}
+static inline uint64_t ldd_load64(const uint64_t *at) {
+    return __atomic_load_n(at, __ATOMIC_ACQUIRE);
+}
+static inline void ldd_store32(uint32_t *at, uint32_t value) {
+    __atomic_store_n(at, value, __ATOMIC_RELEASE);
+}
+static inline void ldd_store64(uint64_t *at, uint64_t value) {
+    __atomic_store_n(at, value, __ATOMIC_RELEASE);
+}
+static inline void ldd_add64(uint64_t *at, uint64_t by) {
+    __atomic_fetch_add(at, by, __ATOMIC_RELAXED);
+}
 /* Count a change that was made before, for whoever loads the count next. */
-static inline void ldd_ring(uint64_t *bell) { __atomic_fetch_add(bell, 1, __ATOMIC_SEQ_CST); }
+static inline void ldd_ring(uint64_t *bell) {
+    __atomic_fetch_add(bell, 1, __ATOMIC_SEQ_CST);
+}
 /* Store a number that only ever rises, modulo 2**32. */
 static inline void ldd_raise(uint32_t *at, uint32_t value) {
     uint32_t before = ldd_get32(at);
@@ -28,6 +48,8 @@ static inline void ldd_raise(uint32_t *at, uint32_t value) {
     }
 }
 /* Everything before comes before everything after, in one order that all processors agree on. */
-static inline void ldd_fence(void) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+static inline void ldd_fence(void) {
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+}
 
 #endif

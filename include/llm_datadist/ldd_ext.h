@@ -19,13 +19,13 @@ extern "C" {
 /* Capability bits, answered by LddCapabilities(). */
 enum {
     LDD_CAP_LATE_REGISTRATION = 1u << 0, /* memory registered with a server after clients connected is seen by them   */
-    LDD_CAP_ANY_LOCAL = 1u << 1,         /* local_buf of a batch needs no registration with the client                */
-    LDD_CAP_WAIT = 1u << 2,              /* LddClientWait                                                             */
-    LDD_CAP_CANCEL = 1u << 3,            /* LddClientCancel                                                           */
-    LDD_CAP_DROP_PEER = 1u << 4,         /* LddServerDropPeer; client config key "ldd_token" (32 hex digits) is heard */
-    LDD_CAP_FETCH = 1u << 5,             /* LddServerSetFetch, LddClientFetchAsync                                    */
-    LDD_CAP_SHARED_MEMORY = 1u << 6,     /* processes of one host may share memory: LLM_DATADIST_HOST_PATHS says so   */
-    LDD_CAP_ADMIT = 1u << 7              /* LddServerRestrict, LddServerAdmitPeer                                     */
+    LDD_CAP_ANY_LOCAL = 1u << 1, /* local_buf of a batch needs no registration with the client                */
+    LDD_CAP_WAIT = 1u << 2, /* LddClientWait                                                             */
+    LDD_CAP_CANCEL = 1u << 3, /* LddClientCancel                                                           */
+    LDD_CAP_DROP_PEER = 1u << 4, /* LddServerDropPeer; client config key "ldd_token" (32 hex digits) is heard */
+    LDD_CAP_FETCH = 1u << 5, /* LddServerSetFetch, LddClientFetchAsync                                    */
+    LDD_CAP_SHARED_MEMORY = 1u << 6, /* processes of one host may share memory: LLM_DATADIST_HOST_PATHS says so   */
+    LDD_CAP_ADMIT = 1u << 7 /* LddServerRestrict, LddServerAdmitPeer                                     */
 };
 
 uint32_t LddCapabilities(void);
@@ -39,7 +39,8 @@ const char *LddLastError(void);
  * otherwise (the handle is gone, as with HixlCSClientQueryCompleteStatus). The calling thread may
  * itself copy bytes. Never sleeps past the deadline by more than the time one piece of a copy takes.
  */
-HixlStatus LddClientWait(HixlClientHandle client, CompleteHandle handle, int64_t timeout_ns, HixlCompleteStatus *status);
+HixlStatus LddClientWait(HixlClientHandle client, CompleteHandle handle, int64_t timeout_ns,
+                         HixlCompleteStatus *status);
 
 /*
  * Give the batch up. When this returns, no byte of it is written locally any more, the handle is gone,

@@ -7,8 +7,8 @@
  *
  * Needs _GNU_SOURCE (Python.h defines it) for dlinfo.
  */
-#ifndef LLM_DATADIST_LDD_TABLE_H
-#define LLM_DATADIST_LDD_TABLE_H
+#ifndef LLM_DATADIST_LDD_PROVIDER_H
+#define LLM_DATADIST_LDD_PROVIDER_H
 
 #ifndef _GNU_SOURCE
 #error "define _GNU_SOURCE before the first include: dlinfo tells where a library was found"
@@ -30,60 +30,60 @@
 extern "C" {
 #endif
 
-#define ACL_REQUIRED(X)                                                                                            \
-    X(aclrtGetDeviceCount)                                                                                         \
-    X(aclrtSetDevice)                                                                                              \
-    X(aclrtResetDevice)                                                                                            \
-    X(aclrtCreateContext)                                                                                          \
-    X(aclrtDestroyContext)                                                                                         \
-    X(aclrtSetCurrentContext)                                                                                      \
-    X(aclrtGetCurrentContext)                                                                                      \
-    X(aclrtCreateStream)                                                                                           \
-    X(aclrtDestroyStream)                                                                                          \
-    X(aclrtSynchronizeStreamWithTimeout)                                                                           \
-    X(aclrtMalloc)                                                                                                 \
-    X(aclrtFree)                                                                                                   \
-    X(aclrtMallocHost)                                                                                             \
-    X(aclrtFreeHost)                                                                                               \
-    X(aclrtMemcpy)                                                                                                 \
+#define ACL_REQUIRED(X)                  \
+    X(aclrtGetDeviceCount)               \
+    X(aclrtSetDevice)                    \
+    X(aclrtResetDevice)                  \
+    X(aclrtCreateContext)                \
+    X(aclrtDestroyContext)               \
+    X(aclrtSetCurrentContext)            \
+    X(aclrtGetCurrentContext)            \
+    X(aclrtCreateStream)                 \
+    X(aclrtDestroyStream)                \
+    X(aclrtSynchronizeStreamWithTimeout) \
+    X(aclrtMalloc)                       \
+    X(aclrtFree)                         \
+    X(aclrtMallocHost)                   \
+    X(aclrtFreeHost)                     \
+    X(aclrtMemcpy)                       \
     X(aclrtMemcpyAsync)
 
-#define ACL_OPTIONAL(X)                                                                                            \
-    X(aclInit)                                                                                                     \
-    X(aclGetRecentErrMsg)                                                                                          \
-    X(aclrtGetVersion)                                                                                             \
-    X(aclrtStreamAbort)                                                                                            \
-    X(aclrtGetLogicDevIdByUserDevId)                                                                               \
-    X(aclrtGetPhyDevIdByLogicDevId)                                                                                \
-    X(aclrtGetDeviceInfo)                                                                                          \
+#define ACL_OPTIONAL(X)              \
+    X(aclInit)                       \
+    X(aclGetRecentErrMsg)            \
+    X(aclrtGetVersion)               \
+    X(aclrtStreamAbort)              \
+    X(aclrtGetLogicDevIdByUserDevId) \
+    X(aclrtGetPhyDevIdByLogicDevId)  \
+    X(aclrtGetDeviceInfo)            \
     X(aclrtPointerGetAttributes)
 
-#define HIXL_REQUIRED(X)                                                                                           \
-    X(HixlCSServerCreate)                                                                                          \
-    X(HixlCSServerRegMem)                                                                                          \
-    X(HixlCSServerListen)                                                                                          \
-    X(HixlCSServerUnregMem)                                                                                        \
-    X(HixlCSServerDestroy)                                                                                         \
-    X(HixlCSClientCreate)                                                                                          \
-    X(HixlCSClientRegMem)                                                                                          \
-    X(HixlCSClientUnregMem)                                                                                        \
-    X(HixlCSClientConnect)                                                                                         \
-    X(HixlCSClientGetRemoteMem)                                                                                    \
-    X(HixlCSClientBatchPutAsync)                                                                                   \
-    X(HixlCSClientBatchGetAsync)                                                                                   \
-    X(HixlCSClientQueryCompleteStatus)                                                                             \
+#define HIXL_REQUIRED(X)               \
+    X(HixlCSServerCreate)              \
+    X(HixlCSServerRegMem)              \
+    X(HixlCSServerListen)              \
+    X(HixlCSServerUnregMem)            \
+    X(HixlCSServerDestroy)             \
+    X(HixlCSClientCreate)              \
+    X(HixlCSClientRegMem)              \
+    X(HixlCSClientUnregMem)            \
+    X(HixlCSClientConnect)             \
+    X(HixlCSClientGetRemoteMem)        \
+    X(HixlCSClientBatchPutAsync)       \
+    X(HixlCSClientBatchGetAsync)       \
+    X(HixlCSClientQueryCompleteStatus) \
     X(HixlCSClientDestroy)
 
-#define EXT_OPTIONAL(X)                                                                                            \
-    X(LddCapabilities)                                                                                             \
-    X(LddLastError)                                                                                                \
-    X(LddClientWait)                                                                                               \
-    X(LddClientCancel)                                                                                             \
-    X(LddServerRestrict)                                                                                           \
-    X(LddServerAdmitPeer)                                                                                          \
-    X(LddServerDropPeer)                                                                                           \
-    X(LddServerSetFetch)                                                                                           \
-    X(LddClientFetchAsync)                                                                                         \
+#define EXT_OPTIONAL(X)    \
+    X(LddCapabilities)     \
+    X(LddLastError)        \
+    X(LddClientWait)       \
+    X(LddClientCancel)     \
+    X(LddServerRestrict)   \
+    X(LddServerAdmitPeer)  \
+    X(LddServerDropPeer)   \
+    X(LddServerSetFetch)   \
+    X(LddClientFetchAsync) \
     X(LddClientPaths)
 
 #define LDD_SLOT(fn) __typeof__(&fn) fn;
@@ -180,16 +180,16 @@ static inline ldd_status ldd_provider_fill(ldd_provider *provider, ldd_detail *d
         snprintf(provider->version, sizeof provider->version, "%d.%d.%d", major, minor, patch);
     }
 
-#define LDD_FILL(fn)                                                             \
-    if (LDD_LOOK_UP(provider->acl, provider->acl_lib, fn) == NULL) {             \
-        return ldd_missing(provider, provider->acl_path, #fn, detail);           \
+#define LDD_FILL(fn)                                                   \
+    if (LDD_LOOK_UP(provider->acl, provider->acl_lib, fn) == NULL) {   \
+        return ldd_missing(provider, provider->acl_path, #fn, detail); \
     }
     ACL_REQUIRED(LDD_FILL)
 #undef LDD_FILL
 
-#define LDD_FILL(fn)                                                             \
-    if (LDD_LOOK_UP(provider->hixl, provider->hixl_lib, fn) == NULL) {           \
-        return ldd_missing(provider, provider->hixl_path, #fn, detail);          \
+#define LDD_FILL(fn)                                                    \
+    if (LDD_LOOK_UP(provider->hixl, provider->hixl_lib, fn) == NULL) {  \
+        return ldd_missing(provider, provider->hixl_path, #fn, detail); \
     }
     HIXL_REQUIRED(LDD_FILL)
 #undef LDD_FILL

@@ -43,9 +43,15 @@ static inline ldd_status ldd_mutex_init(ldd_mutex *mutex) {
     return pthread_mutex_init(mutex, NULL) == 0 ? LDD_OK : LDD_E_NO_MEMORY;
 }
 
-static inline void ldd_mutex_destroy(ldd_mutex *mutex) { pthread_mutex_destroy(mutex); }
-static inline void ldd_lock(ldd_mutex *mutex) { pthread_mutex_lock(mutex); }
-static inline void ldd_unlock(ldd_mutex *mutex) { pthread_mutex_unlock(mutex); }
+static inline void ldd_mutex_destroy(ldd_mutex *mutex) {
+    pthread_mutex_destroy(mutex);
+}
+static inline void ldd_lock(ldd_mutex *mutex) {
+    pthread_mutex_lock(mutex);
+}
+static inline void ldd_unlock(ldd_mutex *mutex) {
+    pthread_mutex_unlock(mutex);
+}
 
 /* LDD_OK with the mutex held, or LDD_E_TIMEOUT without it. */
 static inline ldd_status ldd_lock_until(ldd_mutex *mutex, int64_t deadline_ns) {
@@ -77,8 +83,12 @@ static inline ldd_status ldd_cond_init(ldd_cond *cond) {
     return rc == 0 ? LDD_OK : LDD_E_NO_MEMORY;
 }
 
-static inline void ldd_cond_destroy(ldd_cond *cond) { pthread_cond_destroy(cond); }
-static inline void ldd_cond_broadcast(ldd_cond *cond) { pthread_cond_broadcast(cond); }
+static inline void ldd_cond_destroy(ldd_cond *cond) {
+    pthread_cond_destroy(cond);
+}
+static inline void ldd_cond_broadcast(ldd_cond *cond) {
+    pthread_cond_broadcast(cond);
+}
 
 /* Wait with the mutex held on entry and return. LDD_OK may be spurious: test the condition again. */
 static inline ldd_status ldd_cond_wait_until(ldd_cond *cond, ldd_mutex *mutex, int64_t deadline_ns) {

@@ -1,4 +1,4 @@
-"""Addresses as clients write them: IPv4, IPv6 in brackets, and host names, which are resolved here and nowhere else."""
+"""Resolve the host of an address: IPv4, IPv6 in brackets or a name; ``values.parse_address`` checks host and port."""
 from __future__ import annotations
 
 import ipaddress

@@ -1,4 +1,4 @@
-"""Parsers of single option values. Each takes (option, text); the text of every error names the option."""
+"""Parsers of single option values and of addresses. Each takes (option, text); every error names the option."""
 from __future__ import annotations
 
 import json

@@ -1,7 +1,8 @@
 """The answering side of a handshake: who may link, and what becomes of the two connections.
 
 A link needs two connections from the same peer: the first is served, on the second we ask. It becomes
-active when the second has come. Runs on the service thread, but for the pending at the end.
+active when the second has come. A peer of this user on this host is given the shared table here, too. Runs on the
+service thread, but for the functions about expected members of a communicator, at the end.
 """
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
@@ -231,7 +232,7 @@ cdef ldd_status _accept_forward(ldd_service* service, ldd_conn* conn, const ldd_
 
 cdef ldd_status _accept_awaited(ldd_service* service, const ldd_hello* hello, ldd_link* link,
                           ldd_detail* detail) noexcept nogil:
-    """Publish the link of a communicator that is still wished for."""
+    """Publish the link of a communicator that is still expected."""
     cdef ldd_pending* awaited
     cdef ldd_status status
     ldd_lock(&service.lock)

@@ -1,4 +1,4 @@
-"""The service thread: answers peers' requests without the interpreter.
+"""The control service thread of an engine: answers peers' requests without the interpreter.
 
 One thread per engine waits on epoll for listeners, handshakes and serving connections, and never takes the
 GIL: a peer resolves, reads and releases while this process is busy in Python or in the model. It owns its

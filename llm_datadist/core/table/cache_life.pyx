@@ -1,11 +1,12 @@
 """The life of one cache in a table: its slot, its keys, its pins, and when its memory goes back.
 
 A cache is live while its handle exists or, when owned and contiguous, while a req or prefix key is bound to it. Then it
-is retired: nobody can find or pin it any more, and its last pin frees it. So a running transfer keeps its memory
-whatever happens to handle and keys meanwhile, deallocation never waits, and counts are exact at every moment because
-each transition is one critical section of ``cache_table.pyx``.
+is retired: nobody can find or pin it any more, and its last pin frees it, or the last reader on this host that has
+said that it touches it. So a running transfer keeps its memory whatever happens to handle and keys meanwhile,
+deallocation never waits, and counts are exact at every moment because each transition is one critical section of
+``cache_table.pyx``.
 
-    allocate -> published --handle and last key gone--> retired --last pin gone--> freed (pages back to the pool)
+    allocate -> published --handle and last key gone--> retired --last pin gone--> freed (owned pages: to the pool)
     register -> published --unregister---------------->   same
 
 Slots are dense and reused with a new generation; ids are never reused. No function here locks, waits or raises.

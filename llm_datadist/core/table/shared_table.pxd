@@ -16,9 +16,9 @@ cdef extern from * nogil:
     #ifndef LDD_SHARED_TABLE_LIMITS
     #define LDD_SHARED_TABLE_LIMITS
     /* Address space only: the files are sparse, and pages are taken when they are first used. */
-    #define LDD_MAX_KEYS (1u << 19)
-    #define LDD_MAX_CELLS (1u << 20)
-    #define LDD_MAX_CACHES (1u << 18)
+    #define LDD_MAX_KEYS (1u << 20)
+    #define LDD_MAX_CELLS (1u << 22)
+    #define LDD_MAX_CACHES (1u << 19)
     #define LDD_LANE_RING 256
     #define LDD_CACHE_LINE 64
     /* In place of the mask of a table that peers can look up nothing in. */

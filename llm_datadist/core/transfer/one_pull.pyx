@@ -3,8 +3,8 @@
 Over the network the steps of a pull (resolve, get, release) cost a round trip each. Here the request says where in each
 tensor of the source the bytes lie, which follows from the block lists alone; the owner adds the addresses. The answer
 is the bytes, which land in the destination as they come, and then one small frame says that all are in place: with it
-the owner lets go of the cache and, where the pull takes its key, of that. Nobody waits for this frame, see
-``serve_pull.pyx``.
+the owner lets go of the cache and, where the pull takes its key, of that. The provider sends this frame (`confirm` in
+``host/hixl/client/tcp.c``), nobody waits for it, and it ends in `_on_end` of ``serve_pull.pyx``.
 
 This is for pulls that nothing is wrong with. Whatever is goes by the steps, which say so in the words of the API, and
 so does what needs to know the source first: pieces of a slot that do not fill their blocks, layers taken one by one.

@@ -1,4 +1,4 @@
-"""One pull or push: resolve, plan, move, release; in one exchange where that can be, see ``one_pull.pyx``.
+"""A pull or push step by step: resolve, plan, move, release; pulls in one exchange are in ``one_pull.pyx``.
 
 Runs on the caller's thread without the GIL, under the link's lock from the resolve to the release: transfers
 on one link take turns, different links run in parallel. Waiting for the turn and every step of the transfer

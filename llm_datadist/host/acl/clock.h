@@ -35,7 +35,7 @@ static inline aclError acl_check_timeout(const char *function, int32_t timeout_m
         return ACL_SUCCESS;
     }
     return acl_fail(ACL_ERROR_RT_PARAM_INVALID, "%s: timeout is %d ms; -1 or at least 1 expected", function,
-                             timeout_ms);
+                    timeout_ms);
 }
 
 #endif

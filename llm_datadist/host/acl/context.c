@@ -61,7 +61,7 @@ int32_t acl_current_device(void) {
 
 static aclError no_context(const char *function) {
     return acl_fail(ACL_ERROR_RT_CONTEXT_NULL,
-                             "%s: the calling thread has no current context; call aclrtSetDevice first", function);
+                    "%s: the calling thread has no current context; call aclrtSetDevice first", function);
 }
 
 aclError acl_require_context(const char *function, int32_t *device) {
@@ -70,8 +70,7 @@ aclError acl_require_context(const char *function, int32_t *device) {
 }
 
 aclError acl_enter_context(const char *function, acl_context **context) {
-    *context = current.handle == NULL ? NULL
-                                      : (acl_context *)acl_acquire(current.handle, ACL_HOST_CONTEXT);
+    *context = current.handle == NULL ? NULL : (acl_context *)acl_acquire(current.handle, ACL_HOST_CONTEXT);
     return *context != NULL ? ACL_SUCCESS : no_context(function);
 }
 

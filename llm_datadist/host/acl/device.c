@@ -37,9 +37,8 @@ static aclError count_devices(const char *function, uint32_t *count) {
         char *end;
         value = strtoul(text, &end, 10);
         if (*end != '\0' || text[0] == '-' || value > MAX_DEVICES) {
-            return acl_fail(ACL_ERROR_INVALID_PARAM,
-                                     "%s: LLM_DATADIST_HOST_DEVICES is '%.32s'; 0 to %d expected", function, text,
-                                     MAX_DEVICES);
+            return acl_fail(ACL_ERROR_INVALID_PARAM, "%s: LLM_DATADIST_HOST_DEVICES is '%.32s'; 0 to %d expected",
+                            function, text, MAX_DEVICES);
         }
     }
     *count = (uint32_t)value;
@@ -57,14 +56,13 @@ static aclError check_device(const char *function, int32_t device) {
     }
     if (device < 0 || (uint32_t)device >= count) {
         return acl_fail(ACL_ERROR_RT_INVALID_DEVICEID, "%s: device is %d; 0 to %u expected", function, device,
-                                 count - 1);
+                        count - 1);
     }
     return ACL_SUCCESS;
 }
 
 static aclError check_out(const char *function, const void *out) {
-    return out != NULL ? ACL_SUCCESS
-                       : acl_fail(ACL_ERROR_INVALID_PARAM, "%s: result pointer is NULL", function);
+    return out != NULL ? ACL_SUCCESS : acl_fail(ACL_ERROR_INVALID_PARAM, "%s: result pointer is NULL", function);
 }
 
 LDD_EXPORT aclError aclrtGetDeviceCount(uint32_t *out_count) {
@@ -172,8 +170,8 @@ LDD_EXPORT aclError aclrtDestroyContext(aclrtContext context) {
     primary = found->primary;
     acl_release(&found->object);
     if (primary) {
-        return acl_fail(ACL_ERROR_RT_PARAM_INVALID, "%s: %p is a default context; aclrtResetDevice ends it",
-                                 __func__, context);
+        return acl_fail(ACL_ERROR_RT_PARAM_INVALID, "%s: %p is a default context; aclrtResetDevice ends it", __func__,
+                        context);
     }
     if (!end_context(context)) { /* another thread was faster */
         return acl_fail(ACL_ERROR_RT_INVALID_HANDLE, "%s: %p is no context", __func__, context);
@@ -277,8 +275,8 @@ LDD_EXPORT aclError aclrtGetDeviceInfo(uint32_t device, int attribute, int64_t *
         error = check_device(__func__, device > INT32_MAX ? -1 : (int32_t)device);
     }
     if (error == ACL_SUCCESS) {
-        error = acl_fail(ACL_ERROR_RT_FEATURE_NOT_SUPPORT, "%s: an emulated device has no attribute %d",
-                                  __func__, attribute);
+        error = acl_fail(ACL_ERROR_RT_FEATURE_NOT_SUPPORT, "%s: an emulated device has no attribute %d", __func__,
+                         attribute);
     }
     return error;
 }
@@ -315,13 +313,12 @@ LDD_EXPORT aclError aclInit(const char *config_path) {
     bool repeated;
     if (config_path != NULL && config_path[0] != '\0' && access(config_path, R_OK) != 0) {
         return acl_fail(ACL_ERROR_INVALID_PARAM, "%s: configuration file %.256s is not readable", __func__,
-                                 config_path);
+                        config_path);
     }
     pthread_mutex_lock(&device_lock);
     repeated = num_inits++ > 0;
     pthread_mutex_unlock(&device_lock);
-    return repeated ? acl_fail(ACL_ERROR_REPEAT_INITIALIZE, "%s: initialised before; this call is counted",
-                                        __func__)
+    return repeated ? acl_fail(ACL_ERROR_REPEAT_INITIALIZE, "%s: initialised before; this call is counted", __func__)
                     : ACL_SUCCESS;
 }
 

@@ -57,8 +57,7 @@ aclError acl_enter_event(const char *function, aclrtEvent handle, acl_event **ev
         return error;
     }
     *event = (acl_event *)acl_acquire(handle, ACL_HOST_EVENT);
-    return *event != NULL ? ACL_SUCCESS
-                          : acl_fail(ACL_ERROR_RT_INVALID_HANDLE, "%s: %p is no event", function, handle);
+    return *event != NULL ? ACL_SUCCESS : acl_fail(ACL_ERROR_RT_INVALID_HANDLE, "%s: %p is no event", function, handle);
 }
 
 LDD_EXPORT aclError aclrtCreateEvent(aclrtEvent *out_event) {
@@ -146,8 +145,8 @@ static aclError synchronize_event(const char *function, aclrtEvent handle, int32
             pthread_cond_wait(&event->changed, &event->lock);
         } else if (pthread_cond_timedwait(&event->changed, &event->lock, &deadline) == ETIMEDOUT &&
                    event->completed < sequence) {
-            error = acl_fail(ACL_ERROR_RT_EVENT_SYNC_TIMEOUT, "%s: event %p is not reached after %d ms",
-                                      function, handle, timeout_ms);
+            error = acl_fail(ACL_ERROR_RT_EVENT_SYNC_TIMEOUT, "%s: event %p is not reached after %d ms", function,
+                             handle, timeout_ms);
         }
     }
     pthread_mutex_unlock(&event->lock);

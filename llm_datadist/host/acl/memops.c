@@ -16,8 +16,8 @@ static aclError check_range(const char *function, const char *what, const void *
         return acl_fail(ACL_ERROR_INVALID_PARAM, "%s: %s is NULL", function, what);
     }
     if (acl_overruns((uintptr_t)ptr, size)) {
-        return acl_fail(ACL_ERROR_RT_PARAM_INVALID, "%s: %s %p with %zu bytes leaves its allocation", function,
-                                 what, ptr, size);
+        return acl_fail(ACL_ERROR_RT_PARAM_INVALID, "%s: %s %p with %zu bytes leaves its allocation", function, what,
+                        ptr, size);
     }
     return ACL_SUCCESS;
 }
@@ -25,8 +25,8 @@ static aclError check_range(const char *function, const char *what, const void *
 static aclError check_copy(const char *function, const void *dst, size_t dst_max, const void *src, size_t count) {
     aclError error;
     if (count > dst_max) {
-        return acl_fail(ACL_ERROR_INVALID_PARAM, "%s: %zu bytes to copy, %zu at the destination", function,
-                                 count, dst_max);
+        return acl_fail(ACL_ERROR_INVALID_PARAM, "%s: %zu bytes to copy, %zu at the destination", function, count,
+                        dst_max);
     }
     error = check_range(function, "destination", dst, count);
     return error != ACL_SUCCESS ? error : check_range(function, "source", src, count);
@@ -43,8 +43,7 @@ LDD_EXPORT aclError aclrtMemset(void *ptr, size_t max_count, int32_t value, size
     int32_t device;
     aclError error = acl_require_context(__func__, &device);
     if (error == ACL_SUCCESS && count > max_count) {
-        error = acl_fail(ACL_ERROR_INVALID_PARAM, "%s: %zu bytes to fill, %zu there", __func__, count,
-                                  max_count);
+        error = acl_fail(ACL_ERROR_INVALID_PARAM, "%s: %zu bytes to fill, %zu there", __func__, count, max_count);
     }
     if (error == ACL_SUCCESS) {
         error = check_range(__func__, "pointer", ptr, count);
@@ -88,8 +87,7 @@ static aclError prepare_copy(const char *function, void *dst, size_t dst_max, co
     copy->src_pin = acl_pin_range((uintptr_t)src, count, &src_found);
     if (dst_found.kind == COMM_MEM_TYPE_HOST && src_found.kind == COMM_MEM_TYPE_HOST) {
         acl_unpin_copy(copy);
-        return acl_fail(ACL_ERROR_RT_FEATURE_NOT_SUPPORT, "%s: both %p and %p are host memory", function, dst,
-                                 src);
+        return acl_fail(ACL_ERROR_RT_FEATURE_NOT_SUPPORT, "%s: both %p and %p are host memory", function, dst, src);
     }
     *caller_owned |= (copy->dst_pin == NULL && !acl_is_registered((uintptr_t)dst, count)) ||
                      (copy->src_pin == NULL && !acl_is_registered((uintptr_t)src, count));
@@ -127,12 +125,12 @@ static aclError check_batch(const char *function, void **dsts, size_t *dst_maxs,
     }
     if (num_attrs > num_copies || (num_attrs > 0 && (attrs == NULL || attr_indexes == NULL))) {
         return acl_fail(ACL_ERROR_INVALID_PARAM, "%s: %zu attributes for %zu copies, or their arrays are NULL",
-                                 function, num_attrs, num_copies);
+                        function, num_attrs, num_copies);
     }
     for (i = 0; i < num_attrs; i++) { /* each names the first copy it is for; the addresses say the same */
         if (attr_indexes[i] >= num_copies || (i > 0 && attr_indexes[i] <= attr_indexes[i - 1])) {
             return acl_fail(ACL_ERROR_INVALID_PARAM, "%s: attribute %zu is for copy %zu of %zu", function, i,
-                                     attr_indexes[i], num_copies);
+                            attr_indexes[i], num_copies);
         }
     }
     return ACL_SUCCESS;
@@ -201,10 +199,9 @@ LDD_EXPORT aclError aclrtMemcpyBatchAsync(void **dsts, size_t *dst_maxs, void **
     }
     if (error == ACL_SUCCESS) {
         copies = calloc(num_copies, sizeof *copies);
-        error = copies != NULL ? prepare_batch(__func__, dsts, dst_maxs, srcs, sizes, num_copies, copies, &wait,
-                                               out_fail_index)
-                               : acl_fail(ACL_ERROR_RT_RESOURCE_ALLOC_FAIL, "%s: no memory for %zu copies",
-                                                   __func__, num_copies);
+        error = copies != NULL
+                    ? prepare_batch(__func__, dsts, dst_maxs, srcs, sizes, num_copies, copies, &wait, out_fail_index)
+                    : acl_fail(ACL_ERROR_RT_RESOURCE_ALLOC_FAIL, "%s: no memory for %zu copies", __func__, num_copies);
     }
     if (error == ACL_SUCCESS) {
         error = acl_submit_copies(found, copies, num_copies, wait);

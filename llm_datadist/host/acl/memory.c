@@ -238,7 +238,7 @@ static void *map_memfd(int fd, uint64_t size) {
         munmap(area, before);
     }
     munmap(start + size, after);
-    madvise(start, size, MADV_HUGEPAGE); /* a wish: small pages do as well */
+    madvise(start, size, MADV_HUGEPAGE); /* advice: small pages do as well */
     return start;
 }
 
@@ -247,8 +247,8 @@ static aclError system_failure(const char *function, const char *call, uint64_t 
                        : errno == ENOMEM ? " (see RLIMIT_AS and vm.max_map_count)"
                                          : "";
     aclError error = errno == EMFILE || errno == ENFILE ? ACL_ERROR_RT_RESOURCE_ALLOC_FAIL : out_of_memory;
-    return acl_fail(error, "%s: %s of %llu bytes: %s%s", function, call, (unsigned long long)size,
-                             strerror(errno), hint);
+    return acl_fail(error, "%s: %s of %llu bytes: %s%s", function, call, (unsigned long long)size, strerror(errno),
+                    hint);
 }
 
 /* Build and register an allocation that was admitted. */
@@ -287,8 +287,8 @@ static aclError allocate(const char *function, void **out_ptr, size_t size, Comm
     uint64_t left, total;
     aclError error;
     if (out_ptr == NULL || size == 0) {
-        return acl_fail(ACL_ERROR_INVALID_PARAM, "%s: result pointer is %p, size is %zu; neither may be 0",
-                                 function, (void *)out_ptr, size);
+        return acl_fail(ACL_ERROR_INVALID_PARAM, "%s: result pointer is %p, size is %zu; neither may be 0", function,
+                        (void *)out_ptr, size);
     }
     error = acl_require_context(function, &wanted.device);
     if (error != ACL_SUCCESS) {
@@ -298,7 +298,7 @@ static aclError allocate(const char *function, void **out_ptr, size_t size, Comm
     left = free_bytes(&total);
     if (size > left) { /* before rounding, which could overflow */
         error = acl_fail(out_of_memory, "%s: %zu bytes asked for, %llu of %llu available", function, size,
-                                  (unsigned long long)left, (unsigned long long)total);
+                         (unsigned long long)left, (unsigned long long)total);
     } else {
         wanted.mapped = (size + unit - 1) / unit * unit;
         error = allocate_admitted(function, &wanted, out_of_memory);
@@ -333,7 +333,7 @@ static aclError free_allocation(const char *function, void *ptr, CommMemType kin
     pthread_rwlock_unlock(&registry_lock);
     if (found == NULL) {
         return acl_fail(ACL_ERROR_RT_PARAM_INVALID, "%s: %p is not the start of %s memory", function, ptr,
-                                 kind == COMM_MEM_TYPE_DEVICE ? "device" : "page-locked host");
+                        kind == COMM_MEM_TYPE_DEVICE ? "device" : "page-locked host");
     }
     acl_unpin(found);
     return ACL_SUCCESS;
@@ -342,7 +342,7 @@ static aclError free_allocation(const char *function, void *ptr, CommMemType kin
 /* ---- the interface ---- */
 
 /*
- * Policies are wishes here: large allocations always ask for 2 MiB pages, and get what the machine has. One GiB
+ * Policies are advice here: large allocations always ask for 2 MiB pages, and get what the machine has. One GiB
  * pages would have to be reserved beforehand and are refused.
  */
 LDD_EXPORT aclError aclrtMalloc(void **out_ptr, size_t size, aclrtMemMallocPolicy policy) {
@@ -383,8 +383,8 @@ LDD_EXPORT aclError aclrtGetMemInfo(aclrtMemAttr attr, size_t *out_free, size_t 
     int32_t device;
     aclError error;
     if (out_free == NULL || out_total == NULL || (unsigned)attr > ACL_HBM_MEM_NORMAL) {
-        return acl_fail(ACL_ERROR_INVALID_PARAM, "%s: a result pointer is NULL, or attribute %d is unknown",
-                                 __func__, (int)attr);
+        return acl_fail(ACL_ERROR_INVALID_PARAM, "%s: a result pointer is NULL, or attribute %d is unknown", __func__,
+                        (int)attr);
     }
     error = acl_require_context(__func__, &device);
     if (error != ACL_SUCCESS) {
@@ -400,7 +400,7 @@ LDD_EXPORT aclError aclrtPointerGetAttributes(const void *ptr, aclrtPtrAttribute
     acl_allocation found;
     if (ptr == NULL || out_attributes == NULL) {
         return acl_fail(ACL_ERROR_INVALID_PARAM, "%s: pointer is %p, result pointer is %p", __func__, ptr,
-                                 (void *)out_attributes);
+                        (void *)out_attributes);
     }
     memset(out_attributes, 0, sizeof *out_attributes);
     out_attributes->pageSize = (uint32_t)sysconf(_SC_PAGESIZE);
@@ -418,8 +418,7 @@ LDD_EXPORT aclError aclrtPointerGetAttributes(const void *ptr, aclrtPtrAttribute
 LDD_EXPORT aclError aclrtMemGetAddressRange(void *ptr, void **out_base, size_t *out_size) {
     acl_allocation found;
     if (ptr == NULL || (out_base == NULL && out_size == NULL)) {
-        return acl_fail(ACL_ERROR_INVALID_PARAM, "%s: pointer is %p, and no result is asked for", __func__,
-                                 ptr);
+        return acl_fail(ACL_ERROR_INVALID_PARAM, "%s: pointer is %p, and no result is asked for", __func__, ptr);
     }
     if (acl_find_allocation((uintptr_t)ptr, 0, &found) != 0) {
         return acl_fail(ACL_ERROR_RT_PARAM_INVALID, "%s: %p is in no allocation", __func__, ptr);

@@ -108,7 +108,7 @@ void acl_release(acl_object *object) {
 }
 
 bool acl_collect(acl_kind kind, bool (*wanted)(const acl_object *, const void *), const void *argument,
-                      acl_object ***objects, size_t *count) {
+                 acl_object ***objects, size_t *count) {
     uint32_t i;
     *count = 0;
     pthread_mutex_lock(&table_lock);

@@ -13,11 +13,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-typedef enum {
-    ACL_HOST_CONTEXT = 1,
-    ACL_HOST_STREAM = 2,
-    ACL_HOST_EVENT = 3
-} acl_kind;
+typedef enum { ACL_HOST_CONTEXT = 1, ACL_HOST_STREAM = 2, ACL_HOST_EVENT = 3 } acl_kind;
 
 typedef struct acl_object {
     acl_kind kind;
@@ -42,7 +38,7 @@ void acl_release(acl_object *object);
  * each. `wanted` runs under the table's lock. False without memory.
  */
 bool acl_collect(acl_kind kind, bool (*wanted)(const acl_object *, const void *), const void *argument,
-                      acl_object ***objects, size_t *count);
+                 acl_object ***objects, size_t *count);
 
 /* Grows with every withdrawal: as long as it stands still, a handle seen alive is alive. */
 uint64_t acl_withdrawals(void);

@@ -44,8 +44,8 @@ bool acl_is_registered(uint64_t addr, uint64_t len) {
     bool result;
     pthread_rwlock_rdlock(&ranges_lock);
     index = ending_above(addr);
-    result = index < num_ranges && ranges[index].addr <= addr &&
-             len <= ranges[index].size - (addr - ranges[index].addr);
+    result =
+        index < num_ranges && ranges[index].addr <= addr && len <= ranges[index].size - (addr - ranges[index].addr);
     pthread_rwlock_unlock(&ranges_lock);
     return result;
 }
@@ -84,9 +84,9 @@ static aclError add_range(const char *function, uint64_t addr, uint64_t size) {
     index = ending_above(addr);
     if (index < num_ranges && ranges[index].addr < addr + size) {
         error = acl_fail(ACL_ERROR_HOST_MEMORY_ALREADY_REGISTERED,
-                                  "%s: [%#llx, +%llu) overlaps the registered [%#llx, +%llu)", function,
-                                  (unsigned long long)addr, (unsigned long long)size,
-                                  (unsigned long long)ranges[index].addr, (unsigned long long)ranges[index].size);
+                         "%s: [%#llx, +%llu) overlaps the registered [%#llx, +%llu)", function,
+                         (unsigned long long)addr, (unsigned long long)size, (unsigned long long)ranges[index].addr,
+                         (unsigned long long)ranges[index].size);
     } else if (num_ranges == max_ranges) {
         size_t wanted = max_ranges == 0 ? 16 : max_ranges * 2;
         host_range *grown = realloc(ranges, wanted * sizeof *grown);
@@ -111,12 +111,12 @@ LDD_EXPORT aclError aclrtHostRegister(void *ptr, uint64_t size, aclrtHostRegiste
     int32_t device;
     aclError error;
     if (ptr == NULL || size == 0 || out_device_ptr == NULL || (uintptr_t)ptr + size < size) {
-        return acl_fail(ACL_ERROR_INVALID_PARAM, "%s: pointer is %p, size is %llu, result pointer is %p",
-                                 __func__, ptr, (unsigned long long)size, (void *)out_device_ptr);
+        return acl_fail(ACL_ERROR_INVALID_PARAM, "%s: pointer is %p, size is %llu, result pointer is %p", __func__, ptr,
+                        (unsigned long long)size, (void *)out_device_ptr);
     }
     if (type != ACL_HOST_REGISTER_MAPPED) {
-        return acl_fail(ACL_ERROR_RT_FEATURE_NOT_SUPPORT, "%s: type %d; ACL_HOST_REGISTER_MAPPED expected",
-                                 __func__, (int)type);
+        return acl_fail(ACL_ERROR_RT_FEATURE_NOT_SUPPORT, "%s: type %d; ACL_HOST_REGISTER_MAPPED expected", __func__,
+                        (int)type);
     }
     error = acl_require_context(__func__, &device);
     if (error != ACL_SUCCESS) {
@@ -124,7 +124,7 @@ LDD_EXPORT aclError aclrtHostRegister(void *ptr, uint64_t size, aclrtHostRegiste
     }
     if (!is_mapped((uintptr_t)ptr, size)) {
         return acl_fail(ACL_ERROR_RT_PARAM_INVALID, "%s: [%p, +%llu) is not mapped: %s", __func__, ptr,
-                                 (unsigned long long)size, strerror(errno));
+                        (unsigned long long)size, strerror(errno));
     }
     error = add_range(__func__, (uintptr_t)ptr, size);
     if (error == ACL_SUCCESS) {
@@ -146,8 +146,8 @@ LDD_EXPORT aclError aclrtHostUnregister(void *ptr) {
         num_ranges--;
         memmove(&ranges[index], &ranges[index + 1], (num_ranges - index) * sizeof *ranges);
     } else {
-        error = acl_fail(ACL_ERROR_HOST_MEMORY_NOT_REGISTERED,
-                                  "%s: %p is not the start of a registered range", __func__, ptr);
+        error = acl_fail(ACL_ERROR_HOST_MEMORY_NOT_REGISTERED, "%s: %p is not the start of a registered range",
+                         __func__, ptr);
     }
     pthread_rwlock_unlock(&ranges_lock);
     return error;

@@ -153,9 +153,8 @@ static aclError submit(acl_stream *stream, stream_task *task, stream_ticket *tic
         failure = pthread_create(&stream->thread, NULL, serve_stream, stream);
         if (failure != 0) {
             atomic_fetch_sub_explicit(&stream->object.refs, 1, memory_order_relaxed);
-            error = acl_fail(ACL_ERROR_RT_RESOURCE_ALLOC_FAIL,
-                                      "no thread for stream %p: %s (see RLIMIT_NPROC)", stream->object.handle,
-                                      strerror(failure));
+            error = acl_fail(ACL_ERROR_RT_RESOURCE_ALLOC_FAIL, "no thread for stream %p: %s (see RLIMIT_NPROC)",
+                             stream->object.handle, strerror(failure));
         } else {
             stream->has_thread = true;
         }
@@ -183,17 +182,16 @@ static aclError wait_for_ticket(const char *function, acl_stream *stream, const 
     pthread_mutex_lock(&stream->lock);
     for (;;) {
         if (stream->aborts != ticket->aborts) { /* asked first: dropped tasks count as finished */
-            error = acl_fail(ACL_ERROR_RT_STREAM_ABORT, "%s: stream %p was aborted", function,
-                                      stream->object.handle);
+            error = acl_fail(ACL_ERROR_RT_STREAM_ABORT, "%s: stream %p was aborted", function, stream->object.handle);
             break;
         }
         if (stream->finished >= ticket->number) {
             break;
         }
         if (late) {
-            error = acl_fail(ACL_ERROR_RT_STREAM_SYNC_TIMEOUT,
-                                      "%s: stream %p has %llu tasks to go when the time is over", function,
-                                      stream->object.handle, (unsigned long long)(ticket->number - stream->finished));
+            error =
+                acl_fail(ACL_ERROR_RT_STREAM_SYNC_TIMEOUT, "%s: stream %p has %llu tasks to go when the time is over",
+                         function, stream->object.handle, (unsigned long long)(ticket->number - stream->finished));
             break;
         }
         if (deadline == NULL) {
@@ -281,8 +279,7 @@ aclError acl_create_stream(acl_context *context, bool is_default, aclrtStream *o
     }
     if (atomic_fetch_add(&num_streams[context->device], 1) >= MAX_STREAMS) {
         atomic_fetch_sub(&num_streams[context->device], 1);
-        return acl_fail(ACL_ERROR_RT_NO_STREAM_RESOURCE, "device %d has %d streams", context->device,
-                                 MAX_STREAMS);
+        return acl_fail(ACL_ERROR_RT_NO_STREAM_RESOURCE, "device %d has %d streams", context->device, MAX_STREAMS);
     }
     stream = calloc(1, sizeof *stream);
     if (stream == NULL) {
@@ -322,8 +319,7 @@ aclError acl_enter_stream(const char *function, aclrtStream handle, acl_stream *
     }
     if ((*stream)->context != context) {
         acl_release_stream(*stream);
-        return acl_fail(ACL_ERROR_RT_STREAM_CONTEXT, "%s: stream %p belongs to another context", function,
-                                 handle);
+        return acl_fail(ACL_ERROR_RT_STREAM_CONTEXT, "%s: stream %p belongs to another context", function, handle);
     }
     return ACL_SUCCESS;
 }
@@ -456,8 +452,7 @@ static aclError withdraw_stream(const char *function, aclrtStream handle, bool d
     is_default = stream->is_default;
     acl_release_stream(stream);
     if (is_default) {
-        return acl_fail(ACL_ERROR_RT_PARAM_INVALID, "%s: %p is the default stream of its context", function,
-                                 handle);
+        return acl_fail(ACL_ERROR_RT_PARAM_INVALID, "%s: %p is the default stream of its context", function, handle);
     }
     withdrawn = acl_withdraw(handle, ACL_HOST_STREAM);
     if (withdrawn == NULL) { /* another thread was faster */
@@ -569,7 +564,7 @@ LDD_EXPORT aclError aclrtSetStreamFailureMode(aclrtStream stream, uint64_t mode)
     aclError error;
     if (mode != ACL_CONTINUE_ON_FAILURE && mode != ACL_STOP_ON_FAILURE) {
         return acl_fail(ACL_ERROR_INVALID_PARAM, "%s: mode is %llu; 0 or 1 expected", __func__,
-                                 (unsigned long long)mode);
+                        (unsigned long long)mode);
     }
     error = acl_enter_stream(__func__, stream, &found);
     if (error != ACL_SUCCESS) {
@@ -577,8 +572,7 @@ LDD_EXPORT aclError aclrtSetStreamFailureMode(aclrtStream stream, uint64_t mode)
     }
     pthread_mutex_lock(&found->lock);
     if (found->has_failure_mode) {
-        error = acl_fail(ACL_ERROR_RT_PARAM_INVALID, "%s: stream %p has its failure mode already", __func__,
-                                  stream);
+        error = acl_fail(ACL_ERROR_RT_PARAM_INVALID, "%s: stream %p has its failure mode already", __func__, stream);
     }
     found->has_failure_mode = true;
     pthread_mutex_unlock(&found->lock);

@@ -55,7 +55,8 @@ static inline void *bound_team_main(void *argument) {
     ldd_lock(&team->lock);
     int index = ++team->num_started;
     for (;;) {
-        while (team->job == job && !team->stopping) ldd_cond_wait_until(&team->start, &team->lock, LDD_NEVER);
+        while (team->job == job && !team->stopping)
+            ldd_cond_wait_until(&team->start, &team->lock, LDD_NEVER);
         if (team->stopping) break;
         job = team->job;
         ldd_unlock(&team->lock);
@@ -74,7 +75,8 @@ static inline void bound_team_stop(bound_team *team) {
     team->stopping = 1;
     ldd_cond_broadcast(&team->start);
     ldd_unlock(&team->lock);
-    for (int i = 1; i < team->num_threads; i++) pthread_join(team->threads[i], NULL);
+    for (int i = 1; i < team->num_threads; i++)
+        pthread_join(team->threads[i], NULL);
     ldd_cond_destroy(&team->done);
     ldd_cond_destroy(&team->start);
     ldd_mutex_destroy(&team->lock);
@@ -113,10 +115,12 @@ static inline void bound_team_run(bound_team *team, bound_work work, void *conte
     ldd_unlock(&team->lock);
     work(context, 0);
     int64_t spin_until = ldd_now_ns() + BOUND_SPIN_NS;
-    while (bound_team_is_busy(team) && ldd_now_ns() < spin_until) ldd_cpu_relax();
+    while (bound_team_is_busy(team) && ldd_now_ns() < spin_until)
+        ldd_cpu_relax();
     if (!bound_team_is_busy(team)) return;
     ldd_lock(&team->lock);
-    while (bound_team_is_busy(team)) ldd_cond_wait_until(&team->done, &team->lock, LDD_NEVER);
+    while (bound_team_is_busy(team))
+        ldd_cond_wait_until(&team->done, &team->lock, LDD_NEVER);
     ldd_unlock(&team->lock);
 }
 

@@ -368,13 +368,13 @@ static HixlStatus submit_sync(HixlClientHandle handle, uint32_t num_ops, const H
     return status;
 }
 
-LDD_EXPORT HixlStatus HixlCSClientBatchPutAsync(HixlClientHandle client, uint32_t num_ops,
-                                                const HixlOneSideOpDesc *ops, CompleteHandle *out_handle) {
+LDD_EXPORT HixlStatus HixlCSClientBatchPutAsync(HixlClientHandle client, uint32_t num_ops, const HixlOneSideOpDesc *ops,
+                                                CompleteHandle *out_handle) {
     return submit_async(client, num_ops, ops, true, out_handle);
 }
 
-LDD_EXPORT HixlStatus HixlCSClientBatchGetAsync(HixlClientHandle client, uint32_t num_ops,
-                                                const HixlOneSideOpDesc *ops, CompleteHandle *out_handle) {
+LDD_EXPORT HixlStatus HixlCSClientBatchGetAsync(HixlClientHandle client, uint32_t num_ops, const HixlOneSideOpDesc *ops,
+                                                CompleteHandle *out_handle) {
     return submit_async(client, num_ops, ops, false, out_handle);
 }
 
@@ -391,7 +391,9 @@ LDD_EXPORT HixlStatus LddClientFetchAsync(HixlClientHandle handle, const void *r
     status = check_ops(num_ops, ops, error);
     if (status == HIXL_SUCCESS && (request == NULL || reply == NULL || out_handle == NULL)) {
         status = hixl_fail(error, HIXL_PARAM_INVALID, "%s is NULL",
-                           request == NULL ? "request" : reply == NULL ? "reply" : "out_handle");
+                           request == NULL ? "request"
+                           : reply == NULL ? "reply"
+                                           : "out_handle");
     }
     if (status == HIXL_SUCCESS && (request_bytes == 0 || request_bytes > LDD_FETCH_MAX_REQUEST_BYTES)) {
         status = hixl_fail(error, HIXL_PARAM_INVALID, "request_bytes is %u, allowed are 1 to %u", request_bytes,
@@ -422,13 +424,13 @@ LDD_EXPORT HixlStatus LddClientFetchAsync(HixlClientHandle handle, const void *r
     return status;
 }
 
-LDD_EXPORT HixlStatus HixlCSClientBatchPutSync(HixlClientHandle client, uint32_t num_ops,
-                                               const HixlOneSideOpDesc *ops, uint32_t timeout_ms) {
+LDD_EXPORT HixlStatus HixlCSClientBatchPutSync(HixlClientHandle client, uint32_t num_ops, const HixlOneSideOpDesc *ops,
+                                               uint32_t timeout_ms) {
     return submit_sync(client, num_ops, ops, true, timeout_ms);
 }
 
-LDD_EXPORT HixlStatus HixlCSClientBatchGetSync(HixlClientHandle client, uint32_t num_ops,
-                                               const HixlOneSideOpDesc *ops, uint32_t timeout_ms) {
+LDD_EXPORT HixlStatus HixlCSClientBatchGetSync(HixlClientHandle client, uint32_t num_ops, const HixlOneSideOpDesc *ops,
+                                               uint32_t timeout_ms) {
     return submit_sync(client, num_ops, ops, false, timeout_ms);
 }
 
@@ -454,8 +456,7 @@ static HixlStatus report(hixl_batch *batch, HixlCompleteStatus *out_status, hixl
         *out_status = HIXL_COMPLETE_STATUS_WAITING;
         return HIXL_SUCCESS;
     }
-    *out_status =
-        batch->state == HIXL_BATCH_COMPLETED ? HIXL_COMPLETE_STATUS_COMPLETED : HIXL_COMPLETE_STATUS_FAILED;
+    *out_status = batch->state == HIXL_BATCH_COMPLETED ? HIXL_COMPLETE_STATUS_COMPLETED : HIXL_COMPLETE_STATUS_FAILED;
     return reap(batch, error);
 }
 

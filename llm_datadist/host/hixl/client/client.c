@@ -142,7 +142,9 @@ LDD_EXPORT HixlStatus HixlCSClientCreate(const HixlClientDesc *desc, const HixlC
 
     if (desc == NULL || config == NULL || out_client == NULL) {
         return hixl_fail(error, HIXL_PARAM_INVALID, "%s is NULL",
-                         desc == NULL ? "desc" : config == NULL ? "config" : "out_client");
+                         desc == NULL     ? "desc"
+                         : config == NULL ? "config"
+                                          : "out_client");
     }
     if (desc->server_port < 1 || desc->server_port > 65535) {
         return hixl_fail(error, HIXL_PARAM_INVALID, "server_port %u is not in 1..65535", desc->server_port);
@@ -265,7 +267,9 @@ LDD_EXPORT HixlStatus HixlCSClientGetRemoteMem(HixlClientHandle handle, CommMem 
     }
     if (out_list == NULL || out_tags == NULL || out_count == NULL) {
         return hixl_fail(error, HIXL_PARAM_INVALID, "%s is NULL",
-                         out_list == NULL ? "out_list" : out_tags == NULL ? "out_tags" : "out_count");
+                         out_list == NULL   ? "out_list"
+                         : out_tags == NULL ? "out_tags"
+                                            : "out_count");
     }
     pthread_mutex_lock(&client->lock);
     if (!client->connected) {

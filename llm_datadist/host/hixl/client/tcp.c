@@ -194,8 +194,8 @@ static size_t head_of(const hixl_batch *batch, hixl_stream *stream, struct iovec
 }
 
 /* Send hello, head and, of a put, the bytes; several of them in one call where they are due. */
-static stream_state send_some(const hixl_client *client, const hixl_batch *batch, hixl_stream *stream,
-                              uint64_t *budget, hixl_error *error) {
+static stream_state send_some(const hixl_client *client, const hixl_batch *batch, hixl_stream *stream, uint64_t *budget,
+                              hixl_error *error) {
     struct iovec head[3];
     size_t head_bytes;
     const size_t num_heads = head_of(batch, stream, head, &head_bytes);
@@ -239,8 +239,7 @@ static stream_state send_some(const hixl_client *client, const hixl_batch *batch
             rest -= part;
         }
         hixl_advance_iov(stream->iov, &stream->send_index, &stream->send_skip, rest);
-        stream->sent =
-            stream->head_sent == head_bytes && (!batch->is_put || stream->send_index == stream->frame_end);
+        stream->sent = stream->head_sent == head_bytes && (!batch->is_put || stream->send_index == stream->frame_end);
     }
     return STREAM_PENDING;
 }
@@ -273,8 +272,7 @@ static stream_state check_reply(const hixl_client *client, const hixl_stream *st
     return STREAM_DONE;
 }
 
-static stream_state receive_bytes(const hixl_client *client, hixl_stream *stream, uint64_t *budget,
-                                  hixl_error *error) {
+static stream_state receive_bytes(const hixl_client *client, hixl_stream *stream, uint64_t *budget, hixl_error *error) {
     while (stream->receive_index < stream->frame_end) {
         struct iovec iov[SLICE_IOVECS];
         struct msghdr message = {.msg_iov = iov};
@@ -303,8 +301,8 @@ static stream_state receive_answer(const hixl_client *client, const hixl_batch *
                                    uint64_t *budget, hixl_error *error) {
     stream_state state;
     if (stream->welcome_received < sizeof stream->welcome) {
-        state = receive_frame(client, stream, &stream->welcome, sizeof stream->welcome, &stream->welcome_received,
-                              error);
+        state =
+            receive_frame(client, stream, &stream->welcome, sizeof stream->welcome, &stream->welcome_received, error);
         if (state != STREAM_DONE) {
             return state;
         }
@@ -343,8 +341,8 @@ static stream_state receive_answer(const hixl_client *client, const hixl_batch *
     return batch->is_put ? STREAM_DONE : receive_bytes(client, stream, budget, error);
 }
 
-static stream_state progress_stream(hixl_client *client, const hixl_batch *batch, hixl_stream *stream,
-                                    uint64_t *budget, hixl_error *error) {
+static stream_state progress_stream(hixl_client *client, const hixl_batch *batch, hixl_stream *stream, uint64_t *budget,
+                                    hixl_error *error) {
     for (;;) {
         stream_state state = send_some(client, batch, stream, budget, error);
         hixl_error send_error = *error;

@@ -346,8 +346,7 @@ static bool conclude(data_session *session, bool ok) {
 static bool join(data_session *session, const hixl_wire_fetch *head) {
     for (;;) {
         struct pollfd entry = {.fd = session->conn->fd, .events = POLLRDHUP};
-        hixl_fetch_arrival arrival =
-            hixl_fetch_join(session->conn, head, LOOK_UP_MS * HIXL_MS_NS, &session->fetch);
+        hixl_fetch_arrival arrival = hixl_fetch_join(session->conn, head, LOOK_UP_MS * HIXL_MS_NS, &session->fetch);
         if (arrival != HIXL_FETCH_EARLY) {
             return arrival == HIXL_FETCH_JOINED;
         }
@@ -443,8 +442,7 @@ static move_state serve_request(data_session *session) {
     }
     if (hixl_regions_acquire(regions, session->descs, request.count, request.bytes, session->targets, &error) !=
         HIXL_SUCCESS) {
-        ok = send_failure(session, &reply, &error) &&
-             (request.op == HIXL_OP_GET || drain(session, request.bytes));
+        ok = send_failure(session, &reply, &error) && (request.op == HIXL_OP_GET || drain(session, request.bytes));
         return ok ? MOVE_READY : MOVE_BROKEN;
     }
     session->num_targets = request.count;

@@ -46,9 +46,8 @@ static void ask(hixl_fetch *fetch, const void *body, size_t bytes) {
         fetch->refusal = LDD_FETCH_NOT_HERE;
         return;
     }
-    fetch->refusal =
-        server->fetch_hooks.begin(server->fetch_context, fetch->lead->session->token, body, bytes, fetch->total,
-                                  &fetch->source, fetch->text, sizeof fetch->text);
+    fetch->refusal = server->fetch_hooks.begin(server->fetch_context, fetch->lead->session->token, body, bytes,
+                                               fetch->total, &fetch->source, fetch->text, sizeof fetch->text);
     if (fetch->refusal != 0) {
         leave_hooks(server);
     }
@@ -135,10 +134,9 @@ void hixl_fetch_take_confirmation(hixl_fetch *fetch) {
         fetch->broken = now - fetch->partial_ns > PARTIAL_NS;
     } else if (got == sizeof frame) {
         fetch->broken = frame.magic != HIXL_WIRE_REQUEST_MAGIC || frame.op != HIXL_OP_CONFIRM ||
-                        frame.sequence != fetch->sequence || frame.argument != fetch->exchange ||
-                        frame.reserved != 0 || frame.count != 0 || frame.bytes != 0;
-        fetch->confirmed =
-            !fetch->broken && recv(fetch->lead->fd, &frame, sizeof frame, MSG_DONTWAIT) == sizeof frame;
+                        frame.sequence != fetch->sequence || frame.argument != fetch->exchange || frame.reserved != 0 ||
+                        frame.count != 0 || frame.bytes != 0;
+        fetch->confirmed = !fetch->broken && recv(fetch->lead->fd, &frame, sizeof frame, MSG_DONTWAIT) == sizeof frame;
     }
 }
 

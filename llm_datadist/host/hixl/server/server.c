@@ -59,7 +59,9 @@ LDD_EXPORT HixlStatus HixlCSServerCreate(const HixlServerDesc *desc, const HixlS
 
     if (desc == NULL || config == NULL || out_server == NULL) {
         return hixl_fail(error, HIXL_PARAM_INVALID, "%s is NULL",
-                         desc == NULL ? "desc" : config == NULL ? "config" : "out_server");
+                         desc == NULL     ? "desc"
+                         : config == NULL ? "config"
+                                          : "out_server");
     }
     if (desc->server_port > 65535) {
         return hixl_fail(error, HIXL_PARAM_INVALID, "server_port %u is not in 0..65535", desc->server_port);
@@ -142,7 +144,8 @@ LDD_EXPORT HixlStatus LddServerAdmitPeer(HixlServerHandle handle, const uint8_t 
     }
     status = check_token(token, error);
     if (status == HIXL_SUCCESS && rights != LDD_RIGHT_READ && rights != (LDD_RIGHT_READ | LDD_RIGHT_WRITE)) {
-        status = hixl_fail(error, HIXL_PARAM_INVALID, "rights are %#x; 1 (read) or 3 (read and write) expected", rights);
+        status =
+            hixl_fail(error, HIXL_PARAM_INVALID, "rights are %#x; 1 (read) or 3 (read and write) expected", rights);
     }
     if (status == HIXL_SUCCESS) {
         pthread_mutex_lock(&server->lock);

@@ -36,8 +36,7 @@
 #define HIXL_WIRE_REPLY_MAGIC UINT32_C(0x50525848)   /* "HXRP" */
 
 enum { HIXL_KIND_ADMIN = 1, HIXL_KIND_LOCAL = 2, HIXL_KIND_DATA = 3 };
-enum { HIXL_OP_LIST = 1, HIXL_OP_MAP = 2, HIXL_OP_GET = 3, HIXL_OP_PUT = 4, HIXL_OP_FETCH = 5,
-       HIXL_OP_CONFIRM = 6 };
+enum { HIXL_OP_LIST = 1, HIXL_OP_MAP = 2, HIXL_OP_GET = 3, HIXL_OP_PUT = 4, HIXL_OP_FETCH = 5, HIXL_OP_CONFIRM = 6 };
 
 /* A frame names at most this many descriptors (2 MiB of them); a longer batch is several frames. */
 #define HIXL_WIRE_MAX_DESCS 65536u
