@@ -1,4 +1,4 @@
-/* The service thread of a data server: accepts, does handshakes, answers LIST and MAP, hands data connections to threads. */
+/* The service thread of a data server: accepts, shakes hands, answers LIST and MAP, hands connections to threads. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <stdlib.h>
