@@ -68,6 +68,13 @@ def scattered(remote, local, count):
     return [(remote + i * step, local + i * step, step // 2) for i in range(count)]
 
 
+def is_mapped(addr, nbytes):
+    """Whether any of the range belongs to a mapping of this process."""
+    with open("/proc/self/maps", encoding="ascii") as maps:
+        ranges = [[int(end, 16) for end in line.split()[0].split("-")] for line in maps]
+    return any(first < addr + nbytes and addr < last for first, last in ranges)
+
+
 @pytest.mark.parametrize("bad", ["unmapped", "no access", "read only", "a hole", "a hole at the end"])
 @pytest.mark.parametrize("put", [False, True], ids=["get", "put"])
 def test_local_memory(api, peer, path, denied, bad, put):
@@ -87,8 +94,13 @@ def test_local_memory(api, peer, path, denied, bad, put):
                 if bad == "read only" and put:
                     call(ops)
                 else:
-                    with hixl.fails(*REFUSED):
-                        call(ops)
+                    try:
+                        with hixl.fails(*REFUSED):
+                            call(ops)
+                    except AssertionError:
+                        # Nothing can keep a place free: where a thread's stack, say, went there it is good memory.
+                        if bad in ("read only", "no access") or not is_mapped(addr + first, end - first):
+                            raise
         if bad == "read only":
             protect(addr, SIZE, mmap.PROT_READ | mmap.PROT_WRITE)
             assert memory[:] == b"p" * SIZE
