@@ -16,7 +16,7 @@ cdef extern from * nogil:
     #ifndef LDD_SHARED_TABLE_LIMITS
     #define LDD_SHARED_TABLE_LIMITS
     /* Address space only: the files are sparse, and pages are taken when they are first used. */
-    #define LDD_MAX_KEYS (1u << 20)
+    #define LDD_MAX_KEYS (1u << 21)
     #define LDD_MAX_CELLS (1u << 22)
     #define LDD_MAX_CACHES (1u << 19)
     #define LDD_LANE_RING 256

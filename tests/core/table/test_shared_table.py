@@ -121,17 +121,17 @@ def test_the_owner_believes_nothing_that_lies_there(table):
 
 def test_more_keys_than_the_shared_table_holds(table):
     """Peers are told to ask; the owner finds and frees all of them as before."""
-    pool, batch, turns = PagePool(BASE, 1 << 21, 9), 1 << 16, 17
+    pool, batch, turns = PagePool(BASE, 1 << 22, 9), 1 << 16, 33
     mask = ctypes.c_uint32.from_address(table.shared_memory()[0] + 24)
     for turn in range(turns):
         table.allocate(pool, 1, batch, batch, [(slot, KEY_REQ, turn * batch + slot, 0) for slot in range(batch)])
-        assert (mask.value == 2**32 - 1) == (turn >= 15)         # each cache has a key of its own, too: by its id
+        assert (mask.value == 2**32 - 1) == (turn >= 31)         # each cache has a key of its own, too: by its id
     for name in range(0, batch * turns, 9999):
         pin = table.resolve(KEY_REQ, name)
         assert (pin.cache_id, pin.batch_index) == (name // batch + 1, name % batch)
         table.unpin(pin)
     table.clear(5000)
-    assert table.stats()["num_keys"] == 0 and pool.free_bytes == 1 << 21
+    assert table.stats()["num_keys"] == 0 and pool.free_bytes == 1 << 22
     assert mask.value == 2**32 - 1
 
 
