@@ -37,7 +37,7 @@ const char *LddLastError(void);
  * Drive the batch and sleep until it ends or timeout_ns (monotonic, relative; < 0: no limit) passes.
  * *status: WAITING when time ran out (the batch goes on, the handle stays valid); COMPLETED or FAILED
  * otherwise (the handle is gone, as with HixlCSClientQueryCompleteStatus). The calling thread may
- * itself copy bytes. Never sleeps past the deadline by more than the time one piece of a copy takes.
+ * itself copy bytes. Never sleeps past the deadline by more than the time one chunk of a copy takes.
  */
 HixlStatus LddClientWait(HixlClientHandle client, CompleteHandle handle, int64_t timeout_ns,
                          HixlCompleteStatus *status);
@@ -67,17 +67,17 @@ HixlStatus LddServerDropPeer(HixlServerHandle server, const uint8_t token[16]);
 /*
  * Fetching: one exchange over the network in which the server's owner looks up what the client asks for, the bytes
  * travel, and the client says that it has them. Both owners agree on the words of a request; the provider passes them
- * on, sends the pieces the server's owner names, in that order, and puts them into the places the client's owner
+ * on, sends the segments the server's owner names, in that order, and puts them into the places the client's owner
  * names, in theirs.
  */
 typedef struct {
     uint64_t addr, bytes;
-} LddPiece;
+} LddSegment;
 
-/* What the server's owner answers. Pieces stay where they are until `end`. */
+/* What the server's owner answers. Segments stay where they are until `end`. */
 typedef struct {
-    const LddPiece *pieces;
-    size_t num_pieces;
+    const LddSegment *segments;
+    size_t num_segments;
     int32_t never_unmapped; /* all of it is memory that is mapped as long as the ticket lasts */
     void *ticket;
 } LddFetchSource;

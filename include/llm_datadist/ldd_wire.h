@@ -107,7 +107,7 @@ enum {
  * The owner's answer when only the steps can tell what is wrong, or do it: resolve, get, release. Any positive number
  * is taken for it, so it may be that of a server that has nobody to ask (LDD_FETCH_NOT_HERE).
  */
-enum { LDD_FETCH_ASK = 1, LDD_FETCH_MAX_PIECES = 1 << 16 };
+enum { LDD_FETCH_ASK = 1, LDD_FETCH_MAX_SEGMENTS = 1 << 16 };
 
 typedef struct {
     ldd_resolve key;

@@ -2,6 +2,7 @@
 import errno
 
 import pytest
+from support.denied import need_denial
 from support.scripts import output_of
 
 
@@ -69,6 +70,7 @@ def test_a_push_that_is_collected_with_its_engine(order):
 @pytest.mark.parametrize("code", [errno.ENOMEM, errno.ENOSPC])
 def test_an_engine_whose_thread_cannot_be_woken_does_not_start(code):
     """The kernel refuses the first epoll_ctl: `init` says so, and does not wait for ever."""
+    need_denial()
     assert output_of("""
         from support.denied import deny
         deny("epoll_ctl", code=int(sys.argv[1]))

@@ -3,10 +3,15 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
+import mmap
 import os
 import platform
+import resource
 import struct
 from typing import Callable, Optional
+
+import pytest
 
 _NUMBERS = {
     "x86_64": {"process_vm_readv": 310, "process_vm_writev": 311, "epoll_ctl": 233},
@@ -58,3 +63,29 @@ def in_child(work: Callable[[], Optional[str]]) -> str:
     if os.WIFSIGNALED(status):
         return f"the child was ended by signal {os.WTERMSIG(status)}"
     return text
+
+
+@functools.cache
+def _denies() -> bool:
+    return in_child(lambda: deny("epoll_ctl")) == ""
+
+
+@functools.cache
+def _limits_address_space() -> bool:
+    def work():
+        resource.setrlimit(resource.RLIMIT_AS, (1 << 20, resource.RLIM_INFINITY))
+        mmap.mmap(-1, 64 << 20)
+
+    return in_child(work) != ""
+
+
+def need_denial() -> None:
+    """Skip where no system call can be denied: emulators of a processor do not pass such a filter on."""
+    if not _denies():
+        pytest.skip("system calls cannot be denied here")
+
+
+def need_limited_address_space() -> None:
+    """Skip where a limit on address space limits nothing, as under an emulator."""
+    if not _limits_address_space():
+        pytest.skip("address space cannot be limited here")

@@ -54,12 +54,12 @@ class Op(ctypes.Structure):
     _fields_ = [("remote", c_uint64), ("local", c_uint64), ("len", c_uint64)]
 
 
-class Piece(ctypes.Structure):
+class Segment(ctypes.Structure):
     _fields_ = [("addr", c_uint64), ("bytes", c_uint64)]
 
 
 class FetchSource(ctypes.Structure):
-    _fields_ = [("pieces", POINTER(Piece)), ("num_pieces", ctypes.c_size_t), ("never_unmapped", c_int32),
+    _fields_ = [("segments", POINTER(Segment)), ("num_segments", ctypes.c_size_t), ("never_unmapped", c_int32),
                 ("ticket", c_void_p)]
 
 
@@ -344,14 +344,14 @@ class Peer:
 class Fetches:
     """Hooks that hold what a request asks for, and remember every call.
 
-    A request is ``fetch_request``: pieces that are served as they are named, or a refusal. Tickets count from 1.
+    A request is ``fetch_request``: segments that are served as they are named, or a refusal. Tickets count from 1.
     """
 
     def __init__(self, api, server):
         self.api = api
         self.changed = threading.Condition()
         self.begun = []         # (token, bytes asked for, bytes of the request, its digest)
-        self.open = {}          # ticket -> pieces
+        self.open = {}          # ticket -> segments
         self.ended = {}         # ticket -> what each `end` said: confirmed or not
         self.hooks = FetchHooks.BEGIN(self.begin), FetchHooks.END(self.end)
         api.check(api.lib.LddServerSetFetch(server, byref(FetchHooks(*self.hooks)), None))
@@ -360,12 +360,12 @@ class Fetches:
         body = ctypes.string_at(request, request_bytes)
         try:
             said = json.loads(body)
-            pieces = (Piece * len(said["pieces"]))(*map(tuple, said["pieces"]))
+            segments = (Segment * len(said["segments"]))(*map(tuple, said["segments"]))
             refusal, words = said["refusal"], said["text"].encode()[:text_size - 1] + b"\0"
             held = said["never_unmapped"]
         except (ValueError, LookupError, TypeError):    # a test may send anything
             return 78
-        if refusal == 0 and sum(piece.bytes for piece in pieces) != num_bytes:
+        if refusal == 0 and sum(segment.bytes for segment in segments) != num_bytes:
             refusal = 77
         if refusal:
             ctypes.memmove(text, words, len(words))
@@ -374,9 +374,9 @@ class Fetches:
             self.begun.append((ctypes.string_at(token, 16).hex(), num_bytes, request_bytes,
                                hashlib.sha256(body).hexdigest()))
             ticket = len(self.begun)
-            self.open[ticket] = pieces
+            self.open[ticket] = segments
             self.changed.notify_all()
-        source[0] = FetchSource(pieces, len(pieces), held, ticket)
+        source[0] = FetchSource(segments, len(segments), held, ticket)
         return 0
 
     def end(self, _, ticket, confirmed):
@@ -390,9 +390,9 @@ class Fetches:
             return self.changed.wait_for(condition, 15)
 
 
-def fetch_request(pieces, refusal=0, text="", never_unmapped=1, size=0):
+def fetch_request(segments, refusal=0, text="", never_unmapped=1, size=0):
     """The words of a request that `Fetches` understands, filled up to `size` bytes."""
-    said = {"pieces": pieces, "refusal": refusal, "text": text, "never_unmapped": never_unmapped}
+    said = {"segments": segments, "refusal": refusal, "text": text, "never_unmapped": never_unmapped}
     return json.dumps(said).encode().ljust(size)
 
 

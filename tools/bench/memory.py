@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 
 UNTOUCHED = 0xA5
-_PIECE = 1 << 20
+_CHUNK = 1 << 20
 _STEP = 64
 
 
@@ -49,7 +49,7 @@ def fill(views: Sequence[np.ndarray], link: int) -> None:
     """Write the pattern of a link into every block."""
     for tensor, view in enumerate(views):
         for block in range(len(view)):
-            for start, stop, content in _pieces(link, tensor, block, view.shape[1]):
+            for start, stop, content in _chunks(link, tensor, block, view.shape[1]):
                 view[block, start:stop] = content
 
 
@@ -68,7 +68,7 @@ def wrong_bytes(
         untouched = np.ones(len(view), dtype=bool)
         for src, dst in zip(src_blocks, dst_blocks):
             untouched[dst] = False
-            for start, stop, content in _pieces(link, tensor, int(src), view.shape[1]):
+            for start, stop, content in _chunks(link, tensor, int(src), view.shape[1]):
                 there = view[dst, start:stop]
                 if not np.array_equal(there, content):
                     differs = there != content
@@ -84,14 +84,14 @@ def wrong_bytes(
 
 @lru_cache(maxsize=1)
 def _noise() -> np.ndarray:
-    return np.random.default_rng(4099).integers(0, 256, 2 * _PIECE, dtype=np.uint8)
+    return np.random.default_rng(4099).integers(0, 256, 2 * _CHUNK, dtype=np.uint8)
 
 
-def _pieces(link: int, tensor: int, block: int, size: int):
+def _chunks(link: int, tensor: int, block: int, size: int):
     """Yield (start, stop, content) of a block."""
     noise = _noise()
-    for number, start in enumerate(range(0, size, _PIECE)):
-        stop = min(start + _PIECE, size)
+    for number, start in enumerate(range(0, size, _CHUNK)):
+        stop = min(start + _CHUNK, size)
         # Odd factors: neighbours in any of the four directions differ, and few blocks share an offset.
-        offset = (((link * 7919 + tensor) * 5003 + block) * 3001 + number * 1009) * _STEP % _PIECE
+        offset = (((link * 7919 + tensor) * 5003 + block) * 3001 + number * 1009) * _STEP % _CHUNK
         yield start, stop, noise[offset : offset + stop - start]

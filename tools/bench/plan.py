@@ -45,7 +45,7 @@ def paged(path: str, memory: str, block_bytes: int, run_blocks: int, group: str,
 
 
 def large(path: str, memory: str, group: str, threads: int) -> Case:
-    """Return a pull of 256 MiB in one piece."""
+    """Return a pull of 256 MiB in one run."""
     return Case("pull_cache", path, memory, 256 * MIB, 1, ALL_BLOCKS, 1, 1, threads, DEFAULT_STREAMS, group)
 
 

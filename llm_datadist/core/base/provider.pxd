@@ -125,12 +125,12 @@ cdef extern from "llm_datadist/ldd_ext.h" nogil:
         LDD_RIGHT_READ
         LDD_RIGHT_WRITE
         LDD_FETCH_MAX_REQUEST_BYTES
-    ctypedef struct LddPiece:
+    ctypedef struct LddSegment:
         uint64_t addr
         uint64_t bytes
     ctypedef struct LddFetchSource:
-        const LddPiece* pieces
-        size_t num_pieces
+        const LddSegment* segments
+        size_t num_segments
         int32_t never_unmapped
         void* ticket
     ctypedef struct LddFetchHooks:

@@ -271,7 +271,7 @@ cdef class LayerPush:
 
     def put_slot_to_blocks(self, uint32_t local_first, uint32_t remote_first, uint32_t count, uint64_t local_slot,
                            IndexList dst_blocks, uint64_t block_bytes):
-        """Write one slot of `count` tensors as blocks; the last piece may be shorter."""
+        """Write one slot of `count` tensors as blocks; the last one may be filled in part."""
         cdef ldd_detail detail
         cdef ldd_status status
         with nogil:

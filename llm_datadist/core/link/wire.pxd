@@ -33,7 +33,7 @@ cdef extern from "llm_datadist/ldd_wire.h" nogil:
         LDD_FETCH_TO_HOST
         LDD_FETCH_RESHAPE
         LDD_FETCH_ASK
-        LDD_FETCH_MAX_PIECES
+        LDD_FETCH_MAX_SEGMENTS
         LDD_DESC_BLOCKS
         LDD_DESC_HOST
         LDD_DESC_OWNED

@@ -4,7 +4,7 @@ from libc.stdint cimport int64_t, uint64_t
 from llm_datadist.core.base.provider cimport HixlOneSideOpDesc
 from llm_datadist.core.base.status cimport ldd_detail, ldd_status
 
-# What goes over in one piece within every tensor: offsets from the tensor's base on either side and a length,
+# What goes over in one run within every tensor: offsets from the tensor's base on either side and a length,
 # in blocks while runs are being found and in bytes from then on.
 ctypedef struct ldd_run:
     uint64_t src
@@ -52,4 +52,4 @@ cdef ldd_status ldd_plan_slot_to_blocks(
     ldd_desc_list* out,
     const uint64_t* slot_addrs, uint64_t slot_offset, uint64_t slot_bytes,
     const uint64_t* block_addrs, const int64_t* blocks, uint64_t num_blocks,
-    size_t num_tensors, uint64_t block_bytes, size_t num_pieces, bint put, ldd_detail* detail) noexcept nogil
+    size_t num_tensors, uint64_t block_bytes, size_t num_filled, bint put, ldd_detail* detail) noexcept nogil

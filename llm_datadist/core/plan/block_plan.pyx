@@ -111,23 +111,23 @@ cdef ldd_status ldd_plan_slot_to_blocks(
     ldd_desc_list* out,
     const uint64_t* slot_addrs, uint64_t slot_offset, uint64_t slot_bytes,
     const uint64_t* block_addrs, const int64_t* blocks, uint64_t num_blocks,
-    size_t num_tensors, uint64_t block_bytes, size_t num_pieces, bint put, ldd_detail* detail
+    size_t num_tensors, uint64_t block_bytes, size_t num_filled, bint put, ldd_detail* detail
 ) noexcept nogil:
-    """Plan the pieces ``[i*block_bytes, min((i+1)*block_bytes, slot_bytes))`` of a slot into ``blocks[i]``."""
-    cdef ldd_status status = _begin(out, num_pieces + 1, detail)
+    """Plan bytes ``[i*block_bytes, min((i+1)*block_bytes, slot_bytes))`` of a slot into ``blocks[i]``."""
+    cdef ldd_status status = _begin(out, num_filled + 1, detail)
     cdef uint64_t num_full, rest, slot_end, blocks_end
-    if status < 0 or num_pieces == 0:
+    if status < 0 or num_filled == 0:
         return status
     if block_bytes == 0:
         return ldd_fail(detail, LDD_E_PARAM, b"the block size is 0 bytes")
     num_full = slot_bytes // block_bytes
     rest = slot_bytes % block_bytes
-    if num_pieces > num_full + (rest != 0):
+    if num_filled > num_full + (rest != 0):
         return ldd_fail(detail, LDD_E_PARAM,
                         b"dst_blocks has %zu blocks of %llu bytes, but the source of %llu bytes fills only %llu",
-                        num_pieces, <unsigned long long>block_bytes, <unsigned long long>slot_bytes,
+                        num_filled, <unsigned long long>block_bytes, <unsigned long long>slot_bytes,
                         <unsigned long long>(num_full + (rest != 0)))
-    num_full = min(num_full, num_pieces)
+    num_full = min(num_full, num_filled)
     status = _find_runs(out, NULL, UINT64_MAX, blocks, num_blocks, num_full, detail)
     if status < 0:
         return status
@@ -135,8 +135,8 @@ cdef ldd_status ldd_plan_slot_to_blocks(
             or ldd_mul_overflows(num_blocks, block_bytes, &blocks_end)):
         return _beyond(detail)
     _runs_to_bytes(out, block_bytes, slot_offset)
-    if num_pieces > num_full:
-        status = _add_short_piece(out, slot_offset, block_bytes, rest, blocks, num_full, num_blocks, detail)
+    if num_filled > num_full:
+        status = _add_partial_block(out, slot_offset, block_bytes, rest, blocks, num_full, num_blocks, detail)
         if status < 0:
             return status
     return _emit(out, slot_addrs, slot_end, block_addrs, blocks_end, num_tensors, put, detail)
@@ -238,7 +238,7 @@ cdef ldd_status _refuse_repeat(ldd_desc_list* out, uint64_t* seen, ldd_detail* d
 
 cdef ldd_status _repeated(uint64_t block, ldd_detail* detail) noexcept nogil:
     return ldd_fail(detail, LDD_E_PARAM,
-                    b"block %llu occurs more than once in dst_blocks: the pieces would overwrite each other, and which "
+                    b"block %llu occurs more than once in dst_blocks: the parts would overwrite each other, and which "
                     b"one stays is undefined. Name each destination block once, or set option llm.Strict='0'",
                     <unsigned long long>block)
 
@@ -313,23 +313,23 @@ cdef void _runs_to_bytes(ldd_desc_list* out, uint64_t block_bytes, uint64_t src_
         run += 1
 
 
-cdef ldd_status _add_short_piece(
+cdef ldd_status _add_partial_block(
     ldd_desc_list* out, uint64_t slot_offset, uint64_t block_bytes, uint64_t rest, const int64_t* blocks,
-    size_t piece, uint64_t num_blocks, ldd_detail* detail
+    size_t index, uint64_t num_blocks, ldd_detail* detail
 ) noexcept nogil:
-    """Add the last piece, which covers only the first `rest` bytes of its block.
+    """Add the last block, of which the slot fills only the first `rest` bytes.
 
-    Where an earlier piece filled the same block, its bytes behind `rest` stay, and only those.
+    Where an earlier part filled the same block, its bytes behind `rest` stay, and only those.
     """
-    cdef int64_t block = ldd_load_index(blocks + piece)
+    cdef int64_t block = ldd_load_index(blocks + index)
     cdef uint64_t src, dst, head
     cdef size_t i
     cdef ldd_run* run
     cdef ldd_run* last
     cdef ldd_status status
     if <uint64_t>block >= num_blocks:
-        return ldd_index_error(b"dst_blocks", piece, block, num_blocks, detail)
-    src = slot_offset + piece * block_bytes
+        return ldd_index_error(b"dst_blocks", index, block, num_blocks, detail)
+    src = slot_offset + index * block_bytes
     dst = <uint64_t>block * block_bytes
     status = ldd_plan_reserve(<void**>&out.runs, &out.run_capacity, out.num_runs, 2, sizeof(ldd_run), detail)
     if status < 0:

@@ -19,7 +19,7 @@ cdef extern from *:
     const uint32_t LDD_NO_PAGE
 
 # The runs one caller got from one call, chained through the pool's own page records: the first page of the first
-# run, or LDD_NO_PAGE for none. So owning memory costs its holder four bytes, whatever the number of pieces.
+# run, or LDD_NO_PAGE for none. So owning memory costs its holder four bytes, whatever the number of runs.
 ctypedef uint32_t ldd_span
 
 ctypedef struct ldd_page:
@@ -50,7 +50,7 @@ cdef ldd_status ldd_pool_create(uint64_t base, uint64_t memory_size, uint32_t pa
 # Free the records; outstanding spans become meaningless. NULL is allowed.
 cdef void ldd_pool_destroy(ldd_pool* pool) noexcept nogil
 
-# num_tensors pieces of tensor_bytes, each page aligned: addrs[0..num_tensors) and one span for all of them. One run
+# num_tensors times tensor_bytes, each page aligned: addrs[0..num_tensors) and one span for all of them. One run
 # at equal steps when there is one that long, otherwise as few runs as the largest ones allow. All or nothing:
 # LDD_E_NO_MEMORY names bytes wanted, bytes free and the largest run.
 cdef ldd_status ldd_pool_alloc_tensors(ldd_pool* pool, uint32_t num_tensors, uint64_t tensor_bytes, uint64_t* addrs,

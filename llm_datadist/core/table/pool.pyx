@@ -97,7 +97,7 @@ cdef ldd_status ldd_pool_alloc_tensors(ldd_pool* pool, uint32_t num_tensors, uin
         count = left
         run = _find(pool, pages * count)
         if run == LDD_NO_PAGE:
-            # As many as fit into the largest run: greedy is exact here, since every piece has the same size.
+            # As many as fit into the largest run: greedy is exact here, since every tensor has the same size.
             run = _largest(pool)
             count = <uint32_t>(pool.pages[run].num_pages // pages) if run != LDD_NO_PAGE else 0
             if count == 0:

@@ -67,7 +67,7 @@ cdef ldd_status ldd_batch_finish(ldd_link* link, ldd_status submitted, CompleteH
         if status == LDD_OK:
             return LDD_OK
     if status == LDD_E_TIMEOUT:
-        ldd_fail(detail, status, b"%llu bytes in %zu pieces did not arrive within %lld ms (cluster %llu)",
+        ldd_fail(detail, status, b"%llu bytes in %zu descriptors did not arrive within %lld ms (cluster %llu)",
                  <unsigned long long>link.descs.bytes, link.descs.count,
                  <long long>(link.node.sync_timeout_ns // 1000000), <unsigned long long>link.cluster_id)
     if not link.node.provider.caps & LDD_CAP_CANCEL:

@@ -5,7 +5,7 @@ itself unless the memory it was planned for does, and operations are carried out
 the pairs mean one after the other.
 
 Operations of 2 MiB and more on average are queued on the caller's stream, smaller ones go one blocking
-`aclrtMemcpy` after the other: queueing a scattered 64 MiB in pieces of 16 KiB took the host provider three times
+`aclrtMemcpy` after the other: queueing a scattered 64 MiB in chunks of 16 KiB took the host provider three times
 as long as copying it in place, and six times where it must wait for memory it does not know.
 """
 from libc.stdint cimport INT32_MAX, INT64_MAX, UINT64_MAX, int32_t, int64_t, uint64_t
@@ -205,7 +205,7 @@ cdef inline void _append(ldd_op_list* out, size_t base, uint64_t dst, uint64_t s
     out.count += 1
 
 
-# How the pieces of one ldd_local_copy call are carried out.
+# How the chunks of one ldd_local_copy call are carried out.
 ctypedef struct copier:
     const ldd_provider* provider
     aclrtStream stream              # NULL: one blocking copy after the other
@@ -255,29 +255,29 @@ cdef ldd_status ldd_local_copy(
 
 
 cdef aclError _copy(const copier* how, const ldd_local_op* op) noexcept nogil:
-    """Carry out one operation; where it overlaps itself, in pieces that do not, from the safe end."""
+    """Carry out one operation; where it overlaps itself, in chunks that do not, from the safe end."""
     cdef uint64_t dst = <uint64_t>op.dst, src = <uint64_t>op.src
     cdef uint64_t distance = dst - src if dst > src else src - dst
     cdef uint64_t step = min(distance, MAX_COPY_BYTES)
-    cdef uint64_t done = 0, piece
+    cdef uint64_t done = 0, chunk
     cdef aclError code
     if distance == 0:
         return 0
     if distance >= op.bytes:
         step = MAX_COPY_BYTES
     while done < op.bytes:
-        piece = min(step, op.bytes - done)
+        chunk = min(step, op.bytes - done)
         if dst < src or distance >= op.bytes:
-            code = _copy_piece(how, dst + done, src + done, piece)
+            code = _copy_chunk(how, dst + done, src + done, chunk)
         else:
-            code = _copy_piece(how, dst + op.bytes - done - piece, src + op.bytes - done - piece, piece)
+            code = _copy_chunk(how, dst + op.bytes - done - chunk, src + op.bytes - done - chunk, chunk)
         if code != 0:
             return code
-        done += piece
+        done += chunk
     return 0
 
 
-cdef inline aclError _copy_piece(const copier* how, uint64_t dst, uint64_t src, uint64_t nbytes) noexcept nogil:
+cdef inline aclError _copy_chunk(const copier* how, uint64_t dst, uint64_t src, uint64_t nbytes) noexcept nogil:
     if how.stream == NULL:
         return how.provider.acl.aclrtMemcpy(<void*>dst, nbytes, <const void*>src, nbytes, how.kind)
     return how.provider.acl.aclrtMemcpyAsync(<void*>dst, nbytes, <const void*>src, nbytes, how.kind, how.stream)

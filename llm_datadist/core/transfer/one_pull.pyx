@@ -7,7 +7,7 @@ the owner lets go of the cache and, where the pull takes its key, of that. The p
 ``host/hixl/client/tcp.c``), nobody waits for it, and it ends in `_on_end` of ``serve_pull.pyx``.
 
 This is for pulls that nothing is wrong with. Whatever is goes by the steps, which say so in the words of the API, and
-so does what needs to know the source first: pieces of a slot that do not fill their blocks, layers taken one by one.
+so does what needs to know the source first: slots whose last block is filled in part, layers taken one by one.
 """
 from libc.stdint cimport UINT64_MAX, int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
@@ -18,7 +18,7 @@ from llm_datadist.core.base.status cimport LDD_OK, ldd_fail
 from llm_datadist.core.base.wait cimport ldd_hixl_result
 from llm_datadist.core.link.requests cimport ldd_reply_room
 from llm_datadist.core.link.wire cimport (
-    LDD_ACCESS_READ, LDD_FETCH_ASK, LDD_FETCH_BLOCKS, LDD_FETCH_MAX_PIECES, LDD_FETCH_RESHAPE, LDD_FETCH_TAKE,
+    LDD_ACCESS_READ, LDD_FETCH_ASK, LDD_FETCH_BLOCKS, LDD_FETCH_MAX_SEGMENTS, LDD_FETCH_RESHAPE, LDD_FETCH_TAKE,
     LDD_FETCH_TO_HOST, ldd_fetch_request, ldd_fetch_run,
 )
 from llm_datadist.core.transfer.batch cimport ldd_batch_count, ldd_batch_finish
@@ -55,7 +55,7 @@ cdef uint32_t _write_request(ldd_link* link, const ldd_transfer* what, const ldd
     cdef size_t nbytes = sizeof(ldd_fetch_request) + link.descs.num_runs * sizeof(ldd_fetch_run), i
     cdef ldd_fetch_request request
     cdef ldd_fetch_run* runs
-    if (link.descs.num_runs > LDD_FETCH_MAX_PIECES // count or nbytes > LDD_FETCH_MAX_REQUEST_BYTES
+    if (link.descs.num_runs > LDD_FETCH_MAX_SEGMENTS // count or nbytes > LDD_FETCH_MAX_REQUEST_BYTES
             or ldd_reply_room(link, nbytes) < 0):
         return 0
     memset(&request, 0, sizeof(request))

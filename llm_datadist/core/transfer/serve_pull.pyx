@@ -14,13 +14,13 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
 from llm_datadist.core.base.checked_math cimport ldd_add_overflows
-from llm_datadist.core.base.provider cimport LddFetchSource, LddPiece
+from llm_datadist.core.base.provider cimport LddFetchSource, LddSegment
 from llm_datadist.core.base.status cimport LDD_E_NOT_LINKED, LDD_E_NO_MEMORY, LDD_OK, ldd_detail, ldd_fail, ldd_status
 from llm_datadist.core.base.sync cimport ldd_lock, ldd_unlock
 from llm_datadist.core.link.links cimport LINK_ACTIVE, ldd_link, ldd_link_state_of, ldd_node
 from llm_datadist.core.link.replies cimport ldd_reply_find
 from llm_datadist.core.link.wire cimport (
-    LDD_ACCESS_READ, LDD_FETCH_ASK, LDD_FETCH_BLOCKS, LDD_FETCH_MAX_PIECES, LDD_FETCH_RESHAPE, LDD_FETCH_TAKE,
+    LDD_ACCESS_READ, LDD_FETCH_ASK, LDD_FETCH_BLOCKS, LDD_FETCH_MAX_SEGMENTS, LDD_FETCH_RESHAPE, LDD_FETCH_TAKE,
     LDD_FETCH_TO_HOST, ldd_fetch_request, ldd_fetch_run,
 )
 from llm_datadist.core.table.cache_table cimport ldd_cache_view, ldd_table_settle, ldd_table_unpin
@@ -35,8 +35,8 @@ ctypedef struct ldd_served:
     uint32_t generation
     uint32_t key_index              # what a confirmation takes; LDD_NO_KEY: nothing
     uint32_t key_generation
-    LddPiece* pieces
-    size_t num_pieces
+    LddSegment* segments
+    size_t num_segments
 
 
 cdef bint _is_linked(ldd_node* node, const uint8_t* token) noexcept nogil:
@@ -51,23 +51,23 @@ cdef bint _is_linked(ldd_node* node, const uint8_t* token) noexcept nogil:
     return found
 
 
-cdef bint _add_piece(ldd_served* served, uint64_t addr, uint64_t nbytes, uint64_t* total) noexcept nogil:
-    """False when the sum overflows. What follows in memory and on the way is one piece; there is room for each."""
-    cdef LddPiece* last = &served.pieces[served.num_pieces - 1] if served.num_pieces else NULL
+cdef bint _add_segment(ldd_served* served, uint64_t addr, uint64_t nbytes, uint64_t* total) noexcept nogil:
+    """False when the sum overflows. What follows in memory and on the way is one segment; there is room for each."""
+    cdef LddSegment* last = &served.segments[served.num_segments - 1] if served.num_segments else NULL
     if ldd_add_overflows(total[0], nbytes, total):
         return False
     if last != NULL and last.addr + last.bytes == addr:
         last.bytes += nbytes
         return True
-    served.pieces[served.num_pieces].addr = addr
-    served.pieces[served.num_pieces].bytes = nbytes
-    served.num_pieces += 1
+    served.segments[served.num_segments].addr = addr
+    served.segments[served.num_segments].bytes = nbytes
+    served.num_segments += 1
     return True
 
 
 cdef ldd_status _cut(const ldd_fetch_request* request, const uint8_t* runs, const ldd_cache_view* view,
                      uint64_t num_bytes, ldd_served* served, ldd_detail* detail) noexcept nogil:
-    """The pieces of memory that are asked for, in order; LDD_FETCH_ASK where the request does not fit the cache."""
+    """The segments of memory that are asked for, in order; LDD_FETCH_ASK where the request does not fit the cache."""
     cdef uint64_t begin, reach, total = 0, t, i
     cdef ldd_transfer what
     cdef ldd_end here, there
@@ -86,7 +86,7 @@ cdef ldd_status _cut(const ldd_fetch_request* request, const uint8_t* runs, cons
     there.host = (request.flags & LDD_FETCH_TO_HOST) != 0
     ldd_end_here(view, view.batch_index, &here)
     if (ldd_fit_ends(&what, &there, &here, &fit, NULL) != LDD_OK
-            or request.num_runs * fit.count > LDD_FETCH_MAX_PIECES):
+            or request.num_runs * fit.count > LDD_FETCH_MAX_SEGMENTS):
         return LDD_FETCH_ASK
     begin = 0 if view.is_blocks else view.batch_index * view.stride
     reach = view.num_slots * view.stride if view.is_blocks else view.stride
@@ -94,14 +94,14 @@ cdef ldd_status _cut(const ldd_fetch_request* request, const uint8_t* runs, cons
         memcpy(&run, runs + i * sizeof(run), sizeof(run))
         if run.bytes == 0 or run.offset > reach or run.bytes > reach - run.offset:
             return LDD_FETCH_ASK
-    served.pieces = <LddPiece*>malloc(request.num_runs * fit.count * sizeof(LddPiece))
-    if served.pieces == NULL:
-        return ldd_fail(detail, LDD_E_NO_MEMORY, b"no memory for a plan of %llu pieces",
+    served.segments = <LddSegment*>malloc(request.num_runs * fit.count * sizeof(LddSegment))
+    if served.segments == NULL:
+        return ldd_fail(detail, LDD_E_NO_MEMORY, b"no memory for a plan of %llu segments",
                         <unsigned long long>(request.num_runs * fit.count))
     for t in range(fit.remote_first, fit.remote_first + fit.count):
         for i in range(request.num_runs):
             memcpy(&run, runs + i * sizeof(run), sizeof(run))
-            if not _add_piece(served, view.addrs[t] + begin + run.offset, run.bytes, &total):
+            if not _add_segment(served, view.addrs[t] + begin + run.offset, run.bytes, &total):
                 return LDD_FETCH_ASK
     return LDD_OK if total == num_bytes else <ldd_status>LDD_FETCH_ASK
 
@@ -118,7 +118,7 @@ cdef int32_t _on_begin(void* context, const uint8_t* token, const void* words, s
     if num_words_bytes < sizeof(request):
         return LDD_FETCH_ASK
     memcpy(&request, words, sizeof(request))
-    if (request.num_runs == 0 or request.num_runs > LDD_FETCH_MAX_PIECES or request.key.access != LDD_ACCESS_READ
+    if (request.num_runs == 0 or request.num_runs > LDD_FETCH_MAX_SEGMENTS or request.key.access != LDD_ACCESS_READ
             or num_words_bytes != sizeof(request) + request.num_runs * sizeof(ldd_fetch_run)):
         return LDD_FETCH_ASK
     served = <ldd_served*>calloc(1, sizeof(ldd_served))
@@ -134,7 +134,7 @@ cdef int32_t _on_begin(void* context, const uint8_t* token, const void* words, s
                 ldd_table_unpin(node.table, view.slot, view.generation)
     if status != LDD_OK:
         if served != NULL:
-            free(served.pieces)
+            free(served.segments)
         free(served)
         snprintf(text, text_size, b"%s", detail.text)
         return status
@@ -142,8 +142,8 @@ cdef int32_t _on_begin(void* context, const uint8_t* token, const void* words, s
     served.generation = view.generation
     served.key_index = view.key_index if request.flags & LDD_FETCH_TAKE else LDD_NO_KEY
     served.key_generation = view.key_generation
-    source.pieces = served.pieces
-    source.num_pieces = served.num_pieces
+    source.segments = served.segments
+    source.num_segments = served.num_segments
     source.never_unmapped = view.owned
     source.ticket = served
     return LDD_OK
@@ -153,7 +153,7 @@ cdef void _on_end(void* context, void* ticket, int32_t confirmed) noexcept nogil
     cdef ldd_served* served = <ldd_served*>ticket
     ldd_table_settle((<ldd_node*>context).table, served.slot, served.generation,
                      served.key_index if confirmed else LDD_NO_KEY, served.key_generation)
-    free(served.pieces)
+    free(served.segments)
     free(served)
 
 

@@ -1,4 +1,4 @@
-/* Copies that were checked: carried out piece by piece, by a stream or at once. */
+/* Copies that were checked: carried out chunk by chunk, by a stream or at once. */
 #ifndef LLM_DATADIST_HOST_COPY_H
 #define LLM_DATADIST_HOST_COPY_H
 

@@ -1,7 +1,7 @@
 /*
  * Streams: queues of work, each served in order by one thread of its own.
  *
- * The thread starts with the first piece of work. Tasks are copies, records of events and waits for them. A
+ * The thread starts with the first task. Tasks are copies, records of events and waits for them. A
  * stream that is destroyed with work queued finishes it on its own; one that is aborted, or whose context
  * ends, drops it. Copies hold pins, so memory freed meanwhile stays mapped until they are done.
  */
@@ -42,7 +42,7 @@ struct acl_stream {
     bool closing;       /* the thread ends when nothing is queued */
     bool has_failure_mode;
     pthread_t thread;
-    atomic_bool cancelled; /* the running task gives up at its next piece */
+    atomic_bool cancelled; /* the running task gives up at its next chunk */
 };
 
 static atomic_uint num_streams[ACL_HOST_MAX_DEVICES];

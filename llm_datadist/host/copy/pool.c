@@ -13,13 +13,13 @@
 
 enum { DEFAULT_MAX_THREADS = 4, HELPER_STACK_BYTES = 256 << 10 };
 
-/* Waiting for the last piece of a helper: this long without sleeping, about what going to sleep and waking costs. */
+/* Waiting for the last chunk of a helper: this long without sleeping, about what going to sleep and waking costs. */
 #define SPIN_NS INT64_C(20000)
 
 static struct {
     pthread_mutex_t lock;
     pthread_cond_t work;
-    TAILQ_HEAD(, copy_job) jobs; /* with pieces to claim */
+    TAILQ_HEAD(, copy_job) jobs; /* with chunks to claim */
     pthread_t threads[COPY_MAX_THREADS];
     unsigned num_threads;
     unsigned num_users;
@@ -88,16 +88,16 @@ void copy_job_destroy(copy_job *job) {
     pthread_cond_destroy(&job->idle);
 }
 
-static bool has_pieces(copy_job *job) {
-    return atomic_load_explicit(&job->next, memory_order_relaxed) < job->num_pieces &&
+static bool has_chunks(copy_job *job) {
+    return atomic_load_explicit(&job->next, memory_order_relaxed) < job->num_chunks &&
            !atomic_load_explicit(&job->stopped, memory_order_relaxed);
 }
 
 /* The caller counts in num_active. */
-static void run_pieces(copy_job *job, int64_t deadline_ns) {
-    while (has_pieces(job)) {
+static void run_chunks(copy_job *job, int64_t deadline_ns) {
+    while (has_chunks(job)) {
         size_t index = atomic_fetch_add_explicit(&job->next, 1, memory_order_relaxed);
-        if (index >= job->num_pieces) {
+        if (index >= job->num_chunks) {
             return;
         }
         if (!job->run(job, index)) {
@@ -111,7 +111,7 @@ static void run_pieces(copy_job *job, int64_t deadline_ns) {
 }
 
 static void unqueue(copy_job *job) {
-    if (job->queued && !has_pieces(job)) {
+    if (job->queued && !has_chunks(job)) {
         TAILQ_REMOVE(&pool.jobs, job, entry);
         job->queued = false;
     }
@@ -131,7 +131,7 @@ static void *helper_main(void *unused) {
     while (!pool.stopping) {
         copy_job *job, *found = NULL;
         TAILQ_FOREACH(job, &pool.jobs, entry) {
-            if (has_pieces(job) && atomic_load_explicit(&job->num_active, memory_order_relaxed) < pool_width) {
+            if (has_chunks(job) && atomic_load_explicit(&job->num_active, memory_order_relaxed) < pool_width) {
                 found = job;
                 break;
             }
@@ -145,7 +145,7 @@ static void *helper_main(void *unused) {
         TAILQ_REMOVE(&pool.jobs, found, entry);
         TAILQ_INSERT_TAIL(&pool.jobs, found, entry);
         pthread_mutex_unlock(&pool.lock);
-        run_pieces(found, HIXL_NO_DEADLINE);
+        run_chunks(found, HIXL_NO_DEADLINE);
         pthread_mutex_lock(&pool.lock);
         leave_job(found);
     }
@@ -230,7 +230,7 @@ void copy_job_start(copy_job *job, unsigned helpers) {
 }
 
 static bool seems_done(copy_job *job) {
-    return !has_pieces(job) && atomic_load_explicit(&job->num_active, memory_order_acquire) == 0;
+    return !has_chunks(job) && atomic_load_explicit(&job->num_active, memory_order_acquire) == 0;
 }
 
 /* Pool locked: helpers look and enter under the lock, so one that has not entered by now never will. */
@@ -253,7 +253,7 @@ bool copy_job_done(copy_job *job) {
 void copy_job_help(copy_job *job, int64_t deadline_ns) {
     bool enter;
     pthread_mutex_lock(&pool.lock);
-    enter = has_pieces(job);
+    enter = has_chunks(job);
     if (enter) {
         atomic_fetch_add_explicit(&job->num_active, 1, memory_order_relaxed);
     }
@@ -261,7 +261,7 @@ void copy_job_help(copy_job *job, int64_t deadline_ns) {
     if (!enter) {
         return;
     }
-    run_pieces(job, deadline_ns);
+    run_chunks(job, deadline_ns);
     pthread_mutex_lock(&pool.lock);
     leave_job(job);
     pthread_mutex_unlock(&pool.lock);
@@ -277,7 +277,7 @@ bool copy_job_wait(copy_job *job, int64_t deadline_ns) {
     }
     until = hixl_timespec(deadline_ns == HIXL_NO_DEADLINE ? hixl_now_ns() + 3600 * HIXL_SECOND_NS : deadline_ns);
     pthread_mutex_lock(&pool.lock);
-    while (!(done = settle(job)) && !has_pieces(job)) {
+    while (!(done = settle(job)) && !has_chunks(job)) {
         if (pthread_cond_timedwait(&job->idle, &pool.lock, &until) != 0 && hixl_now_ns() >= deadline_ns) {
             break;
         }

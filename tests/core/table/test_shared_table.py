@@ -8,6 +8,7 @@ import sys
 import textwrap
 
 import pytest
+from support.denied import need_limited_address_space
 from support.scripts import output_of
 
 from llm_datadist_probes.table import CacheTable, PagePool
@@ -137,6 +138,7 @@ def test_more_keys_than_the_shared_table_holds(table):
 
 def test_engine_without_room_for_a_shared_table():
     """A limit on address space turns sharing off, and nothing else."""
+    need_limited_address_space()
     assert output_of("""
         import resource
         from llm_datadist_probes.table import CacheTable, PagePool

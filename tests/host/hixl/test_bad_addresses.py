@@ -4,7 +4,7 @@ import mmap
 
 import pytest
 import support.hixl_peer as hixl
-from support.denied import PROCESS_VM, deny, in_child
+from support.denied import PROCESS_VM, deny, in_child, need_denial
 
 MIB = 1 << 20
 SIZE = 8 * MIB                  # enough for helper threads and several connections
@@ -20,6 +20,8 @@ def api():
 
 @pytest.fixture(scope="module", params=["as usual", "denied"])
 def denied(request):
+    if request.param == "denied":
+        need_denial()
     return request.param == "denied"
 
 

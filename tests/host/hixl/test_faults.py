@@ -10,7 +10,7 @@ import time
 
 import pytest
 import support.hixl_peer as hixl
-from support.denied import in_child
+from support.denied import in_child, need_limited_address_space
 from support.hixl_peer import fails
 
 # Forking with the provider's threads running is what some of these tests are about.
@@ -198,6 +198,9 @@ def test_cancelled_batch_writes_no_more(api, peer, local, path):
 def test_cancelling_an_ended_batch_poisons_nothing(api, peer, local, path):
     with api.client(peer.port) as client:
         client.connect()
+        client.get([(peer.addr, local, 100)])
+        if client.paths() != path:
+            pytest.skip(f"no {path} here, and over others a small batch has not ended when it starts")
         client.cancel(client.start([(peer.addr, local, 100)]))
         client.get([(peer.addr, local, 100)])
 
@@ -484,6 +487,7 @@ def test_signals_leave_waits_alone(api, peer, local, tcp):
 
 def test_no_address_space_for_a_mapping(api, peer, monkeypatch):
     """The region then travels the next path."""
+    need_limited_address_space()
     monkeypatch.setenv("LLM_DATADIST_HOST_PATHS", "shm,cma")
     peer.call("fill", peer.addr, SIZE, 6)
 

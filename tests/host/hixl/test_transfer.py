@@ -170,6 +170,9 @@ def test_small_batch_has_completed_at_the_first_query(api, peer, pool, private, 
     with api.client(peer.port) as client:
         client.connect()
         peer.call("fill", pool, 4096, 10)
+        client.get([(pool, local, 10), (private, local, 10)])
+        if "tcp" in client.paths():
+            pytest.skip("the kernel copies no memory of other processes here")
         batch = client.start([(pool, local, 4096), (private, local + 4096, 10)])
         assert client.query(batch) == hixl.COMPLETED
         assert read(local, 4096) == hixl.pattern(4096, 10)

@@ -2,7 +2,7 @@
 
 The copies here share no code with the providers. They get their descriptors beforehand, so that nothing but moving
 bytes is timed: plain ``memcpy``, stores that bypass the cache, and ``process_vm_readv``/``writev``, each by a team of
-threads that divide the bytes among them in pieces. Times are taken in C, around the work alone.
+threads that divide the bytes among them in chunks. Times are taken in C, around the work alone.
 
 Addresses are the caller's and are followed as given: a wrong one ends the process. Objects are for one thread at a
 time, own their threads, and release the GIL while they work.
@@ -100,8 +100,8 @@ cdef extern from * nogil:
     size_t bound_claim(size_t* counter)
 
 cdef enum:
-    MIN_PIECE_BYTES = 1 << 18
-    MAX_PIECE_BYTES = 1 << 20
+    MIN_CHUNK_BYTES = 1 << 18
+    MAX_CHUNK_BYTES = 1 << 20
     IOVECS = 256                                # per system call; 64 to 1024 make no difference worth having
 
 cdef enum bound_kernel:
@@ -113,19 +113,19 @@ cdef enum bound_kernel:
 _KERNELS = {"memcpy": KERNEL_MEMCPY, "stream": KERNEL_STREAM, "vm_read": KERNEL_VM_READ, "vm_write": KERNEL_VM_WRITE}
 
 # `length` bytes from byte `offset` of descriptor `first` on.
-ctypedef struct bound_piece:
+ctypedef struct bound_chunk:
     size_t first
     uint64_t offset
     uint64_t length
 
 ctypedef struct bound_job:
     const bound_desc* descs
-    const bound_piece* pieces
-    size_t num_pieces
+    const bound_chunk* chunks
+    size_t num_chunks
     size_t next                                 # atomic
     bound_kernel kernel
     pid_t pid
-    int error                                   # errno of a failed piece
+    int error                                   # errno of a failed chunk
 
 
 def has_stream_copy():
@@ -151,8 +151,8 @@ cdef class CopyBound:
     cdef const uint64_t[:, ::1] _rows           # whose memory the descriptors are read from
     cdef const bound_desc* _descs
     cdef size_t _num_descs
-    cdef bound_piece* _pieces
-    cdef size_t* _part_ends                     # in pieces
+    cdef bound_chunk* _chunks
+    cdef size_t* _part_ends                     # in chunks
     cdef readonly size_t num_parts
     cdef bound_team _team
     cdef bound_job _job
@@ -180,9 +180,9 @@ cdef class CopyBound:
             raise ValueError(f"num_parts={num_parts} does not divide {self._num_descs} descriptors")
         self.num_parts = num_parts
         self._part_ends = <size_t*>malloc(num_parts * sizeof(size_t))
-        self._pieces = <bound_piece*>malloc(
-            (self.num_bytes // MIN_PIECE_BYTES + self._num_descs + 1) * sizeof(bound_piece))
-        if self._part_ends == NULL or self._pieces == NULL:
+        self._chunks = <bound_chunk*>malloc(
+            (self.num_bytes // MIN_CHUNK_BYTES + self._num_descs + 1) * sizeof(bound_chunk))
+        if self._part_ends == NULL or self._chunks == NULL:
             raise MemoryError()
         self._cut(num_threads)
         self._job.pid = pid
@@ -195,13 +195,13 @@ cdef class CopyBound:
         with nogil:
             bound_team_stop(&self._team)
         free(self._part_ends)
-        free(self._pieces)
+        free(self._chunks)
 
     cdef void _cut(self, int num_threads) noexcept:
-        """Cut each part into pieces of about equal length, several per thread; one thread takes a part at once."""
+        """Cut each part into chunks of about equal length, several per thread; one thread takes a part at once."""
         cdef size_t per_part = self._num_descs // self.num_parts, part, i, at, end, count = 0
         cdef uint64_t total, want, offset, left, room
-        cdef bound_piece* piece
+        cdef bound_chunk* chunk
         for part in range(self.num_parts):
             at = part * per_part
             end = at + per_part
@@ -210,24 +210,24 @@ cdef class CopyBound:
                 total += self._descs[i].length
             want = total
             if num_threads > 1:
-                want = min(max(total // (8 * <uint64_t>num_threads), <uint64_t>MIN_PIECE_BYTES),
-                           <uint64_t>MAX_PIECE_BYTES)
+                want = min(max(total // (8 * <uint64_t>num_threads), <uint64_t>MIN_CHUNK_BYTES),
+                           <uint64_t>MAX_CHUNK_BYTES)
             offset = 0
             while at < end:
-                piece = &self._pieces[count]
+                chunk = &self._chunks[count]
                 count += 1
-                piece.first = at
-                piece.offset = offset
-                piece.length = 0
-                while at < end and (piece.length < want or self._descs[at].length == offset):
+                chunk.first = at
+                chunk.offset = offset
+                chunk.length = 0
+                while at < end and (chunk.length < want or self._descs[at].length == offset):
                     left = self._descs[at].length - offset
-                    room = want - piece.length
+                    room = want - chunk.length
                     if left > room:
                         offset += room
-                        piece.length += room
+                        chunk.length += room
                     else:
                         offset = 0
-                        piece.length += left
+                        chunk.length += left
                         at += 1
             self._part_ends[part] = count
 
@@ -257,16 +257,16 @@ cdef class CopyBound:
         first = self._part_ends[part - 1] if part else 0
         self._job.kernel = <bound_kernel><int>_KERNELS[kernel]
         self._job.descs = self._descs
-        self._job.pieces = self._pieces + first
-        self._job.num_pieces = self._part_ends[part] - first
+        self._job.chunks = self._chunks + first
+        self._job.num_chunks = self._part_ends[part] - first
         self._job.next = 0
         self._job.error = 0
         with nogil:
             took_ns = ldd_now_ns()
-            if self._job.num_pieces == 1:
-                _move_pieces(&self._job, 0)
+            if self._job.num_chunks == 1:
+                _move_chunks(&self._job, 0)
             else:
-                bound_team_run(&self._team, _move_pieces, &self._job)
+                bound_team_run(&self._team, _move_chunks, &self._job)
             took_ns = ldd_now_ns() - took_ns
         if self._job.error:
             raise OSError(self._job.error, f"{kernel}: {os.strerror(self._job.error)}")
@@ -300,22 +300,22 @@ cdef class CopyBound:
 
 # ------------------------------------------------------------------------------------------------------ kernels
 
-cdef void _move_pieces(void* context, int index) noexcept nogil:
+cdef void _move_chunks(void* context, int index) noexcept nogil:
     cdef bound_job* job = <bound_job*>context
     cdef size_t at
     while True:
         at = bound_claim(&job.next)
-        if at >= job.num_pieces:
+        if at >= job.num_chunks:
             return
         if job.kernel == KERNEL_MEMCPY or job.kernel == KERNEL_STREAM:
-            _copy_piece(job, &job.pieces[at])
+            _copy_chunk(job, &job.chunks[at])
         else:
-            _vm_piece(job, &job.pieces[at])
+            _vm_chunk(job, &job.chunks[at])
 
 
-cdef void _copy_piece(const bound_job* job, const bound_piece* piece) noexcept nogil:
-    cdef const bound_desc* desc = job.descs + piece.first
-    cdef uint64_t offset = piece.offset, left = piece.length, part
+cdef void _copy_chunk(const bound_job* job, const bound_chunk* chunk) noexcept nogil:
+    cdef const bound_desc* desc = job.descs + chunk.first
+    cdef uint64_t offset = chunk.offset, left = chunk.length, part
     while left > 0:
         part = min(left, desc.length - offset)
         if job.kernel == KERNEL_STREAM:
@@ -327,11 +327,11 @@ cdef void _copy_piece(const bound_job* job, const bound_piece* piece) noexcept n
         desc += 1
 
 
-cdef void _vm_piece(bound_job* job, const bound_piece* piece) noexcept nogil:
+cdef void _vm_chunk(bound_job* job, const bound_chunk* chunk) noexcept nogil:
     cdef iovec src[IOVECS]
     cdef iovec dst[IOVECS]
-    cdef const bound_desc* desc = job.descs + piece.first
-    cdef uint64_t offset = piece.offset, left = piece.length, part, batch
+    cdef const bound_desc* desc = job.descs + chunk.first
+    cdef uint64_t offset = chunk.offset, left = chunk.length, part, batch
     cdef ssize_t moved
     cdef size_t n
     while left > 0:

@@ -150,7 +150,7 @@ cdef void _cursor_start(tcp_cursor* cursor, const bound_desc* descs, uint64_t of
 
 
 cdef size_t _cursor_slice(const tcp_cursor* cursor, bint is_src, iovec* out) noexcept nogil:
-    """The next bytes of a range as pieces of memory; returns how many pieces."""
+    """The next bytes of a range as chunks of memory; returns how many chunks."""
     cdef const bound_desc* desc = cursor.desc
     cdef uint64_t skip = cursor.skip, left = min(cursor.left, <uint64_t>SLICE_BYTES), part
     cdef size_t n = 0

@@ -97,7 +97,7 @@ static void free_slot(hixl_batch *batch) {
     if (batch->slot >= KEPT_SLOTS) {
         batch->mapped.items = trimmed(batch->mapped.items, &batch->mapped.capacity);
         batch->cma.items = trimmed(batch->cma.items, &batch->cma.capacity);
-        batch->pieces = trimmed(batch->pieces, &batch->piece_capacity);
+        batch->chunks = trimmed(batch->chunks, &batch->chunk_capacity);
         batch->tcp_ops = trimmed(batch->tcp_ops, &batch->tcp_capacity);
     }
     client->free_slots[client->num_free++] = (uint16_t)batch->slot;

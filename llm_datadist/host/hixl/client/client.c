@@ -320,7 +320,7 @@ static void free_batches(hixl_client *client) {
         copy_job_destroy(&batch->job);
         free(batch->mapped.items);
         free(batch->cma.items);
-        free(batch->pieces);
+        free(batch->chunks);
         free(batch->tcp_ops);
         free(batch);
     }
@@ -334,7 +334,7 @@ LDD_EXPORT HixlStatus HixlCSClientDestroy(HixlClientHandle handle) {
     }
     hixl_handle_withdraw(handle);
     hixl_fork_forget(&client->fork_node);
-    free_batches(client); /* first: pieces in flight use mappings and the pid */
+    free_batches(client); /* first: chunks in flight use mappings and the pid */
     hixl_tcp_close(client);
     hixl_remote_close(client);
     hixl_link_close(client);

@@ -1,7 +1,7 @@
 /*
  * The two paths that move bytes without the server's help: mapped memory (shm) and cross-memory attach (cma).
  *
- * Segments are cut into pieces of even size in bytes, whatever their number, so that threads share large and
+ * Segments are cut into chunks of even size in bytes, whatever their number, so that threads share large and
  * scattered batches alike. Nothing here takes a lock.
  */
 #define _GNU_SOURCE
@@ -21,8 +21,8 @@ enum {
 };
 #define FAULT_AROUND_BYTES ((uintptr_t)64 << 10)
 #define TOUCH_MIN_BYTES ((uint64_t)8 << 10) /* one or two pages are not worth the look */
-#define MIN_PIECE_BYTES ((uint64_t)256 << 10)
-#define MAX_PIECE_BYTES ((uint64_t)1 << 20)
+#define MIN_CHUNK_BYTES ((uint64_t)256 << 10)
+#define MAX_CHUNK_BYTES ((uint64_t)1 << 20)
 
 static bool record(hixl_batch *batch, const hixl_error *error) {
     if (!atomic_flag_test_and_set(&batch->error_taken)) {
@@ -147,14 +147,14 @@ static bool cma_run(hixl_batch *batch, const hixl_segment *segments, uint64_t of
 
 bool hixl_copy_run(copy_job *job, size_t index) {
     hixl_batch *batch = (hixl_batch *)((uint8_t *)job - offsetof(hixl_batch, job));
-    const hixl_piece *piece = &batch->pieces[index];
+    const hixl_chunk *chunk = &batch->chunks[index];
     const hixl_segment *segment;
-    uint64_t offset = piece->offset, bytes = piece->bytes;
+    uint64_t offset = chunk->offset, bytes = chunk->bytes;
 
-    if (piece->first >= batch->mapped.count) {
-        return cma_run(batch, &batch->cma.items[piece->first - batch->mapped.count], offset, bytes);
+    if (chunk->first >= batch->mapped.count) {
+        return cma_run(batch, &batch->cma.items[chunk->first - batch->mapped.count], offset, bytes);
     }
-    for (segment = &batch->mapped.items[piece->first]; bytes > 0; segment++) {
+    for (segment = &batch->mapped.items[chunk->first]; bytes > 0; segment++) {
         uint64_t part = segment->bytes - offset < bytes ? segment->bytes - offset : bytes;
         copy_segment(batch, segment, offset, part);
         bytes -= part;
@@ -175,30 +175,30 @@ bool hixl_copy_all(hixl_batch *batch) {
     return bytes == 0 || cma_run(batch, batch->cma.items, 0, bytes);
 }
 
-static bool cut_list(hixl_batch *batch, const hixl_segments *list, uint32_t first, uint64_t piece_bytes) {
-    size_t i = 0, *count = &batch->job.num_pieces;
+static bool cut_list(hixl_batch *batch, const hixl_segments *list, uint32_t first, uint64_t chunk_bytes) {
+    size_t i = 0, *count = &batch->job.num_chunks;
     uint64_t offset = 0;
     while (i < list->count) {
-        hixl_piece *piece;
-        if (*count == batch->piece_capacity) {
+        hixl_chunk *chunk;
+        if (*count == batch->chunk_capacity) {
             size_t capacity = *count == 0 ? 64 : 2 * *count;
-            hixl_piece *pieces = realloc(batch->pieces, capacity * sizeof *pieces);
-            if (pieces == NULL) {
+            hixl_chunk *chunks = realloc(batch->chunks, capacity * sizeof *chunks);
+            if (chunks == NULL) {
                 return false;
             }
-            batch->pieces = pieces;
-            batch->piece_capacity = capacity;
+            batch->chunks = chunks;
+            batch->chunk_capacity = capacity;
         }
-        piece = &batch->pieces[(*count)++];
-        *piece = (hixl_piece){first + (uint32_t)i, offset, 0};
-        while (i < list->count && piece->bytes < piece_bytes) {
-            uint64_t left = list->items[i].bytes - offset, room = piece_bytes - piece->bytes;
+        chunk = &batch->chunks[(*count)++];
+        *chunk = (hixl_chunk){first + (uint32_t)i, offset, 0};
+        while (i < list->count && chunk->bytes < chunk_bytes) {
+            uint64_t left = list->items[i].bytes - offset, room = chunk_bytes - chunk->bytes;
             if (left > room) {
                 offset += room;
-                piece->bytes += room;
+                chunk->bytes += room;
             } else {
                 offset = 0;
-                piece->bytes += left;
+                chunk->bytes += left;
                 i++;
             }
         }
@@ -207,11 +207,11 @@ static bool cut_list(hixl_batch *batch, const hixl_segments *list, uint32_t firs
 }
 
 bool hixl_copy_cut(hixl_batch *batch) {
-    uint64_t piece_bytes = batch->num_bytes / (8 * copy_pool_width());
-    piece_bytes = piece_bytes < MIN_PIECE_BYTES ? MIN_PIECE_BYTES : piece_bytes;
-    piece_bytes = piece_bytes > MAX_PIECE_BYTES ? MAX_PIECE_BYTES : piece_bytes & ~(uint64_t)4095;
-    batch->job.num_pieces = 0;
+    uint64_t chunk_bytes = batch->num_bytes / (8 * copy_pool_width());
+    chunk_bytes = chunk_bytes < MIN_CHUNK_BYTES ? MIN_CHUNK_BYTES : chunk_bytes;
+    chunk_bytes = chunk_bytes > MAX_CHUNK_BYTES ? MAX_CHUNK_BYTES : chunk_bytes & ~(uint64_t)4095;
+    batch->job.num_chunks = 0;
     batch->job.run = hixl_copy_run;
-    return cut_list(batch, &batch->mapped, 0, piece_bytes) &&
-           cut_list(batch, &batch->cma, (uint32_t)batch->mapped.count, piece_bytes);
+    return cut_list(batch, &batch->mapped, 0, chunk_bytes) &&
+           cut_list(batch, &batch->cma, (uint32_t)batch->mapped.count, chunk_bytes);
 }

@@ -4,8 +4,8 @@
 
 #include "hixl/client/state.h"
 
-bool hixl_copy_cut(hixl_batch *batch); /* segments to pieces; false: no memory */
+bool hixl_copy_cut(hixl_batch *batch); /* segments to chunks; false: no memory */
 bool hixl_copy_run(copy_job *job, size_t index);
-bool hixl_copy_all(hixl_batch *batch); /* in this thread, without pieces */
+bool hixl_copy_all(hixl_batch *batch); /* in this thread, without chunks */
 
 #endif

@@ -76,7 +76,7 @@ typedef struct {
     uint32_t first;  /* index into mapped segments, or behind them into cma segments */
     uint64_t offset; /* into the first */
     uint64_t bytes;
-} hixl_piece;
+} hixl_chunk;
 
 typedef enum { HIXL_BATCH_FREE, HIXL_BATCH_RUNNING, HIXL_BATCH_COMPLETED, HIXL_BATCH_FAILED } hixl_batch_state;
 
@@ -94,15 +94,15 @@ typedef struct hixl_batch {
     unsigned num_waiters;
     uint64_t num_bytes;
     hixl_segments mapped, cma;
-    hixl_piece *pieces;
-    size_t piece_capacity;
+    hixl_chunk *chunks;
+    size_t chunk_capacity;
     hixl_tcp_op *tcp_ops;
     size_t num_tcp_ops, tcp_capacity;
     const void *fetch_request; /* of a fetch, otherwise NULL; tcp_ops say where its bytes go */
     uint32_t fetch_bytes;
     LddFetchReply *fetch_reply;
     copy_job job;
-    atomic_flag error_taken; /* the first failing piece writes `error` */
+    atomic_flag error_taken; /* the first failing chunk writes `error` */
     hixl_error error;
     TAILQ_ENTRY(hixl_batch) entry; /* client->tcp_queue */
 } hixl_batch;

@@ -478,7 +478,7 @@ bool hixl_tcp_round(hixl_client *client, int64_t deadline_ns) {
     client->round_batch = batch;
     client->round_until_ns = hixl_earlier(deadline_ns, hixl_now_ns() + ROUND_NS);
     client->round.run = run_stream;
-    client->round.num_pieces = count;
+    client->round.num_chunks = count;
     copy_job_start(&client->round, (count < width ? count : width) - 1);
     pthread_mutex_unlock(&client->lock);
     copy_job_help(&client->round, HIXL_NO_DEADLINE);

@@ -291,17 +291,17 @@ static bool reserve(data_session *session, size_t count) {
 /* Have the bytes [offset, offset + bytes) of the fetch as targets. */
 static bool aim(data_session *session, const LddFetchSource *source, uint64_t offset, uint64_t bytes) {
     size_t i = 0, n = 0;
-    if (!reserve(session, source->num_pieces)) {
+    if (!reserve(session, source->num_segments)) {
         return false;
     }
-    while (offset >= source->pieces[i].bytes) {
-        offset -= source->pieces[i++].bytes;
+    while (offset >= source->segments[i].bytes) {
+        offset -= source->segments[i++].bytes;
     }
     for (; bytes > 0; i++, n++) {
-        uint64_t part = source->pieces[i].bytes - offset;
+        uint64_t part = source->segments[i].bytes - offset;
         part = part < bytes ? part : bytes;
         session->targets[n].region = NULL;
-        session->targets[n].address = (uint8_t *)(uintptr_t)(source->pieces[i].addr + offset);
+        session->targets[n].address = (uint8_t *)(uintptr_t)(source->segments[i].addr + offset);
         session->targets[n].bytes = part;
         bytes -= part;
         offset = 0;
@@ -365,7 +365,7 @@ static bool serve_part(data_session *session, const hixl_wire_fetch *head, hixl_
     }
     if (!aim(session, &fetch->source, head->offset, reply->bytes)) {
         hixl_error error;
-        hixl_fail(&error, HIXL_RESOURCE_EXHAUSTED, "no memory for %zu pieces", fetch->source.num_pieces);
+        hixl_fail(&error, HIXL_RESOURCE_EXHAUSTED, "no memory for %zu segments", fetch->source.num_segments);
         return send_failure(session, reply, &error);
     }
     ok = serve_get(session, reply);

@@ -49,7 +49,7 @@ typedef struct {
     hixl_backing *backings;
 } hixl_region_table;
 
-/* One checked piece of server memory that a request moves. */
+/* One checked segment of server memory that a request moves. */
 typedef struct {
     hixl_region *region; /* NULL: of a fetch, whose owner holds the memory; such are not for the functions below */
     uint8_t *address;

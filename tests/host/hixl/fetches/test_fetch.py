@@ -63,15 +63,15 @@ def scattered(rng, sizes, base):
 @pytest.mark.parametrize("total, most, streams", [(1000, 7, "2"), (SINGLE, 3000, "2"), (SINGLE + 1, 3000, "3"),
                                                   (3 * MIB, 9000, "2"), (8 * MIB, MIB + 1, "16")])
 def test_both_sides_are_cut_differently(api, peer, local, monkeypatch, total, most, streams):
-    """The order of the pieces there meets the order of the places here."""
+    """The order of the segments there meets the order of the places here."""
     monkeypatch.setenv("LLM_DATADIST_TCP_STREAMS", streams)
     rng = random.Random(total)
-    pieces = scattered(rng, cuts(rng, total, most), peer.addr)
+    segments = scattered(rng, cuts(rng, total, most), peer.addr)
     places = scattered(rng, cuts(rng, total, most), local)
     ctypes.memset(local, 0xEE, SIZE)
     with api.client(peer.port) as client:
-        assert client.connect().fetch(hixl.fetch_request(pieces), places) == (0, "")
-    stream = b"".join(CONTENT[addr - peer.addr:addr - peer.addr + size] for addr, size in pieces)
+        assert client.connect().fetch(hixl.fetch_request(segments), places) == (0, "")
+    stream = b"".join(CONTENT[addr - peer.addr:addr - peer.addr + size] for addr, size in segments)
     expected = bytearray(b"\xee" * SIZE)
     for addr, size in places:
         expected[addr - local:addr - local + size], stream = stream[:size], stream[size:]
@@ -254,7 +254,7 @@ def holed(peer):
 
 @pytest.mark.parametrize("offset, size", [(MIB, 10), (MIB - 1, 2), (MIB + HOLE - 1, 2), (MIB - 500, HOLE)])
 def test_source_that_is_not_there(api, peer, local, holed, offset, size):
-    """The ends of each piece are looked at before a byte is promised; the fetch fails in words, not by the bytes."""
+    """The ends of each segment are looked at before a byte is promised; the fetch fails in words, not by the bytes."""
     ctypes.memset(local, 0xEE, 100)
     with api.client(peer.port) as client:
         request = hixl.fetch_request([[peer.addr, 1], [holed + offset, size]], never_unmapped=0)
