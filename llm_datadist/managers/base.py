@@ -80,10 +80,10 @@ def key_specs(cache_desc: CacheDesc, cache_keys: Sequence[CacheKey]) -> List[Key
             f"cache_keys has {len(cache_keys)} keys, but the cache only {cache_desc.shape[0]} batch slots")
     specs = []
     for slot, key in enumerate(cache_keys):
-        if is_valid_id(key.prefix_id):
-            specs.append((slot, KEY_PREFIX, key.prefix_id, key.model_id))
-        elif is_valid_id(key.req_id):
-            specs.append((slot, KEY_REQ, key.req_id, key.model_id))
+        if key._prefix_id != INVALID_ID:
+            specs.append((slot, KEY_PREFIX, key._prefix_id, key._model_id))
+        elif key._req_id != INVALID_ID:
+            specs.append((slot, KEY_REQ, key._req_id, key._model_id))
     return specs
 
 

@@ -107,17 +107,17 @@ class CacheMemory(ManagerBase):
         Never waits for a peer: a transfer in flight keeps the bytes until it ends.
         """
         check_isinstance("cache", cache, Cache)
-        if cache.is_blocks_cache:
+        if cache._is_blocks_cache:
             raise LLMParamInvalidError(f"{cache} is a blocks cache; use deallocate_blocks_cache",
                                        operation="deallocate_cache")
         self._deallocate(cache, "deallocate_cache")
 
     def _deallocate(self, cache: Cache, operation: str) -> None:
-        if cache.cache_id == CPU_CACHE_ID:
+        if cache._cache_id == CPU_CACHE_ID:
             cache._forget_memory()
             return
         self._require_pool(operation)
-        if not cache.is_registered:
+        if not cache._is_registered:
             self._deallocate_here(cache)
         cache._forget_memory()
 

@@ -53,6 +53,8 @@ def check_isinstance(
     """
     if arg_value is None and allow_none:
         return arg_value
+    if type(arg_value) is classes and inner_class is None:      # the usual case, on the way of every call
+        return arg_value
     allowed = _as_tuple(classes)
     if not isinstance(arg_value, tuple(allowed)):
         raise TypeError(

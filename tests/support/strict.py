@@ -46,6 +46,11 @@ NOT_OVER_CANN = {
     "links/test_link_clusters.py::test_a_listener_that_never": "it counts mappings, and each stranger is a thread",
     "links/test_link_clusters.py::test_exactly_one_address_of_each_side": "with endpoints, a local address is no need",
     "links/test_link_clusters.py::test_no_local_address": "with endpoints, a local address is no need",
+    "links/test_intruders.py::test_the_data_port_serves_links": "the data port is CANN's, and so is who may use it",
+    "links/test_peer_death.py::test_a_peer_that_dies_with_a_request_unread_is_not_linked[cma]":
+        "nothing is asked over connections of ours, and CANN tells only that a batch failed",
+    "links/test_peer_death.py::test_a_peer_that_dies_with_a_request_unread_is_not_linked[tcp]":
+        "nothing is asked over connections of ours, and CANN tells only that a batch failed",
 }
 
 

@@ -63,6 +63,7 @@ ctypedef struct ldd_cache:
     uint64_t step
     uint64_t* addrs                 # one block: addrs[num_tensors], then slot_keys[num_key_slots]
     uint32_t* slot_keys             # batch slot -> key index
+    uint64_t* taken                 # per key slot: how many tensors layered pulls took, and a bit for each; NULL: none
     ldd_pool* pool
     ldd_span span
     uint32_t link                   # live: position in ldd_table.ranges; free: next free slot
@@ -136,6 +137,9 @@ cdef void ldd_cache_unpin(ldd_table* table, uint32_t slot) noexcept nogil
 cdef void ldd_cache_free_unused(ldd_table* table, uint32_t slot) noexcept nogil
 # Free the retired that no hazard keeps any more.
 cdef void ldd_cache_free_retired(ldd_table* table) noexcept nogil
+# Mark a range of the tensors that the key of a batch slot leads to; 1 when all were taken by now, 0 when not,
+# LDD_E_NO_MEMORY when nothing was marked.
+cdef int ldd_cache_take(ldd_cache* cache, uint32_t batch_slot, uint32_t first, uint32_t count) noexcept nogil
 # How many hazards peers have out at this moment.
 cdef uint64_t ldd_cache_count_hazards(ldd_table* table) noexcept nogil
 # The tensor that contains [addr, last], or num_tensors.

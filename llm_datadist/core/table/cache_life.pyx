@@ -12,7 +12,7 @@ deallocation never waits, and counts are exact at every moment because each tran
 Slots are dense and reused with a new generation; ids are never reused. No function here locks, waits or raises.
 """
 from libc.stdint cimport int64_t, uint32_t, uint64_t
-from libc.stdlib cimport free, malloc, realloc
+from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memset
 
 from llm_datadist.core.base.atomic cimport ldd_load64
@@ -249,6 +249,25 @@ cdef void ldd_cache_release_key(ldd_table* table, uint32_t key) noexcept nogil:
         _retire(table, slot)
 
 
+cdef int ldd_cache_take(ldd_cache* cache, uint32_t batch_slot, uint32_t first, uint32_t count) noexcept nogil:
+    cdef size_t num_words = 1 + (<size_t>cache.num_tensors + 63) // 64
+    cdef uint64_t* words
+    cdef uint64_t bit
+    cdef uint32_t i
+    if count == cache.num_tensors:
+        return 1                                    # the usual pull needs no bitmap
+    if cache.taken == NULL:
+        cache.taken = <uint64_t*>calloc(cache.num_key_slots * num_words, sizeof(uint64_t))
+        if cache.taken == NULL:
+            return LDD_E_NO_MEMORY
+    words = cache.taken + batch_slot * num_words
+    for i in range(first, first + count):
+        bit = <uint64_t>1 << (i & 63)
+        words[0] += not (words[1 + (i >> 6)] & bit)
+        words[1 + (i >> 6)] |= bit
+    return words[0] == cache.num_tensors
+
+
 cdef void _retire(ldd_table* table, uint32_t slot) noexcept nogil:
     """Let nobody find a published cache from now on; free it now or with its last pin."""
     cdef ldd_cache* cache = &table.caches[slot]
@@ -327,6 +346,7 @@ cdef void _free_cache(ldd_table* table, uint32_t slot) noexcept nogil:
     table.ranges[cache.link] = moved[0]
     table.caches[moved.slot].link = cache.link
     free(cache.addrs)
+    free(cache.taken)
     ldd_cache_leave(table, slot)
     ldd_cond_broadcast(&table.drained)
 

@@ -24,11 +24,12 @@ from llm_datadist.core.base.sync cimport (
 from llm_datadist.core.table.cache_life cimport (
     LDD_NO_SLOT, ldd_cache, ldd_cache_check_index, ldd_cache_close, ldd_cache_count_hazards, ldd_cache_describe,
     ldd_cache_enter, ldd_cache_find, ldd_cache_free_retired, ldd_cache_leave, ldd_cache_pin, ldd_cache_publish,
-    ldd_cache_release_key, ldd_cache_tensor_of, ldd_cache_unpin, ldd_kind_name, ldd_lane_reader, ldd_range,
+    ldd_cache_release_key, ldd_cache_take, ldd_cache_tensor_of, ldd_cache_unpin, ldd_kind_name, ldd_lane_reader,
+    ldd_range,
 )
 from llm_datadist.core.table.key_index cimport (
     KEY_BLOCKS, KEY_BY_ID, KEY_REQ, LDD_NO_KEY, ldd_key, ldd_keys_bytes, ldd_keys_destroy, ldd_keys_find, ldd_keys_init,
-    ldd_keys_max_probe, ldd_keys_share, ldd_keys_take,
+    ldd_keys_max_probe, ldd_keys_share,
 )
 from llm_datadist.core.table.pool cimport ldd_pool, ldd_pool_alloc_tensors
 from llm_datadist.core.table.shared_table cimport (
@@ -67,6 +68,7 @@ cdef void ldd_table_destroy(ldd_table* table) noexcept nogil:
         return
     for i in range(table.num_caches):
         free(table.caches[table.ranges[i].slot].addrs)
+        free(table.caches[table.ranges[i].slot].taken)
     ldd_keys_destroy(&table.keys)
     ldd_shared_table_destroy(&table.shared)
     free(table.caches)
@@ -295,7 +297,7 @@ cdef ldd_status ldd_table_take(ldd_table* table, uint32_t key_index, uint32_t ke
             elif first_tensor > cache.num_tensors or num_tensors > cache.num_tensors - first_tensor:
                 st = LDD_E_PARAM
             else:
-                taken = ldd_keys_take(&table.keys, key_index, first_tensor, num_tensors, cache.num_tensors)
+                taken = ldd_cache_take(cache, key.batch_slot, first_tensor, num_tensors)
                 if taken < 0:
                     st = taken
                 elif taken:

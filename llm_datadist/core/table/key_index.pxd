@@ -19,8 +19,6 @@ cdef extern from *:
 ctypedef struct ldd_key:
     uint64_t id
     uint64_t model_id
-    uint64_t* taken             # one bit per tensor, from the first layered pull on; NULL before
-    uint32_t num_taken
     uint32_t kind
     uint32_t cache_slot         # free entry: next free entry
     uint32_t batch_slot
@@ -57,9 +55,7 @@ cdef uint32_t ldd_keys_find(const ldd_keys* keys, uint32_t kind, uint64_t id, ui
 # Add a key that is not there, into reserved room; returns its index.
 cdef uint32_t ldd_keys_add(ldd_keys* keys, uint32_t kind, uint64_t id, uint64_t model_id, uint32_t cache_slot,
                            uint32_t batch_slot) noexcept nogil
-# Remove it and its bitmap; every handle to it goes stale.
+# Remove it; every handle to it goes stale.
 cdef void ldd_keys_remove(ldd_keys* keys, uint32_t key) noexcept nogil
-# Mark a range of num_total tensors; 1 when all were taken by now, 0 when not, LDD_E_NO_MEMORY when nothing was marked.
-cdef int ldd_keys_take(ldd_keys* keys, uint32_t key, uint32_t first, uint32_t count, uint32_t num_total) noexcept nogil
 cdef uint32_t ldd_keys_max_probe(const ldd_keys* keys) noexcept nogil
 cdef uint64_t ldd_keys_bytes(const ldd_keys* keys) noexcept nogil

@@ -5,13 +5,13 @@ ends as soon as a cell is closer to its home than the search is. Cells hold the 
 dense, reused, and carry a generation, so that a handle kept across a transfer says whether its key is still the same.
 Caches are found by id through the same index (kind ``KEY_BY_ID``).
 
-Cost: 48 bytes per entry and 8 per cell at 37 to 75 % load, with growth by half and by doubling, is at most 94 bytes a
-key, and the copies for peers take 32 and 8 more of each; nothing shrinks. Growing rehashes all cells from their stored
+Cost: 32 bytes per entry and 8 per cell at 37 to 75 % load, with growth by a quarter and by doubling, is at most 62 bytes
+a key, and the copies for peers take 32 and 8 more of each; nothing shrinks. Growing rehashes all cells from their stored
 hashes (about 10 ns a key); every other operation is constant. The cache table calls this under its mutex, and between
 the two ends of its sequence what peers read; nothing is ever read back from the copies.
 """
 from libc.stdint cimport UINT32_MAX, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memset
 
 from llm_datadist.core.base.atomic cimport ldd_get32, ldd_get64, ldd_set64
@@ -33,9 +33,6 @@ cdef void ldd_keys_init(ldd_keys* keys) noexcept nogil:
 
 
 cdef void ldd_keys_destroy(ldd_keys* keys) noexcept nogil:
-    cdef uint32_t i
-    for i in range(keys.num_entries):
-        free(keys.entries[i].taken)
     free(keys.entries)
     free(keys.cells)
     ldd_keys_init(keys)
@@ -51,7 +48,7 @@ cdef ldd_status ldd_keys_reserve(ldd_keys* keys, uint32_t count) noexcept nogil:
     cdef uint64_t capacity, num_cells = <uint64_t>keys.mask + 1 if keys.cells != NULL else 0
     cdef ldd_key* entries
     if wanted > keys.entry_capacity:
-        capacity = keys.entry_capacity + (keys.entry_capacity >> 1)
+        capacity = keys.entry_capacity + (keys.entry_capacity >> 2)
         capacity = max(max(capacity, wanted), <uint64_t>MIN_ENTRIES)
         if capacity >= LDD_NO_KEY:
             return LDD_E_NO_MEMORY
@@ -118,8 +115,6 @@ cdef uint32_t ldd_keys_add(ldd_keys* keys, uint32_t kind, uint64_t id, uint64_t 
         entry.generation = 0
     entry.id = id
     entry.model_id = model_id
-    entry.taken = NULL
-    entry.num_taken = 0
     entry.kind = kind
     entry.cache_slot = cache_slot
     entry.batch_slot = batch_slot
@@ -146,29 +141,10 @@ cdef void ldd_keys_remove(ldd_keys* keys, uint32_t key) noexcept nogil:
         _set_cell(keys.cells, keys.shared_cells, at, keys.cells[next])
         at = next
     _set_cell(keys.cells, keys.shared_cells, at, _EMPTY)
-    free(entry.taken)
-    entry.taken = NULL
     entry.generation += 1
     entry.cache_slot = keys.first_free
     keys.first_free = key
     keys.num_keys -= 1
-
-
-cdef int ldd_keys_take(ldd_keys* keys, uint32_t key, uint32_t first, uint32_t count, uint32_t num_total) noexcept nogil:
-    cdef ldd_key* entry = &keys.entries[key]
-    cdef uint32_t i
-    cdef uint64_t bit
-    if count == num_total:
-        return 1                                    # the usual pull needs no bitmap
-    if entry.taken == NULL:
-        entry.taken = <uint64_t*>calloc((<size_t>num_total + 63) // 64, sizeof(uint64_t))
-        if entry.taken == NULL:
-            return LDD_E_NO_MEMORY
-    for i in range(first, first + count):
-        bit = <uint64_t>1 << (i & 63)
-        entry.num_taken += not (entry.taken[i >> 6] & bit)
-        entry.taken[i >> 6] |= bit
-    return entry.num_taken == num_total
 
 
 cdef uint32_t ldd_keys_max_probe(const ldd_keys* keys) noexcept nogil:
