@@ -1,21 +1,18 @@
 """Stream sockets with absolute deadlines, for threads that hold no GIL.
 
 Sockets are non-blocking; every wait is a poll that ends at a monotonic deadline. A thread that came from
-Python looks for signals between slices of such a wait, so Ctrl-C is noticed within `SIGNAL_SLICE_MS`;
-`LDD_E_INTERRUPTED` then means that the signal handler's exception is set. A connection that ends under a send
+Python looks for signals and a cancel between slices of such a wait, so they are noticed within `SIGNAL_SLICE_MS`;
+`LDD_E_INTERRUPTED` then means that an exception is set. A connection that ends under a send
 or a receive is `LDD_E_NOT_LINKED`, however the kernel calls it.
 """
 from libc.errno cimport errno, EAGAIN, EINTR, EINPROGRESS
 from libc.stdint cimport int64_t
 from libc.string cimport strerror
+from llm_datadist.core.base.interrupt cimport ldd_interrupted
 from llm_datadist.core.base.status cimport (
     LDD_E_FAILED, LDD_E_INTERRUPTED, LDD_E_NOT_LINKED, LDD_E_TIMEOUT, LDD_OK, ldd_fail,
 )
 from llm_datadist.core.base.sync cimport ldd_now_ns
-
-cdef extern from "Python.h":
-    # As a plain number: declared with an exception it would be swallowed below, where nobody may raise.
-    int PyErr_CheckSignals() noexcept
 
 cdef extern from * nogil:
     """
@@ -177,10 +174,6 @@ cdef extern from * nogil:
     int poll(pollfd* fds, unsigned long count, int timeout_ms)
 
 
-cdef int ldd_socket_check_signals() noexcept with gil:
-    return PyErr_CheckSignals()
-
-
 cdef ldd_status _wait_ready(int fd, short events, int64_t deadline_ns, const char* what,
                            ldd_detail* detail) noexcept nogil:
     """Sleep until the socket is ready, the deadline passes, or a signal handler raised."""
@@ -201,7 +194,7 @@ cdef ldd_status _wait_ready(int fd, short events, int64_t deadline_ns, const cha
             return LDD_OK
         if ready < 0 and errno != EINTR:
             return ldd_fail(detail, LDD_E_FAILED, b"poll failed while %s: %s", what, strerror(errno))
-        if ldd_socket_check_signals() != 0:
+        if ldd_interrupted() != 0:
             return LDD_E_INTERRUPTED
 
 

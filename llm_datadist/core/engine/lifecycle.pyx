@@ -23,8 +23,9 @@ from llm_datadist.core.base.status cimport (
 )
 from llm_datadist.core.base.sync cimport ldd_lock, ldd_mutex_destroy, ldd_mutex_init, ldd_now_ns, ldd_unlock
 from llm_datadist.core.base.wait cimport ldd_acl_result
+from llm_datadist.core.link.heal cimport ldd_heal_start
 from llm_datadist.core.link.links cimport (
-    LINK_ACTIVE, ldd_link, ldd_link_state_of, ldd_node, ldd_node_close, ldd_node_destroy, ldd_node_init,
+    LINK_ACTIVE, ORIGIN_COMM, ldd_link, ldd_link_state_of, ldd_node, ldd_node_close, ldd_node_destroy, ldd_node_init,
 )
 from llm_datadist.core.link.open cimport ldd_random
 from llm_datadist.core.link.region cimport (
@@ -166,6 +167,7 @@ cdef class EngineCore:
         with nogil:
             status = ldd_service_start(&self.service, &self.node, &detail)
         self.raise_for(status, &detail, b"init")
+        ldd_heal_start(&self.node, &self.service, <int64_t>options.link_heal_ms * 1000000)
         if self.node.shares_table:
             ldd_shared_table_name(self.node.instance, name, sizeof(name))
             self.listen_at(name.decode(), 0)
@@ -401,7 +403,7 @@ cdef class EngineCore:
         except _public.LLMException as error:
             error._complete(operation=what.decode(), peer=cluster_id,
                             stage=stage.decode() if stage != NULL else "check",
-                            link=("none", "active", "broken")[_link_state(&self.node, cluster_id)])
+                            link=("none", "active", "broken", "heals")[_link_state(&self.node, cluster_id)])
             raise
 
     # ------------------------------------------------------------------------------------------- listeners
@@ -465,15 +467,18 @@ cdef class EngineCore:
     def stats(self):
         """What is held right now: caches, keys, pins, pools, links."""
         cdef ldd_table_counts counts
+        cdef uint32_t counts_of_links[2]
         self.require_open()
         with nogil:
             ldd_table_stats(self.table, &counts)
+            _count_links(&self.node, counts_of_links)
         return {
             "caches": counts.num_owned + counts.num_registered, "owned_caches": counts.num_owned,
             "registered_caches": counts.num_registered, "deferred_caches": counts.num_deferred,
             "keys": counts.num_keys, "pins": counts.num_pins, "holds": ldd_holds_count(&self.node.holds),
             "device_pool": self._pool_stats(False), "host_pool": self._pool_stats(True),
-            "links": ldd_get32(&self.node.num_links), "requests": ldd_get64(&self.service.num_requests),
+            "links": counts_of_links[0], "broken_links": counts_of_links[1],
+            "healed_links": ldd_get64(&self.node.num_healed), "requests": ldd_get64(&self.service.num_requests),
             "rejected_frames": ldd_get64(&self.service.num_rejected_frames), "provider": self._provider.name,
         }
 
@@ -539,15 +544,30 @@ cdef class EngineCore:
             free(rows)
 
 
+cdef void _count_links(ldd_node* node, uint32_t* counts) noexcept nogil:
+    """How many links can be used, and how many are broken."""
+    cdef ldd_link* link
+    counts[0] = counts[1] = 0
+    ldd_lock(&node.lock)
+    link = node.links
+    while link != NULL:
+        counts[0 if ldd_link_state_of(link) == LINK_ACTIVE else 1] += 1
+        link = link.next
+    ldd_unlock(&node.lock)
+
+
 cdef int _link_state(ldd_node* node, uint64_t cluster_id) noexcept nogil:
-    """0 without a link to that cluster, 1 with one that can be used, 2 where there is only a broken one."""
+    """0 without a link to that cluster, 1 with one that can be used, 2 with a broken one, 3 with one that will heal."""
     cdef ldd_link* link
     cdef int state = 0
     ldd_lock(&node.lock)
     link = node.links
     while link != NULL and state != 1:
         if link.cluster_id == cluster_id:
-            state = 1 if ldd_link_state_of(link) == LINK_ACTIVE else 2
+            if ldd_link_state_of(link) == LINK_ACTIVE:
+                state = 1
+            else:
+                state = 3 if node.heal_ns and not link.left and link.origin != ORIGIN_COMM else 2
         link = link.next
     ldd_unlock(&node.lock)
     return state
