@@ -19,10 +19,10 @@ def test_a_peer_that_is_stopped():
             with stopped(pair.there):
                 error = failure(pair.here, "pull_cache", CacheKey(peer, 7), Named("slot"))
                 assert error.stage in ("resolve", "transfer")
-                check(error, LLMTimeoutError, "pull_cache", peer, error.stage, True, "unlink the peer, link it again",
+                check(error, LLMTimeoutError, "pull_cache", peer, error.stage, True, "repeat the call: it makes the link anew",
                       None, range(2))
                 error = failure(pair.here, "pull_cache", CacheKeyByIdAndIndex(peer, 1), Named("slot"))
-                check(error, LLMLinkError, "pull_cache", peer, "link", True, "unlink the peer, link it again", None,
+                check(error, LLMLinkError, "pull_cache", peer, "link", True, "repeat the call: it makes the link anew", None,
                       range(2))
             pair.link_again()
 

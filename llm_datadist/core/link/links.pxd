@@ -162,7 +162,7 @@ cdef void ldd_link_drop(ldd_link* link) noexcept nogil
 cdef void ldd_link_lose(ldd_link* link) noexcept nogil
 # The peer unlinked by force.
 cdef void ldd_link_leave(ldd_link* link) noexcept nogil
-# The broken link to this cluster that we asked for, with an operation counted on it; NULL where there is none.
+# The broken link to this cluster that we asked for, with a reference to it; NULL where there is none.
 cdef ldd_link* ldd_link_hold_broken(ldd_node* node, uint64_t cluster_id) noexcept nogil
 # Whether a link of link_clusters to this cluster exists or existed, as far back as MAX_PAST clusters.
 cdef bint ldd_link_existed(ldd_node* node, uint64_t cluster_id) noexcept nogil

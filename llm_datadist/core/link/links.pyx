@@ -283,7 +283,7 @@ cdef ldd_link* ldd_link_hold_broken(ldd_node* node, uint64_t cluster_id) noexcep
                                 and ldd_link_state_of(link) == LINK_BROKEN):
         link = link.next
     if link != NULL:
-        _start_locked(link)
+        link.refs += 1
     ldd_unlock(&node.lock)
     return link
 

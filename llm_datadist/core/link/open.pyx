@@ -241,7 +241,7 @@ cdef ldd_status ldd_link_open(ldd_node* node, ldd_service* service, const char* 
         broken = ldd_link_hold_broken(node, cluster_id)
         status = _open_link(node, service, ip, port, cluster_id, NULL, 0, broken, deadline_ns, detail)
         if broken != NULL:
-            ldd_link_end(broken)
+            ldd_link_unref(broken)
         _end_attempt(node, &attempt)
     return status
 
@@ -261,7 +261,7 @@ cdef ldd_status ldd_link_reopen(ldd_node* node, uint64_t cluster_id, int64_t dea
     else:
         status = _open_link(node, <ldd_service*>node.service, broken.at_ip, broken.at_port, cluster_id, NULL, 0, broken,
                             deadline_ns, detail)
-        ldd_link_end(broken)
+        ldd_link_unref(broken)
     _end_attempt(node, &attempt)
     return status
 
