@@ -349,6 +349,9 @@ class LlmConfig:
     link_total_time = _Setting[int](
         _integer_in(0, 0xFFFFFFFF), 0, _number("llm.LinkTotalTime"),
         """Time budget of ``link``, 0..2**32 - 1 s; 0 means ``HCCL_CONNECT_TIMEOUT``, or 120.""")
+    cache_key_lease_ms = _Setting[int](
+        _integer_in(0, 0x7FFFFFFF), 0, _number("llm.CacheKeyLeaseMs"),
+        """How long the request keys of an allocated cache wait to be pulled before they release themselves; 0: no end.""")
     link_heal_time = _Setting[int](
         _integer_in(0, 0x7FFFFFFF), 500, _number("llm.LinkHealTime"),
         """What a call may spend, of its own time, on making a broken link anew, ms; 0: it stays broken until unlinked.""")

@@ -43,6 +43,7 @@ __all__ = ["EngineOptions", "PoolOptions", "parse_listen_ip_info", "parse_switch
 DEVICE_ID = "ge.exec.deviceId"
 FLOW_GRAPH_MEM_MAX_SIZE = "ge.flowGraphMemMaxSize"
 BUF_POOL_CFG = "llm.BufPoolCfg"
+CACHE_KEY_LEASE = "llm.CacheKeyLeaseMs"
 CLUSTER_INFO = "llm.ClusterInfo"
 ENABLE_CACHE_MANAGER = "llm.EnableCacheManager"
 ENABLE_REMOTE_CACHE_ACCESSIBLE = "llm.EnableRemoteCacheAccessible"
@@ -68,10 +69,10 @@ TRANSFER_BACKEND = "llm.TransferBackend"
 # Keys that clients of the original write and that have no effect here, or only in helpers.
 INERT = ("llm.Role", "llm.OutputMaxSize", "llm.deployResPath", "llm.MemoryUtilization", "llm.RefInputShapes",
          "llm.RefInputDtypes", "llm.RefInputSeqLenDimIndex", "llm.kvTensorFormat")
-KNOWN = (*INERT, BUF_POOL_CFG, CLUSTER_INFO, ENABLE_CACHE_MANAGER, ENABLE_REMOTE_CACHE_ACCESSIBLE, ENABLE_SWITCH_ROLE,
-         GLOBAL_RESOURCE_CONFIG, HOST_MEM_POOL_CONFIG, LINK_BASE_PORT, LINK_HEAL_TIME, LINK_RETRY_COUNT, LINK_TOTAL_TIME,
-         LISTEN_IP, LISTEN_IP_INFO, LISTEN_PORT, LOCAL_COMM_RES, MEM_POOL_CONFIG, PROVIDER, RDMA_SERVICE_LEVEL,
-         RDMA_TRAFFIC_CLASS, STRICT, SYNC_KV_CACHE_WAIT_TIME, TRANSFER_BACKEND)
+KNOWN = (*INERT, BUF_POOL_CFG, CACHE_KEY_LEASE, CLUSTER_INFO, ENABLE_CACHE_MANAGER, ENABLE_REMOTE_CACHE_ACCESSIBLE,
+         ENABLE_SWITCH_ROLE, GLOBAL_RESOURCE_CONFIG, HOST_MEM_POOL_CONFIG, LINK_BASE_PORT, LINK_HEAL_TIME,
+         LINK_RETRY_COUNT, LINK_TOTAL_TIME, LISTEN_IP, LISTEN_IP_INFO, LISTEN_PORT, LOCAL_COMM_RES, MEM_POOL_CONFIG,
+         PROVIDER, RDMA_SERVICE_LEVEL, RDMA_TRAFFIC_CLASS, STRICT, SYNC_KV_CACHE_WAIT_TIME, TRANSFER_BACKEND)
 
 DEFAULT_SYNC_TIMEOUT_MS = 1000
 DEFAULT_LINK_TOTAL_TIME_S = 120
@@ -109,6 +110,8 @@ class EngineOptions:
         In generation 1 one address per device, also for a role that does not listen yet.
     link_total_time_s : int
         Time budget of ``link``; the environment is already taken into account.
+    cache_key_lease_ms : int
+        How long an allocated cache's request keys wait to be pulled before they release themselves; 0: for ever.
     link_heal_ms : int
         What a call may spend, of its own time, on a link that it finds broken; 0: links stay broken until unlinked.
     link_retry_count : int
@@ -145,6 +148,7 @@ class EngineOptions:
     listen: Optional[Address] = None
     listen_all: Tuple[Address, ...] = ()
     link_total_time_s: int = DEFAULT_LINK_TOTAL_TIME_S
+    cache_key_lease_ms: int = 0
     link_heal_ms: int = DEFAULT_LINK_HEAL_MS
     link_retry_count: int = 1
     local_comm_res: Optional[str] = None
@@ -175,8 +179,8 @@ class EngineOptions:
             Id of the process.
         environ : mapping of str to str, optional
             Environment; default ``os.environ``. Read are ``LLM_DATADIST_PROVIDER``, ``LLM_DATADIST_LINK_BASE_PORT``,
-            ``LLM_DATADIST_LINK_HEAL_MS``, ``LLM_DATADIST_STRICT``, ``HCCL_CONNECT_TIMEOUT``, ``HCCL_RDMA_TC`` and
-            ``HCCL_RDMA_SL``; an option wins over its variable. The other variables of this package are checked.
+            ``LLM_DATADIST_LINK_HEAL_MS``, ``LLM_DATADIST_CACHE_KEY_LEASE_MS``, ``LLM_DATADIST_STRICT``,
+            ``HCCL_CONNECT_TIMEOUT``, ``HCCL_RDMA_TC`` and ``HCCL_RDMA_SL``; an option wins over its variable. The other variables of this package are checked.
 
         Raises
         ------
@@ -269,6 +273,7 @@ class _Parser:
             remote_cache_accessible=remote and generation == 2,
             device_pool=device_pool, host_pool=host_pool, listen=listen, listen_all=listen_all,
             link_total_time_s=self._link_total_time_s(),
+            cache_key_lease_ms=self._number_or_default(CACHE_KEY_LEASE, "LLM_DATADIST_CACHE_KEY_LEASE_MS", 0, 0),
             link_heal_ms=self._number_or_default(LINK_HEAL_TIME, "LLM_DATADIST_LINK_HEAL_MS", 0, DEFAULT_LINK_HEAL_MS),
             link_retry_count=self._optional(LINK_RETRY_COUNT, integer_in(1, 100)) or 1,
             local_comm_res=self._options.get(LOCAL_COMM_RES),

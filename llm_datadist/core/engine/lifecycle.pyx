@@ -21,7 +21,7 @@ from llm_datadist.core.base.sockets cimport ldd_socket_listen
 from llm_datadist.core.base.status cimport (
     LDD_E_FAILED, LDD_E_NOT_ENABLED, LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_OK, check, ldd_fail, raise_status, start_detail,
 )
-from llm_datadist.core.base.sync cimport ldd_lock, ldd_mutex_destroy, ldd_mutex_init, ldd_now_ns, ldd_unlock
+from llm_datadist.core.base.sync cimport LDD_NEVER, ldd_lock, ldd_mutex_destroy, ldd_mutex_init, ldd_now_ns, ldd_unlock
 from llm_datadist.core.base.wait cimport ldd_acl_result
 from llm_datadist.core.link.heal cimport ldd_heal_start
 from llm_datadist.core.link.links cimport (
@@ -37,12 +37,16 @@ from llm_datadist.core.link.service cimport (
 )
 from llm_datadist.core.link.shared_reader cimport ldd_shared_table_name
 from llm_datadist.core.link.wire cimport LDD_MAX_ENDPOINTS, LDD_MODE_REMOTE_ACCESSIBLE, ldd_endpoint_record
+from llm_datadist.core.table.cache_life cimport ldd_expired
 from llm_datadist.core.table.cache_table cimport (
     ldd_cache_row, ldd_table_clear, ldd_table_counts, ldd_table_create, ldd_table_destroy, ldd_table_set_epoch,
     ldd_table_snapshot, ldd_table_stats,
 )
 from llm_datadist.core.table.holds cimport ldd_holds_count
 from llm_datadist.core.table.key_index cimport KEY_BY_ID, ldd_key
+from llm_datadist.core.table.leases cimport (
+    ldd_table_count_unpulled, ldd_table_end_leases, ldd_table_take_expired,
+)
 from llm_datadist.core.table.pool cimport ldd_pool_create, ldd_pool_destroy, ldd_pool_free_bytes, ldd_pool_largest_bytes
 from llm_datadist.core.transfer.batch cimport ldd_context_enter, ldd_context_leave
 from llm_datadist.core.transfer.local_copy cimport ldd_op_list_free
@@ -59,6 +63,7 @@ cdef enum:
     LISTEN_BACKLOG = 1024
     CLOSE_GRACE_NS = 2000000000                 # on top of the time running transfers may still take
     HUGE_PAGE_BYTES = 2 << 20
+    EXPIRED_AT_ONCE = 32
     # Of a network where nothing else was said: what CANN's own package passes.
     DEFAULT_TRAFFIC_CLASS = 132
     DEFAULT_SERVICE_LEVEL = 4
@@ -475,7 +480,7 @@ cdef class EngineCore:
         return {
             "caches": counts.num_owned + counts.num_registered, "owned_caches": counts.num_owned,
             "registered_caches": counts.num_registered, "deferred_caches": counts.num_deferred,
-            "keys": counts.num_keys, "pins": counts.num_pins, "holds": ldd_holds_count(&self.node.holds),
+            "keys": counts.num_keys, "expired_keys": counts.num_expired, "pins": counts.num_pins, "holds": ldd_holds_count(&self.node.holds),
             "device_pool": self._pool_stats(False), "host_pool": self._pool_stats(True),
             "links": counts_of_links[0], "broken_links": counts_of_links[1],
             "healed_links": ldd_get64(&self.node.num_healed), "requests": ldd_get64(&self.service.num_requests),
@@ -520,8 +525,31 @@ cdef class EngineCore:
         finally:
             free(rows)
 
+    def take_expired(self):
+        """Wait until request keys have expired: (cache id, id, model id, bytes, seconds) each; [] after `end_leases`."""
+        cdef ldd_expired[EXPIRED_AT_ONCE] rows
+        cdef size_t count, i
+        self.require_open()
+        with nogil:
+            count = ldd_table_take_expired(self.table, rows, EXPIRED_AT_ONCE)
+        return [(rows[i].cache_id, rows[i].id, rows[i].model_id, rows[i].bytes, rows[i].age_ns / 1e9)
+                for i in range(count)]
+
+    def end_leases(self):
+        """Have `take_expired` return."""
+        self.require_open()
+        ldd_table_end_leases(self.table)
+
+    def num_unpulled(self):
+        """How many request keys are bound to caches that their keys keep."""
+        cdef uint64_t count
+        self.require_open()
+        with nogil:
+            count = ldd_table_count_unpulled(self.table)
+        return count
+
     def caches(self):
-        """One dict per live cache: cache_id, bytes, num_tensors, keys, pins, owned, is_blocks, handle."""
+        """One dict per live cache: cache_id, bytes, num_tensors, keys, pins, owned, is_blocks, handle, age_s, lease_s."""
         cdef size_t capacity, count, i
         cdef ldd_table_counts counts
         cdef ldd_cache_row* rows
@@ -539,6 +567,8 @@ cdef class EngineCore:
                 "cache_id": rows[i].cache_id, "bytes": rows[i].bytes, "num_tensors": rows[i].num_tensors,
                 "keys": rows[i].num_keys, "pins": rows[i].pins, "owned": bool(rows[i].owned),
                 "is_blocks": bool(rows[i].is_blocks), "handle": bool(rows[i].handle_ref),
+                "age_s": rows[i].age_ns / 1e9,
+                "lease_s": None if rows[i].lease_ns == LDD_NEVER else rows[i].lease_ns / 1e9,
             } for i in range(count)]
         finally:
             free(rows)
