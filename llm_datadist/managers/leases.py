@@ -45,5 +45,5 @@ class LeaseLog:
             if not expired:
                 return
             for cache_id, req_id, model_id, num_bytes, age_s in expired:
-                log.warn("req_id=%s, model_id=%s of cache %s (%s bytes) was not pulled within its lease and is released, "
-                         "%.3f s after it was allocated", req_id, model_id, cache_id, num_bytes, age_s)
+                log.warn("req_id=%s, model_id=%s of cache %s (%s bytes) was not pulled within its lease and is "
+                         "released, %.3f s after it was allocated", req_id, model_id, cache_id, num_bytes, age_s)

@@ -1,4 +1,4 @@
-"""What an engine still holds that its client should have given back: for ``finalize``, ``drain``, ``leaks``, and tools."""
+"""What an engine still holds that its client should have given back: for ``finalize``, ``drain``, ``leaks``, tools."""
 from __future__ import annotations
 
 import time

@@ -62,7 +62,7 @@ class CacheMemory(ManagerBase):
         cache_keys : sequence of CacheKey, at most ``shape[0]``
             The i-th key is bound to batch slot i. A padding key (``req_id`` 2**64 - 1) leaves its slot unbound.
         cache_key_lease_ms : int, optional
-            Milliseconds, uint32, after which keys with a ``req_id`` that nobody has pulled release themselves; 0: never.
+            Milliseconds, uint32, after which keys with a ``req_id`` that nobody pulled release themselves; 0: never.
             None: as option ``llm.CacheKeyLeaseMs`` says, by default never. A pull that runs then may finish.
 
         Returns

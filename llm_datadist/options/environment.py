@@ -25,6 +25,7 @@ VARIABLES: Dict[str, Callable[[str, str], object]] = {
     "LLM_DATADIST_TCP_STREAMS": integer_in(1, 16),
     "LLM_DATADIST_SHARED_TABLE": one_of("0", "1"),
     "LLM_DATADIST_CACHE_KEY_LEASE_MS": integer_in(0, INT32_MAX),
+    "LLM_DATADIST_LINK_SILENCE_MS": integer_in(2000, 3600000),
     "LLM_DATADIST_LINK_HEAL_MS": integer_in(0, INT32_MAX),
     "LLM_DATADIST_LINK_BASE_PORT": integer_in(1, 65535),
     "LLM_DATADIST_HOST_DEVICES": integer_in(0, 64),

@@ -204,7 +204,8 @@ TESTED_BY = {
     "link/service": "links/test_listener.py", "link/service_conn": "links/test_listener.py",
     "transfer/batch": "transfers", "transfer/fitting": "transfers", "transfer/one_pull": "transfers/exchange",
     "transfer/serve_pull": "transfers/exchange", "transfer/steps": "transfers",
-    "table/holds": "transfers/test_held_blocks.py", "table/leases": "transfers/test_leases.py", "transfer/release": "transfers/test_held_blocks.py",
+    "table/holds": "transfers/test_held_blocks.py", "table/leases": "transfers/test_leases.py",
+    "transfer/release": "transfers/test_held_blocks.py",
     "engine/block_keys": "transfers/test_held_blocks.py",
     "engine/lifecycle": "core/engine/test_engine.py", "engine/linking": "links/test_rank_table_links.py",
 }

@@ -1,7 +1,7 @@
 """What ends a wait before its time: a signal handler that raises, or a cancel from another thread.
 
 Both look alike to whoever waits: it looks now and then, between slices of its wait, and finds that an exception is set.
-Then it gives up as it would at its deadline, so that no byte lands any more, and the entry point lets the exception out.
+Then it gives up as at its deadline, so that no byte lands any more, and the entry point lets the exception out.
 
 Python runs signal handlers in its main thread only, and a cancel concerns the calls within a `CancelScope` alone. Any
 other thread does not slice its waits, and takes no GIL here.

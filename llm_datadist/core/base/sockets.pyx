@@ -70,8 +70,15 @@ cdef extern from * nogil:
         return 0;
     }
 
+    /* How long a peer may be silent, without a sign that it has received anything, before its connection ends. */
+    static int ldd_net_silence_ms = 3000;
+
+    /* A probe each third of that time, in whole seconds. The limit is a little shorter than the time: the kernel looks
+       when a probe is due, and would otherwise find that a moment is missing, and wait for another one. */
     static void ldd_net_keepalive(int fd) {
-        int on = 1, idle_s = 1, interval_s = 1, probes = 3, unacked_ms = 3000;
+        int on = 1, unacked_ms = ldd_net_silence_ms - 100;
+        int interval_s = ldd_net_silence_ms / 3000 > 1 ? ldd_net_silence_ms / 3000 : 1, idle_s = interval_s;
+        int probes = (ldd_net_silence_ms + 1000 * interval_s - 1) / (1000 * interval_s);
         setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
         setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof on);
         setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle_s, sizeof idle_s);
@@ -156,6 +163,7 @@ cdef extern from * nogil:
     short POLLIN, POLLOUT
     int MSG_NOSIGNAL, SHUT_RDWR
     socklen_t ldd_net_address(const char* ip, int port, sockaddr_storage* out)
+    int ldd_net_silence_ms
     void ldd_net_keepalive(int fd)
     int ldd_net_open(const sockaddr_storage* address)
     void ldd_net_reuse(int fd)
@@ -196,6 +204,11 @@ cdef ldd_status _wait_ready(int fd, short events, int64_t deadline_ns, const cha
             return ldd_fail(detail, LDD_E_FAILED, b"poll failed while %s: %s", what, strerror(errno))
         if ldd_interrupted() != 0:
             return LDD_E_INTERRUPTED
+
+
+cdef void ldd_socket_set_silence(int silence_ms) noexcept nogil:
+    global ldd_net_silence_ms
+    ldd_net_silence_ms = silence_ms
 
 
 cdef void ldd_socket_tune(int fd) noexcept nogil:

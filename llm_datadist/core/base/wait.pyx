@@ -30,7 +30,7 @@ from llm_datadist.core.base.sync cimport ldd_cpu_relax, ldd_lock_until, ldd_mute
 cdef enum:
     PENDING = 1                     # an answer between "done" (0) and the errors (< 0)
 
-    SIGNAL_SLICE_NS = 25000000      # Ctrl-C and a cancel are served within twice this, at no more than 40 wake-ups a second
+    SIGNAL_SLICE_NS = 25000000      # Ctrl-C and a cancel are served within twice this, by 40 wake-ups a second
     SPIN_NS = 50000                 # about what a small batch takes between two processes of one host
     MIN_NAP_NS = 2000
     MAX_NAP_NS = 100000

@@ -17,7 +17,7 @@ from llm_datadist.core.base.provider cimport (
     ACL_DEV_ATTR_SUPER_POD_DEVICE_ID, ACL_DEV_ATTR_SUPER_POD_ID, ACL_MEM_MALLOC_HUGE_FIRST, LDD_CAP_ANY_LOCAL,
     LDD_CAP_SHARED_MEMORY, aclError, aclrtContext, ldd_provider,
 )
-from llm_datadist.core.base.sockets cimport ldd_socket_listen
+from llm_datadist.core.base.sockets cimport ldd_socket_listen, ldd_socket_set_silence
 from llm_datadist.core.base.status cimport (
     LDD_E_FAILED, LDD_E_NOT_ENABLED, LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_OK, check, ldd_fail, raise_status, start_detail,
 )
@@ -156,6 +156,7 @@ cdef class EngineCore:
             and (self._provider.table.ext.LddCapabilities == NULL
                  or self._provider.table.caps & <unsigned int>LDD_CAP_SHARED_MEMORY != 0))
         self.node.strict = options.strict
+        ldd_socket_set_silence(options.link_silence_ms)
         self.node.mode = LDD_MODE_REMOTE_ACCESSIBLE if options.remote_cache_accessible else 0
         with nogil:
             status = ldd_table_create(&self.table, &detail)
@@ -480,7 +481,8 @@ cdef class EngineCore:
         return {
             "caches": counts.num_owned + counts.num_registered, "owned_caches": counts.num_owned,
             "registered_caches": counts.num_registered, "deferred_caches": counts.num_deferred,
-            "keys": counts.num_keys, "expired_keys": counts.num_expired, "pins": counts.num_pins, "holds": ldd_holds_count(&self.node.holds),
+            "keys": counts.num_keys, "expired_keys": counts.num_expired, "pins": counts.num_pins,
+            "holds": ldd_holds_count(&self.node.holds),
             "device_pool": self._pool_stats(False), "host_pool": self._pool_stats(True),
             "links": counts_of_links[0], "broken_links": counts_of_links[1],
             "healed_links": ldd_get64(&self.node.num_healed), "requests": ldd_get64(&self.service.num_requests),
@@ -526,7 +528,7 @@ cdef class EngineCore:
             free(rows)
 
     def take_expired(self):
-        """Wait until request keys have expired: (cache id, id, model id, bytes, seconds) each; [] after `end_leases`."""
+        """Wait until request keys have expired: (cache id, id, model id, bytes, age in s); [] after `end_leases`."""
         cdef ldd_expired[EXPIRED_AT_ONCE] rows
         cdef size_t count, i
         self.require_open()
@@ -549,7 +551,7 @@ cdef class EngineCore:
         return count
 
     def caches(self):
-        """One dict per live cache: cache_id, bytes, num_tensors, keys, pins, owned, is_blocks, handle, age_s, lease_s."""
+        """One dict per live cache: id, bytes, num_tensors, keys, pins, owned, is_blocks, handle, age_s, lease_s."""
         cdef size_t capacity, count, i
         cdef ldd_table_counts counts
         cdef ldd_cache_row* rows

@@ -191,6 +191,6 @@ cdef ldd_status _heal(ldd_node* node, uint64_t cluster_id, int64_t timeout_ns, l
                         <unsigned long long>cluster_id, reason, <long long>((end_ns - start_ns) // 1000000), attempts,
                         <const char*>why.text)
     return ldd_fail(detail, LDD_E_NOT_LINKED,
-                    b"the link to cluster %llu is broken (%s), and the peer, which asked for it, did not make it anew in "
-                    b"%lld ms", <unsigned long long>cluster_id, reason,
+                    b"the link to cluster %llu is broken (%s), and the peer, which asked for it, did not make it anew "
+                    b"in %lld ms", <unsigned long long>cluster_id, reason,
                     <long long>((end_ns - start_ns) // 1000000))
