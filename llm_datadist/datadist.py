@@ -242,7 +242,7 @@ class LLMDataDist:
     def link_clusters(
         self, clusters: Union[List[LLMClusterInfo], Tuple[LLMClusterInfo, ...]], timeout: int = 3000,
     ) -> Tuple[LLMStatusCode, List[LLMStatusCode]]:
-        """Link to clusters that listen; a link serves both directions.
+        """Link to clusters that listen; a link serves both directions, and one that is broken is made anew.
 
         Parameters
         ----------
@@ -285,7 +285,7 @@ class LLMDataDist:
         timeout : int
             Milliseconds for each cluster, positive.
         force : bool
-            Drop this side only, without telling the peer.
+            Drop this side only, without waiting for the peer, which keeps its own until it links or unlinks.
 
         Returns
         -------
@@ -514,6 +514,9 @@ class LLMDataDist:
     def stats(self) -> Dict[str, Any]:
         """What this process holds right now: ``caches``, ``keys``, ``pins``, ``device_pool``, ``host_pool``, ``links``.
 
+        ``links`` can be used, ``broken_links`` not, ``healed_links`` were made anew; ``expired_keys`` were not pulled
+        in time.
+
         Raises
         ------
         LLMException
@@ -616,7 +619,7 @@ class LLMDataDist:
         LLMLinkError
             LLM_NOT_YET_LINK: no such link; LLM_LINK_BUSY: a transfer uses it, which is a sign of life, too.
         LLMTimeoutError
-            No answer in time; the link is broken.
+            No answer in time; the link is broken, until the next call makes it anew.
         RuntimeError
             Before `init`.
         """

@@ -6,6 +6,8 @@ Then it gives up as at its deadline, so that no byte lands any more, and the ent
 Python runs signal handlers in its main thread only, and a cancel concerns the calls within a `CancelScope` alone. Any
 other thread does not slice its waits, and takes no GIL here.
 """
+cimport cython
+
 from cpython.exc cimport PyErr_SetObject
 from libc.stdint cimport uint32_t
 
@@ -78,6 +80,7 @@ def cancelled():
                                 recoverable=True, hint="repeat the call if it is still wanted")
 
 
+@cython.final
 cdef class CancelFlag:
     """Whether calls have been cancelled; the part of a `CancelScope` that waiting threads look at."""
     cdef uint32_t _flag
@@ -91,6 +94,7 @@ cdef class CancelFlag:
         return ldd_load32(&self._flag) != 0
 
 
+@cython.final
 cdef class CancelWatch:
     """Has calls of the current thread look at a flag from `enter` to `leave`; of several the innermost counts."""
     cdef CancelFlag _watched
