@@ -351,7 +351,7 @@ class LlmConfig:
         """Time budget of ``link``, 0..2**32 - 1 s; 0 means ``HCCL_CONNECT_TIMEOUT``, or 120.""")
     cache_key_lease_ms = _Setting[int](
         _integer_in(0, 0x7FFFFFFF), 0, _number("llm.CacheKeyLeaseMs"),
-        """How long request keys of allocated caches wait to be pulled until they release themselves, ms; 0: no end""")
+        """How long request keys wait to be pulled before they release themselves, ms; 0: until they are pulled.""")
     link_heal_time = _Setting[int](
         _integer_in(0, 0x7FFFFFFF), 500, _number("llm.LinkHealTime"),
         """What a call may spend, of its time, on making a broken link anew, ms; 0: it stays broken until unlinked.""")

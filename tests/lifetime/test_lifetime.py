@@ -21,7 +21,6 @@ from support.link_steps import (
     TCP_ONLY,
     ask,
     byte_of,
-    drop_links,
     fetch,
     fetch_code,
     footprint,

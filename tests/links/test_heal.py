@@ -46,20 +46,17 @@ def healed(node):
 
 
 def time_out_and_fetch(node, cluster_id, pid, rounds):
-    """Time out again and again, each time fetch once more, and then fetch as often; the codes of both."""
+    """Time out again and again, fetching once between, and then fetch as often; the codes of the latter."""
     num_timeouts, codes = 0, {}
     while num_timeouts < rounds:
         stop(pid)
-        code = fetch_code(node, cluster_id)
+        num_timeouts += fetch_code(node, cluster_id) is S.LLM_TIMEOUT
         os.kill(pid, signal.SIGCONT)
-        num_timeouts += code is S.LLM_TIMEOUT
-        if code is not S.LLM_TIMEOUT:
-            codes["stopped", code] = codes.get(("stopped", code), 0) + 1
-        code = fetch_code(node, cluster_id)
-        codes["between", code] = codes.get(("between", code), 0) + 1
+        # The time limit is short, and a process that goes on may be late.
+        assert until(lambda: fetch_code(node, cluster_id) is S.LLM_SUCCESS)
     for _ in range(rounds):
         code = fetch_code(node, cluster_id)
-        codes["after", code] = codes.get(("after", code), 0) + 1
+        codes[code] = codes.get(code, 0) + 1
     return codes
 
 
@@ -67,9 +64,7 @@ def time_out_and_fetch(node, cluster_id, pid, rounds):
 def test_calls_that_time_out_do_not_spoil_those_that_follow(peers, path):
     owner, reader = start(peers, 1, path), start(peers, 2, path, timeout_ms=60)
     assert reader.call(link, (1, owner.address)) == OK
-    codes = reader.call(time_out_and_fetch, 1, owner.pid, ROUNDS, limit_s=60 + ROUNDS)
-    between = codes.pop(("between", S.LLM_SUCCESS))
-    assert codes == {("after", S.LLM_SUCCESS): ROUNDS} and between >= ROUNDS
+    assert reader.call(time_out_and_fetch, 1, owner.pid, ROUNDS, limit_s=60 + ROUNDS) == {S.LLM_SUCCESS: ROUNDS}
     assert reader.call(links) == [(1, "local", "active")] and owner.call(links) == [(2, "peer", "active")]
     assert owner.settled()["pins"] == 0
     owner.call(withdraw)

@@ -26,9 +26,10 @@ pytestmark = pytest.mark.skipif(LIBRARY is None, reason="libfaketime is not inst
 def clock(tmp_path):
     """What the file says is added to the wall clock of processes that were started with `env`."""
     class Clock:
-        path = tmp_path / "offset"
-        env = {"LD_PRELOAD": LIBRARY, "FAKETIME_TIMESTAMP_FILE": str(path), "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-               "FAKETIME_NO_CACHE": "1", "LLM_DATADIST_HOST_PATHS": "tcp"}
+        def __init__(self):
+            self.path = tmp_path / "offset"
+            self.env = {"LD_PRELOAD": LIBRARY, "FAKETIME_TIMESTAMP_FILE": str(self.path),
+                        "FAKETIME_DONT_FAKE_MONOTONIC": "1", "FAKETIME_NO_CACHE": "1", "LLM_DATADIST_HOST_PATHS": "tcp"}
 
         def set(self, offset_s):
             new = self.path.with_suffix(".new")         # read at any moment: never half of it

@@ -327,5 +327,5 @@ def test_a_drain_of_no_length(peers, drain_ms):
 
 @pytest.mark.parametrize("option", ["-1", "1.5", "2147483648"])
 def test_an_option_that_is_no_lease(peers, option):
-    with pytest.raises(LLMParamInvalidError, match="llm.CacheKeyLeaseMs"):
+    with pytest.raises(LLMParamInvalidError, match=r"llm\.CacheKeyLeaseMs"):
         peers.here(1, engine_options(llm_CacheKeyLeaseMs=option))

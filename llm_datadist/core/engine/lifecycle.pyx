@@ -12,7 +12,7 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
-from llm_datadist.core.base.atomic cimport ldd_get32, ldd_get64
+from llm_datadist.core.base.atomic cimport ldd_get64
 from llm_datadist.core.base.provider cimport (
     ACL_DEV_ATTR_SUPER_POD_DEVICE_ID, ACL_DEV_ATTR_SUPER_POD_ID, ACL_MEM_MALLOC_HUGE_FIRST, LDD_CAP_ANY_LOCAL,
     LDD_CAP_SHARED_MEMORY, aclError, aclrtContext, ldd_provider,
