@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from llm_datadist.datadist import LLMDataDist
     from llm_datadist.managers.cache import CacheManager as CacheManager
     from llm_datadist.managers.cache_task import CacheTask
+    from llm_datadist.managers.cancel import CancelScope as CancelScope
     from llm_datadist.managers.kv_cache import KvCacheManager
 
     __version__: str
@@ -64,6 +65,7 @@ _LAZY = {
     "CacheManager": "llm_datadist.managers.cache",
     "KvCacheManager": "llm_datadist.managers.kv_cache",
     "CacheTask": "llm_datadist.managers.task",
+    "CancelScope": "llm_datadist.managers.cancel",
     "__version__": "llm_datadist.utils.version",
     "Tensor": "llm_datadist.caches.tensor",
     "TensorDesc": "llm_datadist.caches.tensor",

@@ -349,6 +349,15 @@ class LlmConfig:
     link_total_time = _Setting[int](
         _integer_in(0, 0xFFFFFFFF), 0, _number("llm.LinkTotalTime"),
         """Time budget of ``link``, 0..2**32 - 1 s; 0 means ``HCCL_CONNECT_TIMEOUT``, or 120.""")
+    cache_key_lease_ms = _Setting[int](
+        _integer_in(0, 0x7FFFFFFF), 0, _number("llm.CacheKeyLeaseMs"),
+        """How long request keys wait to be pulled before they release themselves, ms; 0: until they are pulled.""")
+    link_heal_time = _Setting[int](
+        _integer_in(0, 0x7FFFFFFF), 500, _number("llm.LinkHealTime"),
+        """What a call may spend, of its time, on making a broken link anew, ms; 0: it stays broken until unlinked.""")
+    link_silence_time = _Setting[int](
+        _integer_in(2000, 3600000), 3000, _number("llm.LinkSilenceTime"),
+        """How long nothing may come from a peer's host, probes included, before its links end, 2000..3600000 ms.""")
     link_retry_count = _Setting[int](
         _integer_in(1, 100), 1, _number("llm.LinkRetryCount"), """Attempts of ``link``, 1..100.""")
     enable_cache_manager = _Setting[bool](

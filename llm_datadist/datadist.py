@@ -14,12 +14,12 @@ from llm_datadist.configs import LLMClusterInfo, LLMRole
 from llm_datadist.links.link_arguments import check_link_arguments, members_of
 from llm_datadist.links.link_clusters import ClusterLinker
 from llm_datadist.links.rendezvous import Rendezvous
-from llm_datadist.managers.leftovers import held, leftovers
+from llm_datadist.managers.leftovers import drain, held, leaks, leftovers
 from llm_datadist.options.parser import LISTEN_IP_INFO, EngineOptions, parse_switch_listen
 from llm_datadist.status import LLMException, LLMLinkError, LLMNotEnabledError, LLMParamInvalidError, LLMStatusCode
 from llm_datadist.utils import log
 from llm_datadist.utils.calls import public_call
-from llm_datadist.utils.utils import check_int32, check_isinstance, check_uint64
+from llm_datadist.utils.utils import check_int32, check_isinstance, check_uint32, check_uint64
 
 if TYPE_CHECKING:
     from llm_datadist.core.engine.engine import Engine
@@ -130,13 +130,21 @@ class LLMDataDist:
         self._rendezvous = Rendezvous(engine, self._cluster_id, options.link_base_port)
         self._engine = engine
 
-    def finalize(self) -> None:
+    def finalize(self, drain_ms: Optional[int] = None) -> None:
         """Unlink everything, free the pools, stop listening. Without `init` it does nothing; `init` may follow.
 
         In a forked child it does nothing either: everything belongs to the parent process.
 
+        Parameters
+        ----------
+        drain_ms : int, optional
+            Milliseconds to wait before that for peers that pull or are still to come, as `drain` does. What is left
+            then is logged.
+
         Raises
         ------
+        TypeError, ValueError
+            `drain_ms` is no uint32.
         LLMException
             Never for peers that are gone.
 
@@ -145,6 +153,13 @@ class LLMDataDist:
         ResourceWarning
             Keys were still bound, or caches not deallocated: how many, and the oldest.
         """
+        if drain_ms is not None:
+            check_uint32("drain_ms", drain_ms)
+            if self._engine is not None and self._engine.is_own_process():
+                for row in self.drain(drain_ms):
+                    log.warn("cluster %s is finalized with cache %s (%s bytes, %.1f s old, %s pins, keys: %s)",
+                             self._cluster_id, row["cache_id"], row["bytes"], row["age_s"], row["pins"],
+                             "; ".join(row["names"]) or "none")
         left = self._close()
         if left:
             warnings.warn(left, ResourceWarning, stacklevel=2)
@@ -227,7 +242,7 @@ class LLMDataDist:
     def link_clusters(
         self, clusters: Union[List[LLMClusterInfo], Tuple[LLMClusterInfo, ...]], timeout: int = 3000,
     ) -> Tuple[LLMStatusCode, List[LLMStatusCode]]:
-        """Link to clusters that listen; a link serves both directions.
+        """Link to clusters that listen; a link serves both directions, and one that is broken is made anew.
 
         Parameters
         ----------
@@ -270,7 +285,7 @@ class LLMDataDist:
         timeout : int
             Milliseconds for each cluster, positive.
         force : bool
-            Drop this side only, without telling the peer.
+            Drop this side only, without waiting for the peer, which keeps its own until it links or unlinks.
 
         Returns
         -------
@@ -499,6 +514,9 @@ class LLMDataDist:
     def stats(self) -> Dict[str, Any]:
         """What this process holds right now: ``caches``, ``keys``, ``pins``, ``device_pool``, ``host_pool``, ``links``.
 
+        ``links`` can be used, ``broken_links`` not, ``healed_links`` were made anew; ``expired_keys`` were not pulled
+        in time.
+
         Raises
         ------
         LLMException
@@ -513,7 +531,8 @@ class LLMDataDist:
         -------
         list of dict
             ``cache_id``, ``bytes``, ``num_tensors``, ``is_blocks``, ``handle`` (whether it was not deallocated),
-            ``names`` (its keys as texts, each of which keeps it), and ``pins`` (transfers that use it just now).
+            ``names`` (its keys as texts, each of which keeps it), ``pins`` (transfers that use it just now), ``age_s``
+            (seconds since it was allocated), and ``lease_s`` (seconds until its request keys expire, or None).
 
         Raises
         ------
@@ -521,6 +540,54 @@ class LLMDataDist:
             Before `init`.
         """
         return held(self._require_engine())
+
+    def leaks(self, min_age_s: float = 0.0) -> List[Dict[str, Any]]:
+        """Report the allocated caches of an age, oldest first, that were not given back, and who could pull them.
+
+        Parameters
+        ----------
+        min_age_s : float
+            Seconds; younger caches are left out.
+
+        Returns
+        -------
+        list of dict
+            As of `held`, with ``peers``: cluster ids that are linked just now, any of which could pull its keys.
+
+        Raises
+        ------
+        LLMException
+            Before `init`, or after `finalize`.
+        """
+        return leaks(self._require_engine(), min_age_s)
+
+    def drain(self, timeout_in_millis: int) -> List[Dict[str, Any]]:
+        """Wait until no transfer runs, here or of a peer, and no request key or held block waits to be pulled.
+
+        Parameters
+        ----------
+        timeout_in_millis : int
+            Milliseconds, uint32.
+
+        Returns
+        -------
+        list of dict
+            As of `leaks`: the caches that still have keys or pins when the time is up; empty when all is done.
+
+        Raises
+        ------
+        TypeError, ValueError
+            `timeout_in_millis` is no uint32.
+        LLMException
+            Before `init`, or after `finalize`.
+
+        Notes
+        -----
+        New keys and new pulls are taken in meanwhile: stop to make them first. A prefix key is not waited for, as no
+        pull takes it.
+        """
+        check_uint32("timeout_in_millis", timeout_in_millis)
+        return drain(self._require_engine(), timeout_in_millis / 1000)
 
     def links(self) -> List[Dict[str, Any]]:
         """One dict per link: cluster id, state, who asked for it, bytes moved, and why it broke.
@@ -552,7 +619,7 @@ class LLMDataDist:
         LLMLinkError
             LLM_NOT_YET_LINK: no such link; LLM_LINK_BUSY: a transfer uses it, which is a sign of life, too.
         LLMTimeoutError
-            No answer in time; the link is broken.
+            No answer in time; the link is broken, until the next call makes it anew.
         RuntimeError
             Before `init`.
         """

@@ -289,6 +289,7 @@ def _restore(cls: Type[LLMException], args: Tuple[object, ...]) -> LLMException:
 _Outcome = Tuple[Type[LLMException], bool, Optional[str]]
 _UNKNOWN: _Outcome = (LLMException, False, None)
 _RELINK = "unlink the peer, link it again, and repeat the call"
+_HEALS = "repeat the call: it makes the link anew if the peer is there"
 _LINK = "link the peer, or wait until its registration is OK"
 _REPEAT = "repeat the call, or give it more time with sync_kv_timeout"
 _FREE = "deallocate caches or remove keys that are no longer pulled, or configure a larger pool"
@@ -324,7 +325,7 @@ _OUTCOMES: Dict[int, _Outcome] = {
 # What helps depends on what became of the link; other pairs keep the hint of their code.
 _LINK_HINTS = {
     (LLMLinkError, "broken"): _RELINK, (LLMTimeoutError, "broken"): _RELINK, (LLMTimeoutError, "none"): _RELINK,
-    (LLMTimeoutError, "active"): _REPEAT,
+    (LLMTimeoutError, "active"): _REPEAT, (LLMLinkError, "heals"): _HEALS, (LLMTimeoutError, "heals"): _HEALS,
 }
 
 

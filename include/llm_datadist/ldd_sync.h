@@ -10,6 +10,7 @@
 #include <errno.h>
 #include <pthread.h>
 #include <stdint.h>
+#include <sys/timerfd.h>
 #include <time.h>
 
 #include "llm_datadist/ldd_status.h"
@@ -37,6 +38,18 @@ static inline int64_t ldd_now_ns(void) {
 static inline struct timespec ldd_timespec(int64_t ns) {
     struct timespec ts = {.tv_sec = (time_t)(ns / 1000000000), .tv_nsec = (long)(ns % 1000000000)};
     return ts;
+}
+
+/* A descriptor that is readable from a monotonic time on; -1 when there is none left. */
+static inline int ldd_timer_create(void) {
+    return timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
+}
+
+/* LDD_NEVER: not readable at all. Setting it anew takes its readiness away. */
+static inline void ldd_timer_set(int fd, int64_t at_ns) {
+    struct itimerspec when = {{0, 0}, {0, 0}};
+    if (at_ns != LDD_NEVER) when.it_value = ldd_timespec(at_ns < 1 ? 1 : at_ns); /* 0 would disarm it */
+    if (fd >= 0) timerfd_settime(fd, TFD_TIMER_ABSTIME, &when, NULL);
 }
 
 static inline ldd_status ldd_mutex_init(ldd_mutex *mutex) {

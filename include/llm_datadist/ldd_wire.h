@@ -30,7 +30,8 @@ enum {
     LDD_FRAME_UNLINK = 9,     /* -> ACK; both sides drop the link                */
     LDD_FRAME_PING = 10,      /* -> ACK                                          */
     LDD_FRAME_ENDPOINTS = 11, /* -> ENDPOINT_LIST; where a network needs any     */
-    LDD_FRAME_ENDPOINT_LIST = 12
+    LDD_FRAME_ENDPOINT_LIST = 12,
+    LDD_FRAME_LEAVE = 13      /* no answer; the link was dropped by force: do not make it anew */
 };
 
 typedef struct {

@@ -11,6 +11,7 @@ from llm_datadist.caches.descriptors import CacheDesc, Placement
 from llm_datadist.caches.handles import CPU_CACHE_ID, Cache, KvCache
 from llm_datadist.caches.held_blocks import HeldBlocksKey
 from llm_datadist.caches.keys import INVALID_ID, BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex, is_valid_id
+from llm_datadist.managers.leases import LeaseLog
 from llm_datadist.status import (
     LLMException,
     LLMNotEnabledError,
@@ -305,6 +306,8 @@ class ManagerBase:
 
     def __init__(self, llm_engine: "Engine") -> None:
         self._llm_engine = llm_engine
+        self._lease_ms = llm_engine.options.cache_key_lease_ms
+        self._lease_log = LeaseLog(llm_engine)
         self._initialized = True
         self._has_pool = llm_engine.has_pool()
         self._strict = bool(llm_engine.options.strict)
@@ -342,6 +345,7 @@ class ManagerBase:
     def _finalize(self) -> None:
         """Called when the engine is closed."""
         self._initialized = False
+        self._lease_log.close()
 
     def _require_initialized(self) -> None:
         if not self._initialized:
@@ -352,11 +356,15 @@ class ManagerBase:
         """Id of a cache here; 0, which no cache has, for a handle that an engine before this one left behind."""
         return cache.cache_id if cache.manager is None or cache.manager is self else 0
 
-    def _allocate(self, cache_desc: CacheDesc, specs: Sequence[KeySpec], is_blocks: bool) -> Tuple[int, Sequence[int]]:
+    def _allocate(self, cache_desc: CacheDesc, specs: Sequence[KeySpec], is_blocks: bool,
+                  lease_ms: Optional[int] = None) -> Tuple[int, Sequence[int]]:
         self._require_initialized()
         host = cache_desc.placement == Placement.HOST
+        lease_ms = self._lease_ms if lease_ms is None else lease_ms
+        if lease_ms:
+            self._lease_log.begin()
         return self._llm_engine.allocate(
-            cache_desc.num_tensors, cache_desc.shape[0], cache_desc.size, host, is_blocks, specs)
+            cache_desc.num_tensors, cache_desc.shape[0], cache_desc.size, host, is_blocks, specs, lease_ms)
 
     def _deallocate_here(self, cache: Union[Cache, KvCache]) -> None:
         """Give the handle of a cache back to the engine, and empty it."""

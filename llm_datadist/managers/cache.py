@@ -100,9 +100,10 @@ class CacheManager(HeldBlocks, CacheMemory):
         LLMNotFoundError
             LLM_KV_CACHE_NOT_EXIST: no such key or cache at the peer, or no such local cache. Nothing moved.
         LLMLinkError
-            LLM_NOT_YET_LINK: no link, or a broken one.
+            LLM_NOT_YET_LINK: no link, or one that broke and could not be made anew in time.
         LLMTimeoutError
-            ``sync_kv_timeout`` passed. The destination is undefined, nothing lands any more, the link is broken.
+            ``sync_kv_timeout`` passed. The destination is undefined, nothing lands any more; the next call makes the
+            link anew.
 
         Notes
         -----

@@ -130,8 +130,8 @@ class CacheTask:
 
         Notes
         -----
-        Waits for the layer that is on its way just now, at most ``sync_kv_timeout`` for it. A synchroniser that is
-        waiting is not interrupted; what it returns no longer counts.
+        Returns within 100 ms, also while a layer is on its way. That breaks the link it was on, which heals by the next
+        call. A synchroniser that is waiting is not interrupted; what it returns no longer counts.
         """
         return self._thread.job.cancel()
 

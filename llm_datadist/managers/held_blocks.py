@@ -94,7 +94,7 @@ class HeldBlocks(ManagerBase):
         LLMNotFoundError
             LLM_KV_CACHE_NOT_EXIST: it is not held any more.
         LLMLinkError
-            LLM_NOT_YET_LINK: no link, or a broken one.
+            LLM_NOT_YET_LINK: no link, or one that broke and could not be made anew in time.
         LLMTimeoutError
             ``sync_kv_timeout`` passed; the link is broken.
         """

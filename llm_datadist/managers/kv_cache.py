@@ -241,7 +241,7 @@ class KvCacheManager(ManagerBase):
         LLMNotFoundError
             LLM_KV_CACHE_NOT_EXIST: no such key or cache. Nothing moved.
         LLMLinkError
-            LLM_NOT_YET_LINK: no link, or a broken one.
+            LLM_NOT_YET_LINK: no link, or one that broke and could not be made anew in time.
         LLMTimeoutError
             LLM_WAIT_PROCESS_TIMEOUT: ``sync_kv_timeout`` passed. The destination is undefined, nothing lands any more.
 

@@ -51,7 +51,8 @@ class CacheMemory(ManagerBase):
     # ---------------------------------------------------------------------------------------------- allocation
 
     @public_call
-    def allocate_cache(self, cache_desc: CacheDesc, cache_keys: _Keys = ()) -> Cache:
+    def allocate_cache(self, cache_desc: CacheDesc, cache_keys: _Keys = (), *,
+                       cache_key_lease_ms: Optional[int] = None) -> Cache:
         """Take a contiguous cache from the pool of its placement.
 
         Parameters
@@ -60,6 +61,9 @@ class CacheMemory(ManagerBase):
             ``num_tensors`` tensors of ``shape``; ``shape[0]`` is the number of batch slots.
         cache_keys : sequence of CacheKey, at most ``shape[0]``
             The i-th key is bound to batch slot i. A padding key (``req_id`` 2**64 - 1) leaves its slot unbound.
+        cache_key_lease_ms : int, optional
+            Milliseconds, uint32, after which keys with a ``req_id`` that nobody pulled release themselves; 0: never.
+            None: as option ``llm.CacheKeyLeaseMs`` says, by default never. A pull that runs then may finish.
 
         Returns
         -------
@@ -70,6 +74,8 @@ class CacheMemory(ManagerBase):
         ------
         TypeError
             An argument has another type.
+        ValueError
+            `cache_key_lease_ms` does not fit uint32.
         LLMParamInvalidError
             No pool is configured, the descriptor is empty, there are more keys than slots, a key occurs twice or is
             bound to another cache. Nothing was taken.
@@ -79,7 +85,9 @@ class CacheMemory(ManagerBase):
         check_isinstance("cache_desc", cache_desc, CacheDesc)
         check_isinstance("cache_keys", cache_keys, [list, tuple], CacheKey)
         check_desc(cache_desc)
-        cache_id, addrs = self._allocate(cache_desc, key_specs(cache_desc, cache_keys), False)
+        if cache_key_lease_ms is not None:
+            check_uint32("cache_key_lease_ms", cache_key_lease_ms)
+        cache_id, addrs = self._allocate(cache_desc, key_specs(cache_desc, cache_keys), False, cache_key_lease_ms)
         return Cache(cache_id, cache_desc, lazy_addresses(addrs), self, False, False)
 
     def deallocate_cache(self, cache: Cache) -> None:

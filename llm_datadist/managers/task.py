@@ -16,6 +16,7 @@ from llm_datadist.caches.handles import Cache, KvCache
 from llm_datadist.caches.keys import BlocksCacheKey
 from llm_datadist.managers.base import RemoteKey, check_no_repeats, cluster_of, remote_key
 from llm_datadist.managers.cache_task import CacheTask
+from llm_datadist.managers.cancel import CancelScope
 from llm_datadist.managers.transfer_config import LayerSynchronizer, TransferConfig, TransferWithCacheKeyConfig
 from llm_datadist.status import LLMException, LLMParamInvalidError, LLMStatusCode
 from llm_datadist.utils import log
@@ -186,6 +187,7 @@ class TransferCacheJob:
         self._done = threading.Event()
         self._moving = threading.Lock()         # held while a layer is on its way and while results change
         self._finishing = threading.Lock()
+        self._scope = CancelScope()             # ends the layer that is on its way
         self._callbacks: List[Callable[[], None]] = []
         self.is_cancelled = False
         self.layers_sent = [0] * len(parameters.targets)
@@ -210,20 +212,28 @@ class TransferCacheJob:
         callback()
 
     def cancel(self) -> bool:
-        """Stop before the next layer. Returns False when the job had ended; no byte lands after it returned."""
+        """Stop, in the middle of a layer, too. False when the job had ended; no byte lands after it returned."""
+        if self._done.is_set() or self.is_cancelled:
+            return False
+        self._scope.cancel(0)
         with self._moving:
-            if self._done.is_set() or all(result is not None for result in self.results):
-                return False
-            self.is_cancelled = True
-            for i, result in enumerate(self.results):
-                self.results[i] = LLMStatusCode.LLM_FAILED if result is None else result
-            self.error = LLMException(
-                f"transfer_cache_async failed, error code is {LLMStatusCode.LLM_FAILED}, it was cancelled after "
-                f"{self.layers_sent} layers.", status_code=LLMStatusCode.LLM_FAILED, operation="transfer_cache_async",
-                stage="transfer", recoverable=True, hint="start the transfer again")
-            self._close_puts()
-        self._finish()
-        return True
+            self._end_cancelled()
+        if self.is_cancelled:
+            self._finish()
+        return self.is_cancelled
+
+    def _end_cancelled(self) -> None:
+        """Note that the job was cancelled, unless it had ended, `_moving` held."""
+        if self._done.is_set() or self.is_cancelled or all(result is not None for result in self.results):
+            return
+        self.is_cancelled = True
+        for i, result in enumerate(self.results):
+            self.results[i] = LLMStatusCode.LLM_FAILED if result is None else result
+        self.error = LLMException(
+            f"transfer_cache_async failed, error code is {LLMStatusCode.LLM_FAILED}, it was cancelled after "
+            f"{self.layers_sent} layers.", status_code=LLMStatusCode.LLM_FAILED, operation="transfer_cache_async",
+            stage="transfer", recoverable=True, hint="start the transfer again")
+        self._close_puts()
 
     def _finish(self) -> None:
         with self._finishing:
@@ -248,6 +258,8 @@ class TransferCacheJob:
                     log.error("transfer_cache_async of cache %s failed: %r", self._parameters.cache_id, error)
         finally:
             with self._moving:
+                if self._scope.is_cancelled:
+                    self._end_cancelled()
                 self._close_puts()
             self._finish()
 
@@ -283,13 +295,16 @@ class TransferCacheJob:
     def _send_layer(self, i: int, target: _Target, layer: int) -> bool:
         """Send one layer to one destination, `_moving` held."""
         try:
-            self._put_layer(i, target, layer)
+            with self._scope:
+                self._put_layer(i, target, layer)
             self.layers_sent[i] += 1
             if layer == target.layers.stop - 1:
                 self._puts.pop(i).close()
                 self.results[i] = LLMStatusCode.LLM_SUCCESS
             return True
         except LLMException as error:
+            if self._scope.is_cancelled:
+                return False                    # whoever cancelled says what becomes of the job
             error._complete(blocks=self._parameters.dst_block_numbers,
                             layers=range(target.first_layer + layer - target.layers.start,
                                          target.first_layer + len(target.layers)))

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from typing import Callable, Dict, List, Mapping
 
-from llm_datadist.options.values import integer_in, invalid, one_of
+from llm_datadist.options.values import INT32_MAX, integer_in, invalid, one_of
 
 __all__ = ["PREFIX", "VARIABLES", "check_environment"]
 
@@ -24,6 +24,9 @@ VARIABLES: Dict[str, Callable[[str, str], object]] = {
     "LLM_DATADIST_COPY_THREADS": integer_in(1, 64),
     "LLM_DATADIST_TCP_STREAMS": integer_in(1, 16),
     "LLM_DATADIST_SHARED_TABLE": one_of("0", "1"),
+    "LLM_DATADIST_CACHE_KEY_LEASE_MS": integer_in(0, INT32_MAX),
+    "LLM_DATADIST_LINK_SILENCE_MS": integer_in(2000, 3600000),
+    "LLM_DATADIST_LINK_HEAL_MS": integer_in(0, INT32_MAX),
     "LLM_DATADIST_LINK_BASE_PORT": integer_in(1, 65535),
     "LLM_DATADIST_HOST_DEVICES": integer_in(0, 64),
     "LLM_DATADIST_STRICT": one_of("0", "1"),

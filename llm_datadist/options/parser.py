@@ -43,6 +43,7 @@ __all__ = ["EngineOptions", "PoolOptions", "parse_listen_ip_info", "parse_switch
 DEVICE_ID = "ge.exec.deviceId"
 FLOW_GRAPH_MEM_MAX_SIZE = "ge.flowGraphMemMaxSize"
 BUF_POOL_CFG = "llm.BufPoolCfg"
+CACHE_KEY_LEASE = "llm.CacheKeyLeaseMs"
 CLUSTER_INFO = "llm.ClusterInfo"
 ENABLE_CACHE_MANAGER = "llm.EnableCacheManager"
 ENABLE_REMOTE_CACHE_ACCESSIBLE = "llm.EnableRemoteCacheAccessible"
@@ -50,7 +51,9 @@ ENABLE_SWITCH_ROLE = "llm.EnableSwitchRole"
 GLOBAL_RESOURCE_CONFIG = "llm.GlobalResourceConfig"
 HOST_MEM_POOL_CONFIG = "llm.HostMemPoolConfig"
 LINK_BASE_PORT = "llm.LinkBasePort"
+LINK_HEAL_TIME = "llm.LinkHealTime"
 LINK_RETRY_COUNT = "llm.LinkRetryCount"
+LINK_SILENCE_TIME = "llm.LinkSilenceTime"
 LINK_TOTAL_TIME = "llm.LinkTotalTime"
 LISTEN_IP = "llm.ListenIp"
 LISTEN_IP_INFO = "llm.listenIpInfo"
@@ -67,13 +70,16 @@ TRANSFER_BACKEND = "llm.TransferBackend"
 # Keys that clients of the original write and that have no effect here, or only in helpers.
 INERT = ("llm.Role", "llm.OutputMaxSize", "llm.deployResPath", "llm.MemoryUtilization", "llm.RefInputShapes",
          "llm.RefInputDtypes", "llm.RefInputSeqLenDimIndex", "llm.kvTensorFormat")
-KNOWN = (*INERT, BUF_POOL_CFG, CLUSTER_INFO, ENABLE_CACHE_MANAGER, ENABLE_REMOTE_CACHE_ACCESSIBLE, ENABLE_SWITCH_ROLE,
-         GLOBAL_RESOURCE_CONFIG, HOST_MEM_POOL_CONFIG, LINK_BASE_PORT, LINK_RETRY_COUNT, LINK_TOTAL_TIME, LISTEN_IP,
-         LISTEN_IP_INFO, LISTEN_PORT, LOCAL_COMM_RES, MEM_POOL_CONFIG, PROVIDER, RDMA_SERVICE_LEVEL,
-         RDMA_TRAFFIC_CLASS, STRICT, SYNC_KV_CACHE_WAIT_TIME, TRANSFER_BACKEND)
+KNOWN = (*INERT, BUF_POOL_CFG, CACHE_KEY_LEASE, CLUSTER_INFO, ENABLE_CACHE_MANAGER, ENABLE_REMOTE_CACHE_ACCESSIBLE,
+         ENABLE_SWITCH_ROLE, GLOBAL_RESOURCE_CONFIG, HOST_MEM_POOL_CONFIG, LINK_BASE_PORT, LINK_HEAL_TIME,
+         LINK_RETRY_COUNT, LINK_SILENCE_TIME, LINK_TOTAL_TIME, LISTEN_IP, LISTEN_IP_INFO, LISTEN_PORT, LOCAL_COMM_RES,
+         MEM_POOL_CONFIG, PROVIDER, RDMA_SERVICE_LEVEL, RDMA_TRAFFIC_CLASS, STRICT, SYNC_KV_CACHE_WAIT_TIME,
+         TRANSFER_BACKEND)
 
 DEFAULT_SYNC_TIMEOUT_MS = 1000
 DEFAULT_LINK_TOTAL_TIME_S = 120
+DEFAULT_LINK_HEAL_MS = 500
+DEFAULT_LINK_SILENCE_MS = 3000
 DEFAULT_LINK_BASE_PORT = 26900      # member with device d of a two-sided link listens at this port + d
 
 _NATIVE_ROLE = {LLMRole.PROMPT: "Prompt", LLMRole.DECODER: "Decoder", LLMRole.MIX: "Mix"}
@@ -107,6 +113,12 @@ class EngineOptions:
         In generation 1 one address per device, also for a role that does not listen yet.
     link_total_time_s : int
         Time budget of ``link``; the environment is already taken into account.
+    cache_key_lease_ms : int
+        How long an allocated cache's request keys wait to be pulled before they release themselves; 0: for ever.
+    link_heal_ms : int
+        What a call may spend, of its own time, on a link that it finds broken; 0: links stay broken until unlinked.
+    link_silence_ms : int
+        How long nothing may come from a peer's host, probes included, before its links end.
     link_retry_count : int
         Attempts of ``link``.
     local_comm_res : str, optional
@@ -141,6 +153,9 @@ class EngineOptions:
     listen: Optional[Address] = None
     listen_all: Tuple[Address, ...] = ()
     link_total_time_s: int = DEFAULT_LINK_TOTAL_TIME_S
+    cache_key_lease_ms: int = 0
+    link_heal_ms: int = DEFAULT_LINK_HEAL_MS
+    link_silence_ms: int = DEFAULT_LINK_SILENCE_MS
     link_retry_count: int = 1
     local_comm_res: Optional[str] = None
     transfer_backend: str = ""
@@ -170,6 +185,7 @@ class EngineOptions:
             Id of the process.
         environ : mapping of str to str, optional
             Environment; default ``os.environ``. Read are ``LLM_DATADIST_PROVIDER``, ``LLM_DATADIST_LINK_BASE_PORT``,
+            ``LLM_DATADIST_LINK_HEAL_MS``, ``LLM_DATADIST_LINK_SILENCE_MS``, ``LLM_DATADIST_CACHE_KEY_LEASE_MS``,
             ``LLM_DATADIST_STRICT``, ``HCCL_CONNECT_TIMEOUT``, ``HCCL_RDMA_TC`` and ``HCCL_RDMA_SL``; an option wins
             over its variable. The other variables of this package are checked.
 
@@ -264,6 +280,11 @@ class _Parser:
             remote_cache_accessible=remote and generation == 2,
             device_pool=device_pool, host_pool=host_pool, listen=listen, listen_all=listen_all,
             link_total_time_s=self._link_total_time_s(),
+            cache_key_lease_ms=self._number_or_default(CACHE_KEY_LEASE, "LLM_DATADIST_CACHE_KEY_LEASE_MS", 0),
+            link_heal_ms=self._number_or_default(LINK_HEAL_TIME, "LLM_DATADIST_LINK_HEAL_MS", DEFAULT_LINK_HEAL_MS),
+            link_silence_ms=self._option_or_variable(
+                LINK_SILENCE_TIME, "LLM_DATADIST_LINK_SILENCE_MS",
+                integer_in(2000, 3600000)) or DEFAULT_LINK_SILENCE_MS,
             link_retry_count=self._optional(LINK_RETRY_COUNT, integer_in(1, 100)) or 1,
             local_comm_res=self._options.get(LOCAL_COMM_RES),
             endpoints=endpoints_of(LOCAL_COMM_RES, self._options.get(LOCAL_COMM_RES, "")),
@@ -290,6 +311,10 @@ class _Parser:
         if option in self._options:
             return parser(option, self._options[option])
         return self._variable(variable, parser)
+
+    def _number_or_default(self, option: str, variable: str, default: int) -> int:
+        number = self._option_or_variable(option, variable, integer_in(0, INT32_MAX))
+        return default if number is None else number
 
     def _generation(self) -> int:
         has_comm_res = LOCAL_COMM_RES in self._options

@@ -127,8 +127,8 @@ def test_linked_by_the_peer_earlier(pair):
     assert server.call(wait_links, []) == client.call(links) == []
 
 
-def test_the_peer_restarted(pair, peers):
-    _, client = pair
+def test_the_peer_restarted_where_links_stay_broken(peers):
+    client = peers.start(2, engine_options(llm_LinkHealTime="0"), env=TCP_ONLY)
     server = peers.start(3)
     client.call(link, (3, server.address))
     server.kill()

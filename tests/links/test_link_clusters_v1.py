@@ -238,7 +238,8 @@ def test_unlinking_while_a_pull_runs(linkable):
     with stopped(prompts[0]):
         assert decoder.call(during_a_pull_that_hangs, 1, prompts[0].address) \
             == ((S.LLM_UNLINK_FAILED, [S.LLM_LINK_BUSY]), S.LLM_LINK_BUSY, S.LLM_WAIT_PROCESS_TIMEOUT)
-    assert decoder.call(links) == [(1, "local", "broken")]
+        assert decoder.call(links) == [(1, "local", "broken")]
+    assert decoder.call(wait_links, [(1, "local", "active")]) == [(1, "local", "active")]
 
 
 # ---------------------------------------------------------------------------------------------------------- probe
@@ -259,7 +260,8 @@ def test_a_probe(linkable):
     assert prompts[0].call(check, 3) is S.LLM_PARAM_INVALID
     with stopped(prompts[0]):
         assert decoder.call(check, 1) is S.LLM_WAIT_PROCESS_TIMEOUT
-    assert decoder.call(check, 1) is S.LLM_NOT_YET_LINK
+        assert decoder.call(check, 1) is S.LLM_NOT_YET_LINK
+    assert until(lambda: decoder.call(check, 1) is S.LLM_SUCCESS)
 
 
 def test_the_prompt_is_gone(linkable, peers):

@@ -161,10 +161,24 @@ def test_the_cable_is_pulled_under_an_idle_link(network, peers):
         assert server.call(wait_links, []) == []
         broken = [(1, "local", "broken")]
         assert client.call(wait_links, broken) == broken
-    client.call(drop_links)
-    # The client's host may take a second to see that there is a way to the other one again.
-    assert until(lambda: client.call(link, (1, server.address))[0] is S.LLM_SUCCESS)
+        assert [(process.stats()["links"], process.stats()["broken_links"]) for process in (server, client)] \
+            == [(0, 0), (0, 1)]
+    # The link comes back without anybody's help, and so does the way from one host to the other, after a second or so.
+    assert until(lambda: client.call(fetch_code, 1) is S.LLM_SUCCESS)
     assert all_fetch([server, client])
+
+
+def test_how_long_silence_is_borne_is_a_setting(network, peers):
+    here, there = network.hosts[:2]
+    server = start(peers, here, 1)
+    hasty, patient = start(peers, there, 2), start(peers, there, 3, llm_LinkSilenceTime="60000")
+    for client in (hasty, patient):
+        client.call(link, (1, server.address))
+        assert client.call(fetch, 1)
+        assert until(lambda client=client: client.call(unacknowledged_bytes) == 0)
+    with unplugged(network, there):
+        assert hasty.call(wait_links, [(1, "local", "broken")]) == [(1, "local", "broken")]
+        assert patient.call(links) == [(1, "local", "active")]
 
 
 # ----------------------------------------------------------------------------------------------------- rank tables

@@ -35,11 +35,12 @@ def test_row_of_a_code(code):
         assert action == error.hint
 
 
-REFERENCES = re.findall(r"`([\w/]+\.py)::(\w+)`", (ROOT / "docs/compatibility.md").read_text(encoding="utf-8"))
+REFERENCES = [reference for page in ("compatibility.md", "reliability.md") for reference in
+              re.findall(r"`([\w/]+\.py)::(\w+)`", (ROOT / "docs" / page).read_text(encoding="utf-8"))]
 
 
 @pytest.mark.parametrize("path, name", sorted(set(REFERENCES)))
-def test_compatibility_names_tests_that_exist(path, name):
+def test_pages_name_tests_that_exist(path, name):
     assert re.search(rf"^def {name}\(", (TESTS / path).read_text(encoding="utf-8"), re.M)
 
 
@@ -48,6 +49,13 @@ def test_every_row_of_compatibility_names_a_test():
     rows = [line for line in text.splitlines() if line.startswith("|") and not re.match(r"\|(-|.*\| Tests \|$)", line)]
     assert len(rows) > 60 and [row for row in rows if "::test_" not in row] == []
     assert [int(row.split("|")[1]) for row in rows if re.match(r"\| \d+ \|", row)] == list(range(1, 23))
+
+
+def test_every_fault_has_a_row_and_a_test_or_says_that_it_has_none():
+    rows = table("reliability.md", "Faults")
+    assert [int(row[0]) for row in rows] == list(range(1, 35))
+    for _, fault, outcome, shown in rows:
+        assert ("::test_" in shown) or (outcome, shown) == ("not measured", "—"), fault
 
 
 def test_ascend_names_tests_that_exist():

@@ -26,7 +26,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 @pytest.fixture(scope="module")
 def examples():
     """Everything that the code blocks of the pages define."""
-    found = {"relink_later": lambda peer: found.setdefault("relinked", []).append(peer)}
+    found = {}
     for page in ("howto.md", "errors.md"):
         for indent, code in re.findall(r"^( *)```python\n(.*?)^ *```", (DOCS / page).read_text("utf-8"), re.M | re.S):
             if "setLevel" not in code:
@@ -58,7 +58,6 @@ def test_two_engines(examples):
             assert [tensor[0].tolist() for tensor in tensors] == [[3.0 + index] * 8 for index in range(4)]
             assert pull(engine.cache_manager, BlocksCacheKey(2, 5), cache, [3], [0]) == [0]
             assert pull(engine.cache_manager, BlocksCacheKey(9), cache, [3, 1], [0, 2]) == [0, 2]
-            assert examples["relinked"] == [9]
             with pytest.raises(LLMException):
                 pull(engine.cache_manager, BlocksCacheKey(2), cache, [9], [0])
             events = [threading.Event() for _ in range(2)]

@@ -30,7 +30,8 @@ SYMBOL = re.compile(r"\b(?:acl[A-Z]\w*|aclrt\w+|Hixl\w+|Hccl\w+|Hcomm\w+|Ldd[A-Z
 # The rooms of the core, each of which uses itself and those before it.
 ROOMS = ["base", "table", "plan", "link", "transfer", "engine"]
 # What of the core the facade calls.
-ENTRANCES = {"llm_datadist.core.base.status", "llm_datadist.core.engine.engine", "llm_datadist.core.engine.layer_push"}
+ENTRANCES = {"llm_datadist.core.base.interrupt", "llm_datadist.core.base.status", "llm_datadist.core.engine.engine",
+             "llm_datadist.core.engine.layer_push"}
 # What of the core tools/bench looks at behind the public API; its compiled modules see all of it.
 MEASURED = {"llm_datadist.core.engine.engine"}
 COMPILED_TOOLS = sorted((TOOLS / "bench" / "native").glob("*.pyx"))
@@ -193,15 +194,18 @@ def test_the_core_calls_the_provider_through_its_table_alone(path):
 TESTED_BY = {
     "base/device_context": "cann/test_rules.py", "link/background": "cann/test_rules.py",
     "link/client": "cann/test_rules.py",
+    "base/interrupt": "transfers/test_cancel.py",
     "base/sockets": "links/test_namespaces.py", "base/status": "facade/test_status.py",
     "link/access": "transfers/test_refusals.py",
     "link/accept": "links/test_rank_table_links.py", "link/fork": "links/test_forked_child.py",
+    "link/heal": "links/test_heal.py",
     "link/links": "lifetime/test_lifetime.py", "link/open": "links/test_link_clusters.py", "link/region": "transfers",
     "link/replies": "links/test_listener.py", "link/requests": "links/test_link_clusters.py",
     "link/service": "links/test_listener.py", "link/service_conn": "links/test_listener.py",
     "transfer/batch": "transfers", "transfer/fitting": "transfers", "transfer/one_pull": "transfers/exchange",
     "transfer/serve_pull": "transfers/exchange", "transfer/steps": "transfers",
-    "table/holds": "transfers/test_held_blocks.py", "transfer/release": "transfers/test_held_blocks.py",
+    "table/holds": "transfers/test_held_blocks.py", "table/leases": "transfers/test_leases.py",
+    "transfer/release": "transfers/test_held_blocks.py",
     "engine/block_keys": "transfers/test_held_blocks.py",
     "engine/lifecycle": "core/engine/test_engine.py", "engine/linking": "links/test_rank_table_links.py",
 }

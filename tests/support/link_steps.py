@@ -51,12 +51,17 @@ def until(condition: Callable[[], Any], limit_s: float = SETTLE_S) -> Any:
         time.sleep(0.005)
 
 
+def stop(pid: int) -> None:
+    """Have a process stand still, every thread of it, until it gets SIGCONT."""
+    os.kill(pid, signal.SIGSTOP)
+    assert until(lambda: all(state == "T" for state in _thread_states(pid)))
+
+
 @contextlib.contextmanager
 def stopped(child: Child) -> Iterator[None]:
     """A process of which no thread runs for a while."""
-    child.signal(signal.SIGSTOP)
     try:
-        assert until(lambda: all(state == "T" for state in _thread_states(child.pid)))
+        stop(child.pid)
         yield
     finally:
         child.signal(signal.SIGCONT)

@@ -20,8 +20,8 @@ cdef bint ldd_socket_send_files(int fd, const void* data, size_t nbytes, const i
 cdef bint ldd_socket_is_own_user(int fd) noexcept nogil
 cdef enum:
     SIGNAL_SLICE_MS = 50                        # how long a wait may go without looking for signals
-# Run pending signal handlers if this is the main thread; nonzero when one raised.
-cdef int ldd_socket_check_signals() noexcept with gil
+# Connections made from now on end when the other side is silent for so long.
+cdef void ldd_socket_set_silence(int silence_ms) noexcept nogil
 cdef void ldd_socket_tune(int fd) noexcept nogil
 cdef void ldd_socket_local_ip(int fd, char* text, size_t size) noexcept nogil
 cdef void ldd_socket_peer_ip(int fd, char* text, size_t size) noexcept nogil

@@ -1,21 +1,18 @@
 """Stream sockets with absolute deadlines, for threads that hold no GIL.
 
 Sockets are non-blocking; every wait is a poll that ends at a monotonic deadline. A thread that came from
-Python looks for signals between slices of such a wait, so Ctrl-C is noticed within `SIGNAL_SLICE_MS`;
-`LDD_E_INTERRUPTED` then means that the signal handler's exception is set. A connection that ends under a send
+Python looks for signals and a cancel between slices of such a wait, so they are noticed within `SIGNAL_SLICE_MS`;
+`LDD_E_INTERRUPTED` then means that an exception is set. A connection that ends under a send
 or a receive is `LDD_E_NOT_LINKED`, however the kernel calls it.
 """
 from libc.errno cimport errno, EAGAIN, EINTR, EINPROGRESS
 from libc.stdint cimport int64_t
 from libc.string cimport strerror
+from llm_datadist.core.base.interrupt cimport ldd_interrupted
 from llm_datadist.core.base.status cimport (
     LDD_E_FAILED, LDD_E_INTERRUPTED, LDD_E_NOT_LINKED, LDD_E_TIMEOUT, LDD_OK, ldd_fail,
 )
 from llm_datadist.core.base.sync cimport ldd_now_ns
-
-cdef extern from "Python.h":
-    # As a plain number: declared with an exception it would be swallowed below, where nobody may raise.
-    int PyErr_CheckSignals() noexcept
 
 cdef extern from * nogil:
     """
@@ -73,8 +70,15 @@ cdef extern from * nogil:
         return 0;
     }
 
+    /* How long a peer may be silent, without a sign that it has received anything, before its connection ends. */
+    static int ldd_net_silence_ms = 3000;
+
+    /* A probe each third of that time, in whole seconds. The limit is a little shorter than the time: the kernel looks
+       when a probe is due, and would otherwise find that a moment is missing, and wait for another one. */
     static void ldd_net_keepalive(int fd) {
-        int on = 1, idle_s = 1, interval_s = 1, probes = 3, unacked_ms = 3000;
+        int on = 1, unacked_ms = ldd_net_silence_ms - 100;
+        int interval_s = ldd_net_silence_ms / 3000 > 1 ? ldd_net_silence_ms / 3000 : 1, idle_s = interval_s;
+        int probes = (ldd_net_silence_ms + 1000 * interval_s - 1) / (1000 * interval_s);
         setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
         setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof on);
         setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle_s, sizeof idle_s);
@@ -159,6 +163,7 @@ cdef extern from * nogil:
     short POLLIN, POLLOUT
     int MSG_NOSIGNAL, SHUT_RDWR
     socklen_t ldd_net_address(const char* ip, int port, sockaddr_storage* out)
+    int ldd_net_silence_ms
     void ldd_net_keepalive(int fd)
     int ldd_net_open(const sockaddr_storage* address)
     void ldd_net_reuse(int fd)
@@ -175,10 +180,6 @@ cdef extern from * nogil:
     int shutdown(int fd, int how)
     int close(int fd)
     int poll(pollfd* fds, unsigned long count, int timeout_ms)
-
-
-cdef int ldd_socket_check_signals() noexcept with gil:
-    return PyErr_CheckSignals()
 
 
 cdef ldd_status _wait_ready(int fd, short events, int64_t deadline_ns, const char* what,
@@ -201,8 +202,13 @@ cdef ldd_status _wait_ready(int fd, short events, int64_t deadline_ns, const cha
             return LDD_OK
         if ready < 0 and errno != EINTR:
             return ldd_fail(detail, LDD_E_FAILED, b"poll failed while %s: %s", what, strerror(errno))
-        if ldd_socket_check_signals() != 0:
+        if ldd_interrupted() != 0:
             return LDD_E_INTERRUPTED
+
+
+cdef void ldd_socket_set_silence(int silence_ms) noexcept nogil:
+    global ldd_net_silence_ms
+    ldd_net_silence_ms = silence_ms
 
 
 cdef void ldd_socket_tune(int fd) noexcept nogil:

@@ -12,6 +12,8 @@ cdef extern from "llm_datadist/ldd_sync.h" nogil:
 
     void ldd_cpu_relax()
     int64_t ldd_now_ns()
+    int ldd_timer_create()
+    void ldd_timer_set(int fd, int64_t at_ns)
     ldd_status ldd_mutex_init(ldd_mutex* mutex)
     void ldd_mutex_destroy(ldd_mutex* mutex)
     void ldd_lock(ldd_mutex* mutex)

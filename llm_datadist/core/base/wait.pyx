@@ -10,9 +10,7 @@ leaves this to the caller, who destroys the client before telling anybody.
 from libc.stdint cimport INT64_MAX, int32_t, int64_t
 from posix.time cimport nanosleep, timespec
 
-import os
-import threading
-
+from llm_datadist.core.base.interrupt cimport ldd_interrupted, ldd_is_interruptible
 from llm_datadist.core.base.provider cimport (
     ACL_ERROR_BAD_ALLOC, ACL_ERROR_RT_DEVICE_MEM_ERROR, ACL_ERROR_RT_DEVICE_OOM, ACL_ERROR_RT_EVENT_SYNC_TIMEOUT,
     ACL_ERROR_RT_FEATURE_NOT_SUPPORT, ACL_ERROR_RT_HBM_MULTI_BIT_ECC_ERROR, ACL_ERROR_RT_MEMORY_ALLOCATION,
@@ -29,29 +27,13 @@ from llm_datadist.core.base.status cimport (
 )
 from llm_datadist.core.base.sync cimport ldd_cpu_relax, ldd_lock_until, ldd_mutex, ldd_now_ns
 
-cdef extern from "Python.h":
-    # Raw result: the exception stays set in this thread until check() lets it out.
-    int PyErr_CheckSignals() noexcept
-    unsigned long PyThread_get_thread_ident() noexcept nogil
-
 cdef enum:
     PENDING = 1                     # an answer between "done" (0) and the errors (< 0)
 
-    SIGNAL_SLICE_NS = 50000000      # Ctrl-C is served within twice this, at no more than 20 wake-ups a second
+    SIGNAL_SLICE_NS = 25000000      # Ctrl-C and a cancel are served within twice this, by 40 wake-ups a second
     SPIN_NS = 50000                 # about what a small batch takes between two processes of one host
     MIN_NAP_NS = 2000
     MAX_NAP_NS = 100000
-
-# Python runs signal handlers in its main thread only; the others need not stop for them.
-cdef unsigned long main_thread = threading.main_thread().ident
-
-
-def _note_main_thread():
-    global main_thread
-    main_thread = PyThread_get_thread_ident()
-
-
-os.register_at_fork(after_in_child=_note_main_thread)
 
 
 cdef ldd_status ldd_map_hixl(HixlStatus code) noexcept nogil:
@@ -136,7 +118,7 @@ cdef ldd_status ldd_wait_interruptible(
 ) noexcept nogil:
     cdef int64_t now, until
     cdef ldd_status status
-    if PyThread_get_thread_ident() != main_thread:
+    if not ldd_is_interruptible():
         return ldd_wait_complete(provider, client, handle, deadline_ns, detail)
     while True:
         # Taking the GIL may last as long as another thread keeps it. The last slice is the longest, so that
@@ -148,14 +130,14 @@ cdef ldd_status ldd_wait_interruptible(
             return status
         if until == deadline_ns:
             return _give_up(provider, client, handle, LDD_E_TIMEOUT, detail)
-        if _run_signal_handlers() < 0:
+        if ldd_interrupted() != 0:
             return _give_up(provider, client, handle, LDD_E_INTERRUPTED, detail)
 
 
 cdef ldd_status ldd_lock_interruptible(ldd_mutex* mutex, int64_t deadline_ns) noexcept nogil:
     cdef int64_t now, until
     cdef ldd_status status
-    if PyThread_get_thread_ident() != main_thread:
+    if not ldd_is_interruptible():
         return ldd_lock_until(mutex, deadline_ns)
     while True:
         now = ldd_now_ns()
@@ -163,12 +145,8 @@ cdef ldd_status ldd_lock_interruptible(ldd_mutex* mutex, int64_t deadline_ns) no
         status = ldd_lock_until(mutex, until)
         if status != LDD_E_TIMEOUT or until == deadline_ns:
             return status
-        if _run_signal_handlers() < 0:
+        if ldd_interrupted() != 0:
             return LDD_E_INTERRUPTED
-
-
-cdef int _run_signal_handlers() noexcept with gil:
-    return PyErr_CheckSignals()
 
 
 cdef ldd_status _wait_slice(

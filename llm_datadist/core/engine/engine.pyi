@@ -23,7 +23,7 @@ class Engine(EngineBlockKeys):
     # Memory.
     def allocate(
         self, num_tensors: int, num_slots: int, tensor_bytes: int, host: bool, is_blocks: bool,
-        keys: Sequence[_KeySpec] = (),
+        keys: Sequence[_KeySpec] = (), lease_ms: int = 0,
     ) -> Tuple[int, Sequence[int]]: ...
     def deallocate(self, cache_id: int) -> None: ...
     def register(

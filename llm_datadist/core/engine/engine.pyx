@@ -15,7 +15,7 @@ from llm_datadist.core.base.provider cimport (
     ACL_MEMCPY_HOST_TO_HOST, LDD_CAP_ANY_LOCAL, aclrtContext, aclrtMemcpyKind,
 )
 from llm_datadist.core.base.status cimport (
-    LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_E_TIMEOUT, LDD_OK, ldd_fail, raise_status, start_detail,
+    LDD_E_FAILED, LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_E_TIMEOUT, LDD_OK, ldd_fail, raise_status, start_detail,
 )
 from llm_datadist.core.base.sync cimport ldd_now_ns, ldd_unlock
 from llm_datadist.core.base.wait cimport ldd_lock_interruptible
@@ -29,6 +29,7 @@ from llm_datadist.core.table.cache_table cimport (
 from llm_datadist.core.table.key_index cimport (
     KEY_BLOCKS as _BLOCKS, KEY_BY_ID as _BY_ID, KEY_PREFIX as _PREFIX, KEY_REQ as _REQ,
 )
+from llm_datadist.core.table.leases cimport ldd_table_lease
 from llm_datadist.core.table.pool cimport ldd_pool
 from llm_datadist.core.transfer.batch cimport ldd_context_enter, ldd_context_leave
 from llm_datadist.core.transfer.fitting cimport SHAPE_BLOCKS, SHAPE_SLOT, SHAPE_SLOT_TO_BLOCKS, ldd_progress
@@ -129,8 +130,8 @@ cdef class Engine(EngineBlockKeys):
     # ---------------------------------------------------------------------------------------------- memory
 
     def allocate(self, uint32_t num_tensors, uint64_t num_slots, uint64_t tensor_bytes, bint host, bint is_blocks,
-                 keys=()):
-        """Take a cache from a pool and bind its keys.
+                 keys=(), int64_t lease_ms=0):
+        """Take a cache from a pool and bind its keys; request keys expire after `lease_ms`, unless that is 0.
 
         Returns
         -------
@@ -153,6 +154,9 @@ cdef class Engine(EngineBlockKeys):
         if not <uint64_t>num_tensors * sizeof(uint64_t) <= <uint64_t>1 << 31:
             status = ldd_fail(&detail, LDD_E_PARAM, b"num_tensors %u is beyond any pool", num_tensors)
             return self.raise_for(status, &detail, b"allocate_cache")
+        if lease_ms and self.table.lease_fd < 0:
+            status = ldd_fail(&detail, LDD_E_FAILED, b"no descriptor was left for a timer when the engine was opened")
+            return self.raise_for(status, &detail, b"allocate_cache")
         cdef ldd_key_spec* specs = ldd_key_specs(keys, &num_keys)
         cdef uint64_t* addrs = <uint64_t*>malloc(max(num_tensors, <uint32_t>1) * sizeof(uint64_t))
         try:
@@ -163,6 +167,8 @@ cdef class Engine(EngineBlockKeys):
                                             num_keys, &cache_id, addrs, ldd_now_ns() + self.node.sync_timeout_ns,
                                             &detail)
             self.raise_for(status, &detail, b"allocate_cache")
+            if lease_ms:
+                ldd_table_lease(self.table, cache_id, ldd_now_ns() + lease_ms * 1000000)
             return cache_id, _address_sequence(addrs, num_tensors)
         finally:
             free(addrs)

@@ -18,8 +18,9 @@ from llm_datadist.core.base.status cimport (
 )
 from llm_datadist.core.base.sync cimport ldd_now_ns, ldd_unlock
 from llm_datadist.core.engine.engine cimport Engine
+from llm_datadist.core.link.heal cimport ldd_link_find
 from llm_datadist.core.link.links cimport (
-    ldd_link, ldd_link_begin, ldd_link_break, ldd_link_end, ldd_link_ref, ldd_link_resume, ldd_link_unref,
+    ldd_link, ldd_link_break, ldd_link_end, ldd_link_ref, ldd_link_resume, ldd_link_unref,
 )
 from llm_datadist.core.link.requests cimport (
     ldd_link_ready, ldd_remote_cache, ldd_request_ranges, ldd_request_release, ldd_request_resolve,
@@ -70,6 +71,7 @@ cdef class LayerPush:
     def __init__(self, Engine engine, uint64_t cluster_id, int64_t cache_id):
         cdef ldd_detail detail
         cdef ldd_status status
+        cdef int64_t ignored = 0
         self._engine = engine
         self._cluster_id = cluster_id
         engine.require_open()
@@ -87,7 +89,8 @@ cdef class LayerPush:
                     status = ldd_fail(&detail, LDD_E_PARAM, b"local cache %lld is not remote accessible",
                                       <long long>cache_id)
             if status == LDD_OK:
-                status = ldd_link_begin(&engine.node, cluster_id, &self._link, &detail)
+                status = ldd_link_find(&engine.node, cluster_id, engine.node.sync_timeout_ns, &self._link, &ignored,
+                                       &detail)
                 if status == LDD_OK:
                     ldd_link_ref(self._link)
                     ldd_link_end(self._link)

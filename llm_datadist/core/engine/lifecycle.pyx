@@ -12,19 +12,20 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
-from llm_datadist.core.base.atomic cimport ldd_get32, ldd_get64
+from llm_datadist.core.base.atomic cimport ldd_get64
 from llm_datadist.core.base.provider cimport (
     ACL_DEV_ATTR_SUPER_POD_DEVICE_ID, ACL_DEV_ATTR_SUPER_POD_ID, ACL_MEM_MALLOC_HUGE_FIRST, LDD_CAP_ANY_LOCAL,
     LDD_CAP_SHARED_MEMORY, aclError, aclrtContext, ldd_provider,
 )
-from llm_datadist.core.base.sockets cimport ldd_socket_listen
+from llm_datadist.core.base.sockets cimport ldd_socket_listen, ldd_socket_set_silence
 from llm_datadist.core.base.status cimport (
     LDD_E_FAILED, LDD_E_NOT_ENABLED, LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_OK, check, ldd_fail, raise_status, start_detail,
 )
-from llm_datadist.core.base.sync cimport ldd_lock, ldd_mutex_destroy, ldd_mutex_init, ldd_now_ns, ldd_unlock
+from llm_datadist.core.base.sync cimport LDD_NEVER, ldd_lock, ldd_mutex_destroy, ldd_mutex_init, ldd_now_ns, ldd_unlock
 from llm_datadist.core.base.wait cimport ldd_acl_result
+from llm_datadist.core.link.heal cimport ldd_heal_start
 from llm_datadist.core.link.links cimport (
-    LINK_ACTIVE, ldd_link, ldd_link_state_of, ldd_node, ldd_node_close, ldd_node_destroy, ldd_node_init,
+    LINK_ACTIVE, ORIGIN_COMM, ldd_link, ldd_link_state_of, ldd_node, ldd_node_close, ldd_node_destroy, ldd_node_init,
 )
 from llm_datadist.core.link.open cimport ldd_random
 from llm_datadist.core.link.region cimport (
@@ -36,12 +37,16 @@ from llm_datadist.core.link.service cimport (
 )
 from llm_datadist.core.link.shared_reader cimport ldd_shared_table_name
 from llm_datadist.core.link.wire cimport LDD_MAX_ENDPOINTS, LDD_MODE_REMOTE_ACCESSIBLE, ldd_endpoint_record
+from llm_datadist.core.table.cache_life cimport ldd_expired
 from llm_datadist.core.table.cache_table cimport (
     ldd_cache_row, ldd_table_clear, ldd_table_counts, ldd_table_create, ldd_table_destroy, ldd_table_set_epoch,
     ldd_table_snapshot, ldd_table_stats,
 )
 from llm_datadist.core.table.holds cimport ldd_holds_count
 from llm_datadist.core.table.key_index cimport KEY_BY_ID, ldd_key
+from llm_datadist.core.table.leases cimport (
+    ldd_table_count_unpulled, ldd_table_end_leases, ldd_table_take_expired,
+)
 from llm_datadist.core.table.pool cimport ldd_pool_create, ldd_pool_destroy, ldd_pool_free_bytes, ldd_pool_largest_bytes
 from llm_datadist.core.transfer.batch cimport ldd_context_enter, ldd_context_leave
 from llm_datadist.core.transfer.local_copy cimport ldd_op_list_free
@@ -58,6 +63,7 @@ cdef enum:
     LISTEN_BACKLOG = 1024
     CLOSE_GRACE_NS = 2000000000                 # on top of the time running transfers may still take
     HUGE_PAGE_BYTES = 2 << 20
+    EXPIRED_AT_ONCE = 32
     # Of a network where nothing else was said: what CANN's own package passes.
     DEFAULT_TRAFFIC_CLASS = 132
     DEFAULT_SERVICE_LEVEL = 4
@@ -150,6 +156,7 @@ cdef class EngineCore:
             and (self._provider.table.ext.LddCapabilities == NULL
                  or self._provider.table.caps & <unsigned int>LDD_CAP_SHARED_MEMORY != 0))
         self.node.strict = options.strict
+        ldd_socket_set_silence(options.link_silence_ms)
         self.node.mode = LDD_MODE_REMOTE_ACCESSIBLE if options.remote_cache_accessible else 0
         with nogil:
             status = ldd_table_create(&self.table, &detail)
@@ -166,6 +173,7 @@ cdef class EngineCore:
         with nogil:
             status = ldd_service_start(&self.service, &self.node, &detail)
         self.raise_for(status, &detail, b"init")
+        ldd_heal_start(&self.node, &self.service, <int64_t>options.link_heal_ms * 1000000)
         if self.node.shares_table:
             ldd_shared_table_name(self.node.instance, name, sizeof(name))
             self.listen_at(name.decode(), 0)
@@ -401,7 +409,7 @@ cdef class EngineCore:
         except _public.LLMException as error:
             error._complete(operation=what.decode(), peer=cluster_id,
                             stage=stage.decode() if stage != NULL else "check",
-                            link=("none", "active", "broken")[_link_state(&self.node, cluster_id)])
+                            link=("none", "active", "broken", "heals")[_link_state(&self.node, cluster_id)])
             raise
 
     # ------------------------------------------------------------------------------------------- listeners
@@ -465,15 +473,19 @@ cdef class EngineCore:
     def stats(self):
         """What is held right now: caches, keys, pins, pools, links."""
         cdef ldd_table_counts counts
+        cdef uint32_t counts_of_links[2]
         self.require_open()
         with nogil:
             ldd_table_stats(self.table, &counts)
+            _count_links(&self.node, counts_of_links)
         return {
             "caches": counts.num_owned + counts.num_registered, "owned_caches": counts.num_owned,
             "registered_caches": counts.num_registered, "deferred_caches": counts.num_deferred,
-            "keys": counts.num_keys, "pins": counts.num_pins, "holds": ldd_holds_count(&self.node.holds),
+            "keys": counts.num_keys, "expired_keys": counts.num_expired, "pins": counts.num_pins,
+            "holds": ldd_holds_count(&self.node.holds),
             "device_pool": self._pool_stats(False), "host_pool": self._pool_stats(True),
-            "links": ldd_get32(&self.node.num_links), "requests": ldd_get64(&self.service.num_requests),
+            "links": counts_of_links[0], "broken_links": counts_of_links[1],
+            "healed_links": ldd_get64(&self.node.num_healed), "requests": ldd_get64(&self.service.num_requests),
             "rejected_frames": ldd_get64(&self.service.num_rejected_frames), "provider": self._provider.name,
         }
 
@@ -515,8 +527,31 @@ cdef class EngineCore:
         finally:
             free(rows)
 
+    def take_expired(self):
+        """Wait until request keys have expired: (cache id, id, model id, bytes, age in s); [] after `end_leases`."""
+        cdef ldd_expired[EXPIRED_AT_ONCE] rows
+        cdef size_t count, i
+        self.require_open()
+        with nogil:
+            count = ldd_table_take_expired(self.table, rows, EXPIRED_AT_ONCE)
+        return [(rows[i].cache_id, rows[i].id, rows[i].model_id, rows[i].bytes, rows[i].age_ns / 1e9)
+                for i in range(count)]
+
+    def end_leases(self):
+        """Have `take_expired` return."""
+        self.require_open()
+        ldd_table_end_leases(self.table)
+
+    def num_unpulled(self):
+        """How many request keys are bound to caches that their keys keep."""
+        cdef uint64_t count
+        self.require_open()
+        with nogil:
+            count = ldd_table_count_unpulled(self.table)
+        return count
+
     def caches(self):
-        """One dict per live cache: cache_id, bytes, num_tensors, keys, pins, owned, is_blocks, handle."""
+        """One dict per live cache: id, bytes, num_tensors, keys, pins, owned, is_blocks, handle, age_s, lease_s."""
         cdef size_t capacity, count, i
         cdef ldd_table_counts counts
         cdef ldd_cache_row* rows
@@ -534,20 +569,37 @@ cdef class EngineCore:
                 "cache_id": rows[i].cache_id, "bytes": rows[i].bytes, "num_tensors": rows[i].num_tensors,
                 "keys": rows[i].num_keys, "pins": rows[i].pins, "owned": bool(rows[i].owned),
                 "is_blocks": bool(rows[i].is_blocks), "handle": bool(rows[i].handle_ref),
+                "age_s": rows[i].age_ns / 1e9,
+                "lease_s": None if rows[i].lease_ns == LDD_NEVER else rows[i].lease_ns / 1e9,
             } for i in range(count)]
         finally:
             free(rows)
 
 
+cdef void _count_links(ldd_node* node, uint32_t* counts) noexcept nogil:
+    """How many links can be used, and how many are broken."""
+    cdef ldd_link* link
+    counts[0] = counts[1] = 0
+    ldd_lock(&node.lock)
+    link = node.links
+    while link != NULL:
+        counts[0 if ldd_link_state_of(link) == LINK_ACTIVE else 1] += 1
+        link = link.next
+    ldd_unlock(&node.lock)
+
+
 cdef int _link_state(ldd_node* node, uint64_t cluster_id) noexcept nogil:
-    """0 without a link to that cluster, 1 with one that can be used, 2 where there is only a broken one."""
+    """0 without a link to that cluster, 1 with one that can be used, 2 with a broken one, 3 with one that will heal."""
     cdef ldd_link* link
     cdef int state = 0
     ldd_lock(&node.lock)
     link = node.links
     while link != NULL and state != 1:
         if link.cluster_id == cluster_id:
-            state = 1 if ldd_link_state_of(link) == LINK_ACTIVE else 2
+            if ldd_link_state_of(link) == LINK_ACTIVE:
+                state = 1
+            else:
+                state = 3 if node.heal_ns and not link.left and link.origin != ORIGIN_COMM else 2
         link = link.next
     ldd_unlock(&node.lock)
     return state

@@ -12,8 +12,9 @@ from llm_datadist.core.base.status cimport (
 )
 from llm_datadist.core.base.sync cimport ldd_lock, ldd_lock_until, ldd_now_ns, ldd_unlock
 from llm_datadist.core.link.accept cimport ldd_service_accepted, ldd_service_expect, ldd_service_forget
+from llm_datadist.core.link.heal cimport ldd_link_find
 from llm_datadist.core.link.links cimport (
-    ORIGIN_COMM, ORIGIN_LOCAL, ORIGIN_PEER, ldd_link, ldd_link_begin, ldd_link_end, ldd_link_existed, ldd_link_origin,
+    ORIGIN_COMM, ORIGIN_LOCAL, ORIGIN_PEER, ldd_link, ldd_link_end, ldd_link_existed, ldd_link_origin,
     ldd_link_state, ldd_link_state_of, ldd_links_drop, ldd_node,
 )
 from llm_datadist.core.link.open cimport ldd_link_close, ldd_link_open
@@ -79,8 +80,8 @@ cdef class EngineLinks(EngineCore):
         with nogil:
             before = _count_links(&self.node, cluster_id)
             if force:
-                ldd_links_drop(&self.node, ORIGIN_LOCAL, -1, False, cluster_id)
-                ldd_links_drop(&self.node, ORIGIN_PEER, -1, False, cluster_id)
+                ldd_links_drop(&self.node, ORIGIN_LOCAL, -1, False, cluster_id, True)
+                ldd_links_drop(&self.node, ORIGIN_PEER, -1, False, cluster_id, True)
             else:
                 status = ldd_link_close(&self.node, c_ip, port, cluster_id, deadline_ns, &detail)
         if status == LDD_E_INTERRUPTED:
@@ -153,12 +154,13 @@ cdef class EngineLinks(EngineCore):
         if self._open and self.is_own_process():
             with nogil:
                 ldd_service_forget(&self.service, comm_id)
-                ldd_links_drop(&self.node, ORIGIN_COMM, comm_id, True, 0)
+                ldd_links_drop(&self.node, ORIGIN_COMM, comm_id, True, 0, False)
 
 
 cdef ldd_status _ping_link(ldd_node* node, uint64_t cluster_id, int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
     cdef ldd_link* link = NULL
-    cdef ldd_status status = ldd_link_begin(node, cluster_id, &link, detail)
+    cdef int64_t ignored = 0
+    cdef ldd_status status = ldd_link_find(node, cluster_id, deadline_ns - ldd_now_ns(), &link, &ignored, detail)
     if status < 0:
         return status
     if ldd_lock_until(&link.lock, 0) < 0:

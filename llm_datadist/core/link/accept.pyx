@@ -240,7 +240,7 @@ cdef ldd_status _accept_awaited(ldd_service* service, const ldd_hello* hello, ld
     if awaited == NULL or awaited.comm_id != link.comm_id:
         status = ldd_fail(detail, LDD_E_PROCESSING_LINK, b"the communicator was given up meanwhile")
     else:
-        status = ldd_link_publish(link, detail)
+        status = ldd_link_publish(link, NULL, detail)
         awaited.accepted = status == LDD_OK
     ldd_unlock(&service.lock)
     return status
@@ -271,7 +271,7 @@ cdef ldd_status _activate(ldd_service* service, ldd_conn* reverse, const ldd_hel
     if link.origin == ORIGIN_COMM:
         status = _accept_awaited(service, hello, link, detail)
     else:
-        status = ldd_link_publish(link, detail)
+        status = ldd_link_publish(link, NULL, detail)
     if status < 0:
         ldd_unlock(&link.lock)
         link.ask_fd = -1

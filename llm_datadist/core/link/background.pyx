@@ -12,10 +12,11 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
 from llm_datadist.core.base.device_context cimport ldd_device_enter
+from llm_datadist.core.base.interrupt cimport ldd_interrupted
 from llm_datadist.core.base.provider cimport (
     HIXL_RESOURCE_EXHAUSTED, LDD_CAP_ANY_LOCAL, LDD_CAP_CANCEL, CompleteHandle, HixlClientHandle, HixlStatus,
 )
-from llm_datadist.core.base.sockets cimport SIGNAL_SLICE_MS, ldd_socket_check_signals
+from llm_datadist.core.base.sockets cimport SIGNAL_SLICE_MS
 from llm_datadist.core.base.status cimport (
     LDD_E_INTERRUPTED, LDD_E_NO_MEMORY, LDD_E_TIMEOUT, LDD_OK, ldd_fail, start_detail,
 )
@@ -99,7 +100,7 @@ cdef ldd_status _submit(ldd_link* link, HixlClientHandle client, bint put, int64
         if ldd_now_ns() >= deadline_ns:
             ldd_hixl_result(link.node.provider, code, b"submit a batch", detail)
             return LDD_E_TIMEOUT
-        if by == NULL and ldd_socket_check_signals() != 0:
+        if by == NULL and ldd_interrupted() != 0:
             return LDD_E_INTERRUPTED
         ldd_background_nap()
 
@@ -146,6 +147,10 @@ cdef void* _call_main(void* argument) noexcept nogil:
     return NULL
 
 
+cdef int ldd_background_start(void* (*main)(void*) noexcept nogil, void* argument) noexcept nogil:
+    return ldd_background_spawn(main, argument)
+
+
 cdef ldd_call* _new_call(ldd_link* link, ldd_call_kind kind, int64_t deadline_ns) noexcept nogil:
     cdef ldd_call* call = <ldd_call*>calloc(1, sizeof(ldd_call))
     if call == NULL:
@@ -187,7 +192,7 @@ cdef ldd_status _run(ldd_call* call, bint interruptible, bint* given_up) noexcep
             status = LDD_E_TIMEOUT
         elif interruptible:
             ldd_unlock(&call.lock)
-            if ldd_socket_check_signals() != 0:
+            if ldd_interrupted() != 0:
                 status = LDD_E_INTERRUPTED
             ldd_lock(&call.lock)
     given_up[0] = not call.ended

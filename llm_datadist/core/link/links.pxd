@@ -50,11 +50,17 @@ ctypedef struct ldd_link:
     ldd_link_origin origin
     int64_t comm_id                             # of ORIGIN_COMM, otherwise 0
     char peer_ip[64]
+    char at_ip[64]                              # where the peer listens, of ORIGIN_LOCAL
+    int at_port
     # written under node.lock; the state is read without it, see ldd_link_state_of
     uint32_t state                              # ldd_link_state
     uint32_t refs                               # the set, the service thread and every running operation
     uint32_t ops                                # running operations: while there are any, we may touch peer memory
     char reason[160]                            # why it broke
+    bint left                                   # the peer unlinked it by force: not made anew unless asked for
+    bint says_leave                             # tell the peer so when our asking connection ends
+    int64_t heal_at_ns                          # when it is tried to make it anew, once it broke; see heal.pyx
+    int64_t heal_pause_ns
     # asking: one operation at a time under `lock`
     ldd_mutex lock
     int ask_fd
@@ -88,6 +94,11 @@ ctypedef struct ldd_link:
     uint64_t pushed_bytes
     uint64_t num_transfers
 
+# A cluster that is or was linked by link_clusters.
+ctypedef struct ldd_past:
+    uint64_t cluster_id
+    bint lost                                   # its link to us broke and was not unlinked: it may come back
+
 # A thread of ours that links to a cluster just now.
 ctypedef struct ldd_attempt:
     ldd_attempt* next
@@ -112,8 +123,13 @@ ctypedef struct ldd_node:
     uint32_t num_ops                            # running operations of all links, dropped ones included, and attempts
     bint closing                                # no new link is taken in
     ldd_attempt* attempts                       # of link_clusters, at most one per cluster
-    ldd_cond attempted                          # signalled when one of them ends
-    uint64_t* past                              # clusters of earlier and present links of link_clusters
+    ldd_cond attempted                          # signalled when one of them ends, and when a link is made or breaks
+    int64_t heal_ns                             # what a call may spend on a broken link; 0: it stays broken
+    bint healing                                # the thread of heal.pyx runs
+    void (*on_broken)(ldd_node* node) noexcept nogil        # called without locks of ours when a link broke; NULL: not
+    void* service                               # the ldd_service that links are handed to
+    uint64_t num_healed                         # links made anew, atomic
+    ldd_past* past                              # clusters of earlier and present links of link_clusters
     uint32_t num_past
     uint32_t past_capacity
     uint32_t next_past                          # the oldest entry, once no more are kept
@@ -130,8 +146,9 @@ cdef inline ldd_link_state ldd_link_state_of(const ldd_link* link) noexcept nogi
 cdef ldd_link* ldd_link_new(ldd_node* node, uint64_t cluster_id, ldd_link_origin origin) noexcept nogil
 cdef void ldd_link_unref(ldd_link* link) noexcept nogil
 cdef void ldd_link_ref(ldd_link* link) noexcept nogil
-# Make it visible and active.
-cdef ldd_status ldd_link_publish(ldd_link* link, ldd_detail* detail) noexcept nogil
+# Make it visible and active, in the place of a broken one (NULL: of none); LDD_E_NOT_LINKED when that went away
+# meanwhile.
+cdef ldd_status ldd_link_publish(ldd_link* link, ldd_link* replaced, ldd_detail* detail) noexcept nogil
 # An active link to this cluster with an operation counted on it; LDD_E_NOT_LINKED otherwise.
 cdef ldd_status ldd_link_begin(ldd_node* node, uint64_t cluster_id, ldd_link** out, ldd_detail* detail) noexcept nogil
 cdef void ldd_link_end(ldd_link* link) noexcept nogil
@@ -141,11 +158,18 @@ cdef void ldd_link_hold(ldd_link* link) noexcept nogil
 cdef void ldd_link_break(ldd_link* link, const char* reason) noexcept nogil
 # Take it out of the set.
 cdef void ldd_link_drop(ldd_link* link) noexcept nogil
+# Take a link that was accepted and broke out of the set: the peer may make it anew.
+cdef void ldd_link_lose(ldd_link* link) noexcept nogil
+# The peer unlinked by force.
+cdef void ldd_link_leave(ldd_link* link) noexcept nogil
+# The broken link to this cluster that we asked for, with a reference to it; NULL where there is none.
+cdef ldd_link* ldd_link_hold_broken(ldd_node* node, uint64_t cluster_id) noexcept nogil
 # Whether a link of link_clusters to this cluster exists or existed, as far back as MAX_PAST clusters.
 cdef bint ldd_link_existed(ldd_node* node, uint64_t cluster_id) noexcept nogil
-# Drop all that match; -1 for any origin or communicator. Returns how many there were.
-cdef uint32_t ldd_links_drop(ldd_node* node, int origin, int64_t comm_id, bint any_cluster,
-                             uint64_t cluster_id) noexcept nogil
+# Drop all that match; -1 for any origin or communicator. Returns how many there were. `for_good`: the peer is told not
+# to make them anew.
+cdef uint32_t ldd_links_drop(ldd_node* node, int origin, int64_t comm_id, bint any_cluster, uint64_t cluster_id,
+                             bint for_good) noexcept nogil
 # Drop what is left of links with a cluster that now, as `instance`, links to us: those it made before, and those we
 # made that are broken or lead to an earlier process.
 cdef void ldd_links_drop_stale(ldd_node* node, uint64_t cluster_id, const uint8_t* instance) noexcept nogil

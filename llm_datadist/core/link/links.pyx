@@ -11,7 +11,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcmp, memset, strncpy
 
-from llm_datadist.core.base.atomic cimport ldd_set32, ldd_store32
+from llm_datadist.core.base.atomic cimport ldd_add64, ldd_set32, ldd_store32
 from llm_datadist.core.base.sockets cimport ldd_socket_shutdown
 from llm_datadist.core.base.status cimport LDD_E_FAILED, LDD_E_NOT_LINKED, LDD_OK, ldd_fail
 from llm_datadist.core.base.sync cimport (
@@ -19,10 +19,14 @@ from llm_datadist.core.base.sync cimport (
     ldd_mutex_init, ldd_unlock,
 )
 from llm_datadist.core.link.client cimport ldd_client_destroy
+from llm_datadist.core.link.wire cimport LDD_FRAME_LEAVE, LDD_WIRE_MAGIC, LDD_WIRE_VERSION, ldd_frame_header
 from llm_datadist.core.plan.block_plan cimport ldd_desc_list_free
 from llm_datadist.core.table.holds cimport ldd_holds_destroy, ldd_holds_init
 from llm_datadist.core.table.shared_table cimport ldd_reader_free
 
+cdef extern from "<sys/socket.h>" nogil:
+    int MSG_NOSIGNAL, MSG_DONTWAIT
+    ssize_t send(int fd, const void* data, size_t nbytes, int flags)
 cdef extern from "unistd.h" nogil:
     int close(int fd)
 
@@ -91,46 +95,56 @@ cdef void ldd_link_unref(ldd_link* link) noexcept nogil:
         _destroy(link)
 
 
-cdef bint _existed_locked(const ldd_node* node, uint64_t cluster_id) noexcept nogil:
+cdef ldd_past* _past_locked(ldd_node* node, uint64_t cluster_id) noexcept nogil:
     cdef uint32_t i
     for i in range(node.num_past):
-        if node.past[i] == cluster_id:
-            return True
-    return False
+        if node.past[i].cluster_id == cluster_id:
+            return &node.past[i]
+    return NULL
 
 
 cdef bint ldd_link_existed(ldd_node* node, uint64_t cluster_id) noexcept nogil:
     ldd_lock(&node.lock)
-    cdef bint existed = _existed_locked(node, cluster_id)
+    cdef bint existed = _past_locked(node, cluster_id) != NULL
     ldd_unlock(&node.lock)
     return existed
 
 
 cdef void _remember_locked(ldd_node* node, uint64_t cluster_id) noexcept nogil:
     """Without memory the cluster is forgotten with its link, which changes the code of a later unlink and no more."""
-    cdef uint64_t* grown
-    if _existed_locked(node, cluster_id):
+    cdef ldd_past* grown
+    cdef ldd_past* known = _past_locked(node, cluster_id)
+    if known != NULL:
+        known.lost = False
         return
     if node.num_past == MAX_PAST:
-        node.past[node.next_past] = cluster_id
+        node.past[node.next_past].cluster_id = cluster_id
+        node.past[node.next_past].lost = False
         node.next_past = (node.next_past + 1) % MAX_PAST
         return
     if node.num_past == node.past_capacity:
-        grown = <uint64_t*>realloc(node.past, (node.past_capacity * 2 + 16) * sizeof(uint64_t))
+        grown = <ldd_past*>realloc(node.past, (node.past_capacity * 2 + 16) * sizeof(ldd_past))
         if grown == NULL:
             return
         node.past = grown
         node.past_capacity = node.past_capacity * 2 + 16
-    node.past[node.num_past] = cluster_id
+    node.past[node.num_past].cluster_id = cluster_id
+    node.past[node.num_past].lost = False
     node.num_past += 1
 
 
-cdef ldd_status ldd_link_publish(ldd_link* link, ldd_detail* detail) noexcept nogil:
+cdef ldd_status ldd_link_publish(ldd_link* link, ldd_link* replaced, ldd_detail* detail) noexcept nogil:
     cdef ldd_node* node = link.node
     ldd_lock(&node.lock)
     if node.closing:
         ldd_unlock(&node.lock)
         return ldd_fail(detail, LDD_E_FAILED, b"the engine is being finalized")
+    if replaced != NULL:
+        if ldd_link_state_of(replaced) != LINK_BROKEN or not _take_out_locked(replaced):
+            ldd_unlock(&node.lock)
+            return ldd_fail(detail, LDD_E_NOT_LINKED, b"cluster %llu was unlinked meanwhile",
+                            <unsigned long long>link.cluster_id)
+        ldd_add64(&node.num_healed, 1)
     if node.num_links >= MAX_LINKS:
         ldd_unlock(&node.lock)
         return ldd_fail(detail, LDD_E_FAILED, b"%d links exist, which is the most one engine holds", <int>MAX_LINKS)
@@ -141,7 +155,10 @@ cdef ldd_status ldd_link_publish(ldd_link* link, ldd_detail* detail) noexcept no
     ldd_set32(&node.num_links, node.num_links + 1)
     if link.origin != ORIGIN_COMM:
         _remember_locked(node, link.cluster_id)
+    ldd_cond_broadcast(&node.attempted)
     ldd_unlock(&node.lock)
+    if replaced != NULL:
+        ldd_link_unref(replaced)
     return LDD_OK
 
 
@@ -183,8 +200,9 @@ cdef ldd_status ldd_link_begin(ldd_node* node, uint64_t cluster_id, ldd_link** o
             broken = link
         link = link.next
     if broken != NULL:
-        ldd_fail(detail, status, b"the link to cluster %llu is broken (%s): unlink and link again",
-                 <unsigned long long>cluster_id, broken.reason)
+        ldd_fail(detail, status, b"the link to cluster %llu is broken (%s)%s",
+                 <unsigned long long>cluster_id, broken.reason,
+                 <const char*>b"" if node.heal_ns and not broken.left else <const char*>b": unlink and link again")
     else:
         ldd_fail(detail, status, b"cluster %llu is not linked", <unsigned long long>cluster_id)
     ldd_unlock(&node.lock)
@@ -197,25 +215,77 @@ cdef void ldd_link_end(ldd_link* link) noexcept nogil:
     link.ops -= 1
     node.num_ops -= 1
     if link.ops == 0 and ldd_link_state_of(link) != LINK_ACTIVE:
-        ldd_socket_shutdown(link.ask_fd)
+        _hang_up(link)
     if node.num_ops == 0:
         ldd_cond_broadcast(&node.idle)
     ldd_unlock(&node.lock)
     ldd_link_unref(link)
 
 
+cdef void _hang_up(ldd_link* link) noexcept nogil:
+    """End our asking connection, which nobody uses any more."""
+    cdef ldd_frame_header header
+    if link.says_leave and link.ask_fd >= 0:
+        link.says_leave = False
+        memset(&header, 0, sizeof(header))
+        header.magic = LDD_WIRE_MAGIC
+        header.version = LDD_WIRE_VERSION
+        header.type = LDD_FRAME_LEAVE
+        send(link.ask_fd, &header, sizeof(header), MSG_NOSIGNAL | MSG_DONTWAIT)
+    ldd_socket_shutdown(link.ask_fd)
+
+
 cdef void _leave_locked(ldd_link* link, ldd_link_state state) noexcept nogil:
     ldd_store32(&link.state, state)
     if link.ops == 0:
-        ldd_socket_shutdown(link.ask_fd)
+        _hang_up(link)
 
 
 cdef void ldd_link_break(ldd_link* link, const char* reason) noexcept nogil:
-    ldd_lock(&link.node.lock)
+    cdef ldd_node* node = link.node
+    cdef bint heals = False
+    ldd_lock(&node.lock)
     if ldd_link_state_of(link) == LINK_ACTIVE:
         strncpy(link.reason, reason, sizeof(link.reason) - 1)
         _leave_locked(link, LINK_BROKEN)
+        heals = node.on_broken != NULL and link.origin == ORIGIN_LOCAL
+    ldd_unlock(&node.lock)
+    if heals:
+        node.on_broken(node)
+
+
+cdef void ldd_link_leave(ldd_link* link) noexcept nogil:
+    ldd_lock(&link.node.lock)
+    link.left = True
     ldd_unlock(&link.node.lock)
+    if link.origin == ORIGIN_PEER:
+        ldd_link_drop(link)
+
+
+cdef void ldd_link_lose(ldd_link* link) noexcept nogil:
+    cdef ldd_past* known
+    ldd_lock(&link.node.lock)
+    cdef bint was_in = _take_out_locked(link)
+    if was_in:
+        known = _past_locked(link.node, link.cluster_id)
+        if known != NULL:
+            known.lost = True
+    ldd_unlock(&link.node.lock)
+    if was_in:
+        ldd_link_unref(link)
+
+
+cdef ldd_link* ldd_link_hold_broken(ldd_node* node, uint64_t cluster_id) noexcept nogil:
+    cdef ldd_link* link
+    ldd_lock(&node.lock)
+    link = node.links
+    while link != NULL and not (link.cluster_id == cluster_id and link.origin == ORIGIN_LOCAL
+                                and ldd_link_state_of(link) == LINK_BROKEN):
+        link = link.next
+    if link != NULL:
+        link.refs += 1
+    ldd_unlock(&node.lock)
+    return link
 
 
 cdef bint _take_out_locked(ldd_link* link) noexcept nogil:
@@ -253,11 +323,12 @@ cdef void _unref_all(ldd_link* dropped) noexcept nogil:
         dropped = following
 
 
-cdef uint32_t ldd_links_drop(ldd_node* node, int origin, int64_t comm_id, bint any_cluster,
-                             uint64_t cluster_id) noexcept nogil:
+cdef uint32_t ldd_links_drop(ldd_node* node, int origin, int64_t comm_id, bint any_cluster, uint64_t cluster_id,
+                             bint for_good) noexcept nogil:
     cdef ldd_link* link
     cdef ldd_link* following
     cdef ldd_link* dropped = NULL
+    cdef ldd_past* known
     cdef uint32_t count = 0
     ldd_lock(&node.lock)
     link = node.links
@@ -265,9 +336,13 @@ cdef uint32_t ldd_links_drop(ldd_node* node, int origin, int64_t comm_id, bint a
         following = link.next
         if ((origin < 0 or link.origin == origin) and (comm_id < 0 or link.comm_id == comm_id)
                 and (any_cluster or link.cluster_id == cluster_id)):
+            link.says_leave = for_good and ldd_link_state_of(link) == LINK_ACTIVE
             _move_out_locked(link, &dropped)
             count += 1
         link = following
+    known = _past_locked(node, cluster_id) if for_good else NULL
+    if known != NULL:
+        known.lost = False
     ldd_unlock(&node.lock)
     _unref_all(dropped)
     return count
@@ -295,9 +370,10 @@ cdef ldd_status ldd_node_close(ldd_node* node, int64_t deadline_ns) noexcept nog
     ldd_lock(&node.lock)
     node.closing = True
     ldd_unlock(&node.lock)
-    ldd_links_drop(node, -1, -1, True, 0)
+    ldd_links_drop(node, -1, -1, True, 0, False)
     ldd_lock(&node.lock)
-    while node.num_ops and status == LDD_OK:
+    ldd_cond_broadcast(&node.attempted)
+    while (node.num_ops or node.healing) and status == LDD_OK:
         status = ldd_cond_wait_until(&node.idle, &node.lock, deadline_ns)
     ldd_unlock(&node.lock)
     return status

@@ -1,24 +1,26 @@
 """Opening and ending a link, for the side that asks for it.
 
 Opening takes three steps, each bounded by the one deadline: a connection to ask on, a second one on which
-the peer asks, and the data path to the peer's memory. Whatever fails, both ends are left without the link.
+the peer asks, and the data path to the peer's memory. Whatever fails, both ends are left without the link. A link
+that is made anew takes the place of the broken one, whose data client ends before: nothing of it moves any more.
 """
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memcpy, memset
+from libc.string cimport memcpy, memset, strncpy
 
+from llm_datadist.core.base.interrupt cimport ldd_interrupted
 from llm_datadist.core.base.sockets cimport (
-    SIGNAL_SLICE_MS, ldd_socket_check_signals, ldd_socket_connect, ldd_socket_local_ip, ldd_socket_peer_ip,
+    SIGNAL_SLICE_MS, ldd_socket_connect, ldd_socket_local_ip, ldd_socket_peer_ip,
 )
 from llm_datadist.core.base.status cimport (
-    LDD_E_ALREADY_LINKED, LDD_E_FAILED, LDD_E_INTERRUPTED, LDD_E_LINK_FAILED, LDD_E_NO_MEMORY, LDD_E_TIMEOUT,
-    LDD_E_UNLINK_FAILED, LDD_OK, ldd_fail,
+    LDD_E_ALREADY_LINKED, LDD_E_FAILED, LDD_E_INTERRUPTED, LDD_E_LINK_FAILED, LDD_E_NOT_LINKED, LDD_E_NO_MEMORY,
+    LDD_E_TIMEOUT, LDD_E_UNLINK_FAILED, LDD_OK, ldd_fail,
 )
 from llm_datadist.core.base.sync cimport ldd_cond_broadcast, ldd_cond_wait_until, ldd_lock, ldd_now_ns, ldd_unlock
 from llm_datadist.core.base.wait cimport ldd_lock_interruptible
 from llm_datadist.core.link.background cimport ldd_background_destroy
 from llm_datadist.core.link.links cimport (
     LINK_ACTIVE, LINK_CLOSED, ORIGIN_COMM, ORIGIN_LOCAL, ldd_attempt, ldd_link, ldd_link_drop, ldd_link_end,
-    ldd_link_new, ldd_link_publish, ldd_link_state_of, ldd_link_unref,
+    ldd_link_hold_broken, ldd_link_new, ldd_link_publish, ldd_link_state_of, ldd_link_unref,
 )
 from llm_datadist.core.link.region cimport (
     ldd_regions_admit_peer, ldd_regions_drop_peer, ldd_regions_own_endpoint, ldd_regions_serve,
@@ -49,7 +51,7 @@ cdef void ldd_random(void* data, size_t nbytes) noexcept nogil:
 
 
 cdef ldd_status _already_linked_locked(ldd_node* node, uint64_t cluster_id, ldd_detail* detail) noexcept nogil:
-    """A link made from this side stays until this side unlinks, also when it is broken."""
+    """A link made from this side stays until this side unlinks; one that is broken can be replaced, if links heal."""
     cdef ldd_link* link = node.links
     while link != NULL and not (link.cluster_id == cluster_id and link.origin == ORIGIN_LOCAL):
         link = link.next
@@ -58,6 +60,8 @@ cdef ldd_status _already_linked_locked(ldd_node* node, uint64_t cluster_id, ldd_
     if ldd_link_state_of(link) == LINK_ACTIVE:
         return ldd_fail(detail, LDD_E_ALREADY_LINKED, b"cluster %llu is linked already",
                         <unsigned long long>cluster_id)
+    if node.heal_ns:
+        return LDD_OK
     return ldd_fail(detail, LDD_E_ALREADY_LINKED,
                     b"cluster %llu is linked already, though broken (%s): unlink it first",
                     <unsigned long long>cluster_id, link.reason)
@@ -88,7 +92,7 @@ cdef ldd_status _start_attempt(ldd_node* node, ldd_attempt* attempt, int64_t dea
         slice_ns = ldd_now_ns() + <int64_t>SIGNAL_SLICE_MS * 1000000
         ldd_cond_wait_until(&node.attempted, &node.lock, min(deadline_ns, slice_ns))
         ldd_unlock(&node.lock)
-        if ldd_socket_check_signals() != 0:
+        if ldd_interrupted() != 0:
             return LDD_E_INTERRUPTED
         if ldd_now_ns() >= deadline_ns:
             return ldd_fail(detail, LDD_E_TIMEOUT, b"another thread was linking to cluster %llu all the time",
@@ -180,19 +184,39 @@ cdef ldd_status _open_parts(ldd_link* link, const char* ip, int port, const uint
     return _greet(link, serve_fd[0], LDD_HELLO_REVERSE, comm, data_port, &answer, deadline_ns, detail)
 
 
+cdef ldd_status _fence(ldd_link* link, int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
+    """Have the data client of a broken link end, once nobody uses it, so that nothing it moves lands any more."""
+    cdef ldd_status status = ldd_lock_interruptible(&link.lock, deadline_ns)
+    if status < 0:
+        if status == LDD_E_TIMEOUT:
+            ldd_fail(detail, status, b"a transfer that failed kept the link to cluster %llu until the deadline",
+                     <unsigned long long>link.cluster_id)
+        return status
+    ldd_background_destroy(link)
+    ldd_unlock(&link.lock)
+    return LDD_OK
+
+
 cdef ldd_status _open_link(ldd_node* node, ldd_service* service, const char* ip, int port, uint64_t cluster_id,
-                          const uint8_t* comm, int64_t comm_id, int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
+                          const uint8_t* comm, int64_t comm_id, ldd_link* replaced, int64_t deadline_ns,
+                          ldd_detail* detail) noexcept nogil:
     cdef int serve_fd = -1
     cdef ldd_link* link
     cdef ldd_status status
+    if replaced != NULL:
+        status = _fence(replaced, deadline_ns, detail)
+        if status < 0:
+            return status
     link = ldd_link_new(node, cluster_id, ORIGIN_COMM if comm != NULL else ORIGIN_LOCAL)
     if link == NULL:
         return ldd_fail(detail, LDD_E_NO_MEMORY, b"no memory for a link")
     link.comm_id = comm_id
+    strncpy(link.at_ip, ip, sizeof(link.at_ip) - 1)
+    link.at_port = port
     ldd_random(link.token, sizeof(link.token))
     status = _open_parts(link, ip, port, comm, &serve_fd, deadline_ns, detail)
     if status == LDD_OK:
-        status = ldd_link_publish(link, detail)
+        status = ldd_link_publish(link, replaced, detail)
     if status < 0:
         if serve_fd >= 0:
             close(serve_fd)
@@ -207,14 +231,38 @@ cdef ldd_status ldd_link_open(ldd_node* node, ldd_service* service, const char* 
                               const uint8_t* comm, int64_t comm_id, int64_t deadline_ns,
                               ldd_detail* detail) noexcept nogil:
     cdef ldd_attempt attempt
+    cdef ldd_link* broken
     cdef ldd_status status
     if comm != NULL:
-        return _open_link(node, service, ip, port, cluster_id, comm, comm_id, deadline_ns, detail)
+        return _open_link(node, service, ip, port, cluster_id, comm, comm_id, NULL, deadline_ns, detail)
     attempt.cluster_id = cluster_id
     status = _start_attempt(node, &attempt, deadline_ns, detail)
     if status == LDD_OK:
-        status = _open_link(node, service, ip, port, cluster_id, NULL, 0, deadline_ns, detail)
+        broken = ldd_link_hold_broken(node, cluster_id)
+        status = _open_link(node, service, ip, port, cluster_id, NULL, 0, broken, deadline_ns, detail)
+        if broken != NULL:
+            ldd_link_unref(broken)
         _end_attempt(node, &attempt)
+    return status
+
+
+cdef ldd_status ldd_link_reopen(ldd_node* node, uint64_t cluster_id, int64_t deadline_ns,
+                                ldd_detail* detail) noexcept nogil:
+    cdef ldd_attempt attempt
+    cdef ldd_link* broken
+    cdef ldd_status status
+    attempt.cluster_id = cluster_id
+    status = _start_attempt(node, &attempt, deadline_ns, detail)
+    if status < 0:
+        return LDD_OK if status == LDD_E_ALREADY_LINKED else status
+    broken = ldd_link_hold_broken(node, cluster_id)
+    if broken == NULL:
+        status = ldd_fail(detail, LDD_E_NOT_LINKED, b"cluster %llu was unlinked", <unsigned long long>cluster_id)
+    else:
+        status = _open_link(node, <ldd_service*>node.service, broken.at_ip, broken.at_port, cluster_id, NULL, 0, broken,
+                            deadline_ns, detail)
+        ldd_link_unref(broken)
+    _end_attempt(node, &attempt)
     return status
 
 

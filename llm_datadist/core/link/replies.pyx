@@ -14,15 +14,15 @@ from llm_datadist.core.base.status cimport (
 )
 from llm_datadist.core.link.access cimport ldd_check_access
 from llm_datadist.core.link.links cimport (
-    LINK_ACTIVE, ORIGIN_PEER, ldd_lease, ldd_link, ldd_link_break, ldd_link_drop, ldd_link_state_of,
-    ldd_link_unref, ldd_node, ldd_pin,
+    LINK_ACTIVE, ORIGIN_PEER, ldd_lease, ldd_link, ldd_link_break, ldd_link_drop, ldd_link_leave, ldd_link_lose,
+    ldd_link_state_of, ldd_link_unref, ldd_node, ldd_pin,
 )
 from llm_datadist.core.link.region cimport ldd_regions_drop_peer, ldd_regions_epoch
 from llm_datadist.core.link.service_conn cimport ldd_conn_forget, ldd_conn_reply
 from llm_datadist.core.link.wire cimport (
     LDD_ACCESS_WRITE, LDD_DESC_BLOCKS, LDD_DESC_EVEN, LDD_DESC_HOST, LDD_DESC_OWNED, LDD_DESC_REMOTE_ACCESSIBLE,
     LDD_FRAME_ACK, LDD_FRAME_DESCRIPTOR, LDD_FRAME_ENDPOINT_LIST, LDD_FRAME_ENDPOINTS, LDD_FRAME_LEASE,
-    LDD_FRAME_PING, LDD_FRAME_RANGES, LDD_FRAME_RELEASE, LDD_FRAME_RESOLVE, LDD_FRAME_UNLINK,
+    LDD_FRAME_LEAVE, LDD_FRAME_PING, LDD_FRAME_RANGES, LDD_FRAME_RELEASE, LDD_FRAME_RESOLVE, LDD_FRAME_UNLINK,
     LDD_MODE_REMOTE_ACCESSIBLE, LDD_RELEASE_TAKE, LDD_WIRE_MAX_RANGES, ldd_ack, ldd_descriptor, ldd_endpoint_list,
     ldd_frame_header, ldd_lease_reply, ldd_range, ldd_release, ldd_resolve,
 )
@@ -104,7 +104,7 @@ cdef void ldd_reply_ended(ldd_service* service, ldd_conn* conn) noexcept nogil:
         ldd_lane_unmap(link.lane)
         link.lane = NULL
     if link.origin == ORIGIN_PEER:
-        ldd_link_drop(link)                     # nobody here asked for it, so nobody here will unlink it
+        ldd_link_lose(link)                     # nobody here asked for it, so nobody here will unlink it
     link.next_ending = service.ending           # with our reference to it
     service.ending = link
     ldd_reply_end_leases(service)               # all of a usual link
@@ -338,4 +338,7 @@ cdef bint ldd_reply(ldd_service* service, ldd_conn* conn, const ldd_frame_header
         if header.type == LDD_FRAME_UNLINK:
             ldd_link_drop(conn.link)
         return ldd_conn_reply(conn, header.request_id, LDD_FRAME_ACK, &ack, sizeof(ack), NULL, 0) == LDD_OK
+    if header.type == LDD_FRAME_LEAVE and header.length == 0:
+        ldd_link_leave(conn.link)
+        return True                             # the end of the connection follows
     return False

@@ -33,6 +33,7 @@ from llm_datadist.core.link.wire cimport (
     LDD_FRAME_HELLO, LDD_FRAME_RANGES, LDD_WIRE_MAGIC, LDD_WIRE_MAX_PAYLOAD, LDD_WIRE_MAX_RANGES, LDD_WIRE_VERSION,
     ldd_frame_header, ldd_hello, ldd_range,
 )
+from llm_datadist.core.table.leases cimport ldd_table_expire
 
 cdef extern from * nogil:
     """
@@ -61,8 +62,8 @@ cdef extern from * nogil:
         return error;
     }
 
-    static int ldd_epoll_wake(int epoll_fd, int wake_fd) {
-        struct epoll_event event = {.events = EPOLLIN, .data = {.ptr = NULL}};
+    static int ldd_epoll_wake(int epoll_fd, int wake_fd, void *who) {
+        struct epoll_event event = {.events = EPOLLIN, .data = {.ptr = who}};
         return epoll_ctl(epoll_fd, EPOLL_CTL_ADD, wake_fd, &event) == 0 ? 0 : errno;
     }
 
@@ -97,7 +98,7 @@ cdef extern from * nogil:
     int close(int fd)
     int pthread_join(pthread_t thread, void** result)
     int ldd_service_spawn(pthread_t* thread, void* (*main)(void*) noexcept nogil, void* argument)
-    int ldd_epoll_wake(int epoll_fd, int wake_fd)
+    int ldd_epoll_wake(int epoll_fd, int wake_fd, void* who)
     void ldd_nap_ms(int ms)
     unsigned long ldd_file_limit()
     int ldd_spare_fd()
@@ -293,7 +294,9 @@ cdef void* _service_main(void* argument) noexcept nogil:
         woken = 0
         for i in range(max(count, 0)):
             conn = <ldd_conn*>events[i].data.ptr
-            if conn == NULL:
+            if conn == <ldd_conn*>service:
+                ldd_table_expire(service.node.table)
+            elif conn == NULL:
                 read(service.wake_fd, &wakes, sizeof(wakes))
                 woken = 1
             elif count > 1 and not ldd_conn_is_listed(service, conn):
@@ -351,7 +354,9 @@ cdef ldd_status ldd_service_start(ldd_service* service, ldd_node* node, ldd_deta
         ldd_mutex_init(&service.lock)
         ldd_cond_init(&service.done)
         ldd_mutex_init(&service.conns_lock)
-        error = ldd_epoll_wake(service.epoll_fd, service.wake_fd)
+        error = ldd_epoll_wake(service.epoll_fd, service.wake_fd, NULL)
+        if error == 0 and node.table.lease_fd >= 0:
+            error = ldd_epoll_wake(service.epoll_fd, node.table.lease_fd, service)
         if error == 0:                          # otherwise the thread would never hear of a command
             error = ldd_service_spawn(&service.thread, _service_main, service)
         if error == 0:

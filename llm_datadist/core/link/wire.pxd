@@ -19,6 +19,7 @@ cdef extern from "llm_datadist/ldd_wire.h" nogil:
         LDD_FRAME_PING
         LDD_FRAME_ENDPOINTS
         LDD_FRAME_ENDPOINT_LIST
+        LDD_FRAME_LEAVE
         LDD_MAX_ENDPOINTS
         LDD_HELLO_FORWARD
         LDD_HELLO_REVERSE

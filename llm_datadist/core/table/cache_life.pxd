@@ -12,6 +12,7 @@ cdef enum:
     LDD_CACHE_HOST = 2              # placement
     LDD_CACHE_REMOTE = 4            # remote accessible
     LDD_CACHE_LAST_KEY_WINS = 8     # first generation: of equal keys in one call the last one counts
+    LDD_MAX_EXPIRED = 256           # keys that wait to be logged
 
 # A key to bind. Padding keys never get here; the caller has compared the length of the whole list with num_slots.
 ctypedef struct ldd_key_spec:
@@ -56,6 +57,8 @@ ctypedef struct ldd_cache:
     uint8_t handle_ref              # until deallocate or unregister
     uint8_t published               # may be found and pinned; once False it is freed with its last pin
     uint8_t awaits_readers          # only a peer's hazard keeps it
+    int64_t created_ns
+    int64_t lease_end_ns            # when its request keys expire; LDD_NEVER: not
     uint32_t num_tensors
     uint32_t num_key_slots
     uint64_t num_slots
@@ -72,6 +75,14 @@ ctypedef struct ldd_cache:
 ctypedef struct ldd_lane_reader:
     ldd_lane* lane
     uint32_t tail
+
+# A request key that expired.
+ctypedef struct ldd_expired:
+    int64_t cache_id
+    uint64_t id
+    uint64_t model_id
+    uint64_t bytes                  # of the cache
+    int64_t age_ns                  # since the cache was allocated
 
 # Address bounds of a live cache, kept dense so that ldd_table_pin_range reads little.
 ctypedef struct ldd_range:
@@ -103,6 +114,13 @@ ctypedef struct ldd_table:
     uint32_t retired_capacity
     const uint64_t* doorbell        # what peers ring
     uint64_t seen_doorbell
+    int lease_fd                    # a timer: readable when a lease may have ended; see leases.pyx
+    int64_t next_lease_ns           # no lease ends before
+    uint64_t num_expired
+    ldd_expired[LDD_MAX_EXPIRED] waiting
+    uint32_t num_waiting
+    bint leases_ended
+    ldd_cond expired                # there is something to log
 
 cdef extern from *:
     """
@@ -140,6 +158,8 @@ cdef void ldd_cache_free_retired(ldd_table* table) noexcept nogil
 # Mark a range of the tensors that the key of a batch slot leads to; 1 when all were taken by now, 0 when not,
 # LDD_E_NO_MEMORY when nothing was marked.
 cdef int ldd_cache_take(ldd_cache* cache, uint32_t batch_slot, uint32_t first, uint32_t count) noexcept nogil
+# Whether a transfer here or a peer reads or writes it just now; between begin and end of a change.
+cdef bint ldd_cache_is_touched(ldd_table* table, uint32_t slot) noexcept nogil
 # How many hazards peers have out at this moment.
 cdef uint64_t ldd_cache_count_hazards(ldd_table* table) noexcept nogil
 # The tensor that contains [addr, last], or num_tensors.

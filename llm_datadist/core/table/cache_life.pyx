@@ -19,7 +19,7 @@ from llm_datadist.core.base.atomic cimport ldd_load64
 from llm_datadist.core.base.status cimport (
     LDD_E_NOT_EXIST, LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_OK, ldd_detail, ldd_fail, ldd_status,
 )
-from llm_datadist.core.base.sync cimport ldd_cond_broadcast
+from llm_datadist.core.base.sync cimport LDD_NEVER, ldd_cond_broadcast, ldd_now_ns
 from llm_datadist.core.table.key_index cimport (
     KEY_BLOCKS, KEY_BY_ID, KEY_PREFIX, KEY_REQ, LDD_NO_KEY, ldd_keys_add, ldd_keys_find, ldd_keys_remove,
     ldd_keys_reserve, ldd_keys_share,
@@ -195,6 +195,8 @@ cdef int64_t ldd_cache_publish(ldd_table* table, uint32_t slot) noexcept nogil:
         if cache.addrs[i] - cache.addrs[i - 1] != step:
             step = 0
     cache.step = step
+    cache.created_ns = ldd_now_ns()
+    cache.lease_end_ns = LDD_NEVER
     cache.cache_id = table.next_id
     cache.published = True
     cache.link = table.num_caches
@@ -320,6 +322,10 @@ cdef bint _has_hazard(ldd_table* table, uint32_t slot, uint32_t generation) noex
         if ldd_load64(&table.lanes[i].lane.hazard) == wanted:
             return True
     return False
+
+
+cdef bint ldd_cache_is_touched(ldd_table* table, uint32_t slot) noexcept nogil:
+    return table.caches[slot].pins != 0 or _has_hazard(table, slot, table.caches[slot].generation)
 
 
 cdef uint64_t ldd_cache_count_hazards(ldd_table* table) noexcept nogil:

@@ -16,6 +16,7 @@ ctypedef struct ldd_table_counts:
     uint64_t num_keys
     uint64_t num_pins
     uint64_t num_deferred           # handle gone, kept by keys or pins
+    uint64_t num_expired            # request keys whose lease ended
     uint64_t owned_bytes            # num_tensors * tensor_bytes, without page rounding
     uint64_t registered_bytes
     uint64_t max_probe              # longest search of the key index, in cells; costs a pass over it
@@ -31,6 +32,8 @@ ctypedef struct ldd_cache_row:
     uint8_t is_blocks
     uint8_t handle_ref
     uint8_t published
+    int64_t age_ns
+    int64_t lease_ns                # what is left of it; LDD_NEVER: it has none
 
 # Every function may be called from any thread, with or without the GIL. A deadline (CLOCK_MONOTONIC, ns) bounds the
 # wait for the table's mutex; LDD_E_TIMEOUT then means nothing was changed. All hold the mutex for well under the time
@@ -99,6 +102,9 @@ cdef size_t ldd_table_snapshot(ldd_table* table, ldd_cache_row* rows, size_t cap
 cdef ldd_status ldd_table_add_lane(ldd_table* table, ldd_lane* lane) noexcept nogil
 # The peer is gone: take in what it released, and forget its hazards.
 cdef void ldd_table_remove_lane(ldd_table* table, ldd_lane* lane) noexcept nogil
+# Around changes that peers read, with the mutex held.
+cdef void ldd_table_begin(ldd_table* table) noexcept nogil
+cdef void ldd_table_end(ldd_table* table) noexcept nogil
 # Do what peers have left to be done, as every other call does first.
 cdef void ldd_table_take_in(ldd_table* table) noexcept nogil
 cdef void ldd_table_set_epoch(ldd_table* table, uint64_t region_epoch) noexcept nogil

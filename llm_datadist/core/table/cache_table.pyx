@@ -18,8 +18,8 @@ from llm_datadist.core.base.status cimport (
     LDD_E_NOT_EXIST, LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_OK, ldd_detail, ldd_fail, ldd_status,
 )
 from llm_datadist.core.base.sync cimport (
-    ldd_cond_destroy, ldd_cond_init, ldd_cond_wait_until, ldd_lock, ldd_lock_until, ldd_mutex_destroy, ldd_mutex_init,
-    ldd_now_ns, ldd_unlock,
+    LDD_NEVER, ldd_cond_destroy, ldd_cond_init, ldd_cond_wait_until, ldd_lock, ldd_lock_until, ldd_mutex_destroy,
+    ldd_mutex_init, ldd_now_ns, ldd_timer_create, ldd_unlock,
 )
 from llm_datadist.core.table.cache_life cimport (
     LDD_NO_SLOT, ldd_cache, ldd_cache_check_index, ldd_cache_close, ldd_cache_count_hazards, ldd_cache_describe,
@@ -37,6 +37,9 @@ from llm_datadist.core.table.shared_table cimport (
     ldd_shared_table_destroy,
 )
 
+cdef extern from "<unistd.h>" nogil:
+    int close(int fd)
+
 cdef enum:
     HAZARD_POLL_NS = 200000
 
@@ -47,7 +50,7 @@ cdef ldd_status ldd_table_create(ldd_table** out, ldd_detail* detail) noexcept n
     if table == NULL or ldd_mutex_init(&table.mutex) != LDD_OK:
         free(table)
         return ldd_fail(detail, LDD_E_NO_MEMORY, b"no room for a cache table")
-    if ldd_cond_init(&table.drained) != LDD_OK:
+    if ldd_cond_init(&table.drained) != LDD_OK or ldd_cond_init(&table.expired) != LDD_OK:
         ldd_mutex_destroy(&table.mutex)
         free(table)
         return ldd_fail(detail, LDD_E_NO_MEMORY, b"no room for a cache table")
@@ -56,6 +59,8 @@ cdef ldd_status ldd_table_create(ldd_table** out, ldd_detail* detail) noexcept n
     ldd_keys_share(&table.keys, table.shared.cells, table.shared.keys)
     # Without a shared table nobody rings: compared with itself the number never changes.
     table.doorbell = &table.shared.marks.doorbell if table.shared.head != NULL else &table.seen_doorbell
+    table.lease_fd = ldd_timer_create()
+    table.next_lease_ns = LDD_NEVER
     table.first_free = LDD_NO_SLOT
     table.next_id = 1
     out[0] = table
@@ -76,6 +81,9 @@ cdef void ldd_table_destroy(ldd_table* table) noexcept nogil:
     free(table.lanes)
     free(table.retired)
     ldd_cond_destroy(&table.drained)
+    ldd_cond_destroy(&table.expired)
+    if table.lease_fd >= 0:
+        close(table.lease_fd)
     ldd_mutex_destroy(&table.mutex)
     free(table)
 
@@ -355,6 +363,7 @@ cdef void ldd_table_stats(ldd_table* table, ldd_table_counts* counts) noexcept n
     counts.num_keys = table.keys.num_keys - table.num_caches
     counts.num_pins = table.num_pins + ldd_cache_count_hazards(table)
     counts.num_deferred = table.num_deferred
+    counts.num_expired = table.num_expired
     counts.owned_bytes = table.owned_bytes
     counts.registered_bytes = table.registered_bytes
     counts.max_probe = ldd_keys_max_probe(&table.keys)
@@ -365,6 +374,7 @@ cdef void ldd_table_stats(ldd_table* table, ldd_table_counts* counts) noexcept n
 cdef size_t ldd_table_snapshot(ldd_table* table, ldd_cache_row* rows, size_t capacity) noexcept nogil:
     cdef size_t i, count
     cdef ldd_cache* cache
+    cdef int64_t now_ns = ldd_now_ns()
     _lock_now(table)
     count = table.num_caches
     for i in range(min(count, capacity)):
@@ -378,6 +388,8 @@ cdef size_t ldd_table_snapshot(ldd_table* table, ldd_cache_row* rows, size_t cap
         rows[i].is_blocks = cache.is_blocks
         rows[i].handle_ref = cache.handle_ref
         rows[i].published = cache.published
+        rows[i].age_ns = now_ns - cache.created_ns
+        rows[i].lease_ns = LDD_NEVER if cache.lease_end_ns == LDD_NEVER else cache.lease_end_ns - now_ns
     ldd_unlock(&table.mutex)
     return count
 
@@ -409,6 +421,14 @@ cdef inline void _end(ldd_table* table) noexcept nogil:
     if table.shared.head != NULL:
         ldd_set32(&table.shared.head.mask, table.keys.mask if table.keys.shared_cells != NULL else LDD_NOT_SHARED)
         ldd_seq_end(&table.shared.head.seq)
+
+
+cdef void ldd_table_begin(ldd_table* table) noexcept nogil:
+    _begin(table)
+
+
+cdef void ldd_table_end(ldd_table* table) noexcept nogil:
+    _end(table)
 
 
 cdef void _take_in(ldd_table* table) noexcept nogil:

@@ -20,33 +20,13 @@ from llm_datadist.core.base.status cimport (
     LDD_E_NO_MEMORY, LDD_E_NOT_EXIST, LDD_E_PARAM, LDD_OK, ldd_detail, ldd_fail, ldd_status,
 )
 from llm_datadist.core.base.sync cimport (
-    LDD_NEVER, ldd_lock, ldd_mutex_destroy, ldd_mutex_init, ldd_now_ns, ldd_unlock,
+    LDD_NEVER, ldd_lock, ldd_mutex_destroy, ldd_mutex_init, ldd_now_ns, ldd_timer_create, ldd_timer_set, ldd_unlock,
 )
 from llm_datadist.core.table.key_index cimport (
     LDD_NO_KEY, ldd_keys_add, ldd_keys_destroy, ldd_keys_find, ldd_keys_init, ldd_keys_remove, ldd_keys_reserve,
 )
 
-cdef extern from * nogil:
-    """
-    #include <sys/timerfd.h>
-    #include <time.h>
-    #include <unistd.h>
-
-    static int ldd_timer_create(void) { return timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK); }
-
-    /* Readable from this time on; INT64_MAX: not at all. */
-    static void ldd_timer_set(int fd, int64_t at_ns) {
-        struct itimerspec when = {{0, 0}, {0, 0}};
-        if (at_ns != INT64_MAX) {
-            if (at_ns < 1) at_ns = 1;               /* 0 would disarm it */
-            when.it_value.tv_sec = at_ns / 1000000000;
-            when.it_value.tv_nsec = at_ns % 1000000000;
-        }
-        if (fd >= 0) timerfd_settime(fd, TFD_TIMER_ABSTIME, &when, NULL);
-    }
-    """
-    int ldd_timer_create()
-    void ldd_timer_set(int fd, int64_t at_ns)
+cdef extern from "<unistd.h>" nogil:
     int close(int fd)
 
 cdef enum:

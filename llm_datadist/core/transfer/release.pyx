@@ -2,11 +2,12 @@
 
 Runs on the caller's thread without the GIL, under the link's lock, like ``steps.pyx``.
 """
-from libc.stdint cimport uint64_t
+from libc.stdint cimport int64_t, uint64_t
 
 from llm_datadist.core.base.status cimport LDD_OK
 from llm_datadist.core.base.sync cimport ldd_now_ns, ldd_unlock
-from llm_datadist.core.link.links cimport ldd_link, ldd_link_begin, ldd_link_end
+from llm_datadist.core.link.heal cimport ldd_link_find
+from llm_datadist.core.link.links cimport ldd_link, ldd_link_end
 from llm_datadist.core.link.requests cimport ldd_request_release, ldd_request_resolve, ldd_remote_cache
 from llm_datadist.core.table.holds cimport KEY_HOLD
 from llm_datadist.core.transfer.batch cimport ldd_link_lock
@@ -16,7 +17,8 @@ cdef ldd_status ldd_release_hold(ldd_node* node, uint64_t cluster_id, uint64_t r
                                  ldd_detail* detail) noexcept nogil:
     cdef ldd_link* link = NULL
     cdef ldd_remote_cache remote
-    cdef ldd_status status = ldd_link_begin(node, cluster_id, &link, detail)
+    cdef int64_t ignored = 0
+    cdef ldd_status status = ldd_link_find(node, cluster_id, node.sync_timeout_ns, &link, &ignored, detail)
     if status != LDD_OK:
         return status
     status = ldd_link_lock(link, detail)

@@ -6,14 +6,19 @@ are each bounded by the engine's `sync_timeout_ns`.
 
 The local cache is pinned for the whole call and the remote one by a lease on its owner, so neither end can
 give the memory away meanwhile. Checks come before the first byte moves.
+
+A call that finds its link broken has it made anew, see ``link/heal.pyx``; so does, once, a call that finds out by its
+own first request, or while bytes move. Then all of it is bounded by one `sync_timeout_ns`.
 """
 from libc.stdint cimport int64_t, uint32_t
+from libc.string cimport strcmp
 
 from llm_datadist.core.base.provider cimport aclrtContext
-from llm_datadist.core.base.status cimport LDD_E_PARAM, LDD_OK, ldd_fail
-from llm_datadist.core.base.sync cimport ldd_now_ns, ldd_unlock
+from llm_datadist.core.base.status cimport LDD_E_NOT_LINKED, LDD_E_PARAM, LDD_OK, ldd_fail
+from llm_datadist.core.base.sync cimport LDD_NEVER, ldd_now_ns, ldd_unlock
+from llm_datadist.core.link.heal cimport ldd_link_find
 from llm_datadist.core.link.links cimport (
-    LINK_ACTIVE, ldd_link, ldd_link_begin, ldd_link_end, ldd_link_state_of,
+    LINK_ACTIVE, ldd_link, ldd_link_end, ldd_link_state_of,
 )
 from llm_datadist.core.link.requests cimport ldd_link_ready, ldd_remote_cache, ldd_request_release, ldd_request_resolve
 from llm_datadist.core.link.shared_reader cimport (
@@ -60,8 +65,8 @@ cdef ldd_status _move_steps(const ldd_transfer* what, ldd_link* link, const ldd_
 
 
 cdef ldd_status _run_locked(ldd_node* node, const ldd_transfer* what, ldd_link* link, const ldd_end* local,
-                            ldd_detail* detail) noexcept nogil:
-    cdef int64_t deadline_ns = ldd_now_ns() + node.sync_timeout_ns
+                            int64_t limit_ns, ldd_detail* detail) noexcept nogil:
+    cdef int64_t deadline_ns = min(ldd_now_ns() + node.sync_timeout_ns, limit_ns)
     cdef ldd_remote_cache remote
     cdef ldd_fit fit = [0, 0, 0]
     cdef ldd_detail ignored
@@ -103,11 +108,23 @@ cdef ldd_status _run_locked(ldd_node* node, const ldd_transfer* what, ldd_link* 
     return released if status == LDD_OK else status
 
 
+cdef bint _may_repeat(const ldd_transfer* what, const ldd_link* link) noexcept nogil:
+    """Whether a call that lost its link may begin again over a new one.
+
+    Not once it releases, for then its key may be gone; nor with a key that ends with the link it was used over.
+    """
+    return (link.node.heal_ns != 0 and ldd_link_state_of(link) != LINK_ACTIVE
+            and strcmp(what.progress.stage, b"release") != 0
+            and (what.kind != KEY_HOLD or strcmp(what.progress.stage, b"link") == 0))
+
+
 cdef ldd_status ldd_transfer_run(ldd_node* node, const ldd_transfer* what, ldd_detail* detail) noexcept nogil:
     cdef ldd_cache_view local
     cdef ldd_end here
     cdef ldd_link* link = NULL
     cdef aclrtContext before
+    cdef int64_t limit_ns = LDD_NEVER
+    cdef bint again
     cdef ldd_status status
     if what.cluster_id == node.cluster_id:
         return ldd_fail(detail, LDD_E_PARAM, b"cluster %llu is this one: local copies have their own calls",
@@ -118,18 +135,26 @@ cdef ldd_status ldd_transfer_run(ldd_node* node, const ldd_transfer* what, ldd_d
     if node.mode & LDD_MODE_REMOTE_ACCESSIBLE and not local.remote_accessible:
         status = ldd_fail(detail, LDD_E_PARAM, b"local cache %lld is not remote accessible", <long long>local.cache_id)
     ldd_end_here(&local, what.local_slot, &here)
-    if status == LDD_OK:
+    while status == LDD_OK:
         what.progress.stage = b"link"
-        status = ldd_link_begin(node, what.cluster_id, &link, detail)
-    if status == LDD_OK:
+        status = ldd_link_find(node, what.cluster_id, node.sync_timeout_ns if limit_ns == LDD_NEVER
+                               else limit_ns - ldd_now_ns(), &link, &limit_ns, detail)
+        if status < 0:
+            break
         status = ldd_link_lock(link, detail)
         if status == LDD_OK:
             before = ldd_context_enter(node)
             link.pin.slot, link.pin.generation, link.pinned = local.slot, local.generation, True
-            status = _run_locked(node, what, link, &here, detail)
+            status = _run_locked(node, what, link, &here, limit_ns, detail)
             link.pinned = False
             ldd_context_leave(node, before)
             ldd_unlock(&link.lock)
+        again = status == LDD_E_NOT_LINKED and limit_ns == LDD_NEVER and _may_repeat(what, link)
         ldd_link_end(link)
+        if not again:
+            break
+        limit_ns = ldd_now_ns() + node.sync_timeout_ns
+        what.progress.num_tensors = 0
+        status = LDD_OK
     ldd_table_unpin(node.table, local.slot, local.generation)
     return status

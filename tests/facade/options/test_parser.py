@@ -201,6 +201,8 @@ def test_refused(options, kind, named, assert_raises):
     ("HCCL_RDMA_SL", "4", "rdma_service_level", 4, "llm.RdmaServiceLevel"),
     ("LLM_DATADIST_PROVIDER", "host", "provider", "host", "llm.Provider"),
     ("LLM_DATADIST_LINK_BASE_PORT", "31000", "link_base_port", 31000, "llm.LinkBasePort"),
+    ("LLM_DATADIST_LINK_HEAL_MS", "0", "link_heal_ms", 0, "llm.LinkHealTime"),
+    ("LLM_DATADIST_CACHE_KEY_LEASE_MS", "700", "cache_key_lease_ms", 700, "llm.CacheKeyLeaseMs"),
 ])
 def test_environment(variable, text, field, value, option, assert_raises):
     default = getattr(parse(V2), field)
@@ -209,6 +211,18 @@ def test_environment(variable, text, field, value, option, assert_raises):
     assert variable in str(assert_raises("PI", parse, V2, environ={variable: "x"}))
     other = "cann" if field == "provider" else "9"
     assert str(getattr(parse({**V2, option: other}, environ={variable: text}), field)) == other
+
+
+def test_silence():
+    assert parse(V2).link_silence_ms == 3000
+    assert parse(V2, environ={"LLM_DATADIST_LINK_SILENCE_MS": "5000"}).link_silence_ms == 5000
+    assert parse({**V2, "llm.LinkSilenceTime": "2000"},
+                 environ={"LLM_DATADIST_LINK_SILENCE_MS": "5000"}).link_silence_ms == 2000
+
+
+@pytest.mark.parametrize("text", ["1999", "3600001", "", "3 s"])
+def test_silence_that_is_none(text, assert_raises):
+    assert "llm.LinkSilenceTime" in str(assert_raises("PI", parse, {**V2, "llm.LinkSilenceTime": text}))
 
 
 def test_strictness():
