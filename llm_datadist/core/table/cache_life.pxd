@@ -3,6 +3,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from llm_datadist.core.base.status cimport ldd_detail, ldd_status
 from llm_datadist.core.base.sync cimport ldd_cond, ldd_mutex
+from llm_datadist.core.record.record cimport ldd_record
 from llm_datadist.core.table.key_index cimport ldd_keys
 from llm_datadist.core.table.pool cimport ldd_pool, ldd_span
 from llm_datadist.core.table.shared_table cimport ldd_lane, ldd_shared_table
@@ -66,6 +67,7 @@ ctypedef struct ldd_cache:
     ldd_pool* pool
     ldd_span span
     uint32_t link                   # live: position in ldd_table.ranges; free: next free slot
+    int64_t born_ns                 # when it was published
 
 # A peer's lane, and how far its ring was read.
 ctypedef struct ldd_lane_reader:
@@ -93,6 +95,7 @@ ctypedef struct ldd_table:
     uint64_t owned_bytes
     uint64_t registered_bytes
     int64_t next_id
+    ldd_record* record              # of the engine; NULL: without one
     ldd_shared_table shared         # what peers on this host see of all this
     ldd_lane_reader* lanes
     uint32_t num_lanes

@@ -22,6 +22,7 @@ from llm_datadist.core.base.status cimport (
 from llm_datadist.core.base.sync cimport (
     LDD_NEVER, ldd_lock, ldd_mutex_destroy, ldd_mutex_init, ldd_now_ns, ldd_unlock,
 )
+from llm_datadist.core.record.record cimport LDD_EVENT_KEY_GONE, ldd_trace_span
 from llm_datadist.core.table.key_index cimport (
     LDD_NO_KEY, ldd_keys_add, ldd_keys_destroy, ldd_keys_find, ldd_keys_init, ldd_keys_remove, ldd_keys_reserve,
 )
@@ -108,6 +109,8 @@ cdef void _end(ldd_holds* holds, uint32_t key, ldd_hold_outcome outcome) noexcep
     event.generation = holds.keys.entries[key].model_id
     event.outcome = outcome
     holds.num_events += 1
+    ldd_trace_span(holds.record, LDD_EVENT_KEY_GONE, holds.holds[key].born_ns, 0, KEY_HOLD, event.request,
+                   event.generation, 0, LDD_OK if outcome == HOLD_DONE else LDD_E_NOT_EXIST)
     ldd_keys_remove(&holds.keys, key)
 
 
@@ -147,6 +150,7 @@ cdef ldd_status ldd_holds_bind(ldd_holds* holds, uint64_t request, uint64_t gene
             hold = &holds.holds[key]
             hold.cache_id = cache_id
             hold.readers = 0
+            hold.born_ns = ldd_now_ns()
     if status == LDD_OK:
         hold.deadline_ns = deadline_ns
         if deadline_ns < holds.next_deadline_ns and not hold.readers:
