@@ -19,7 +19,11 @@ COMMANDS = {
     "demo": ("llm_datadist.tools.demo.command", "run prefill and decode of a model in two processes and check it"),
     "doctor": ("llm_datadist.tools.doctor", "say which provider is used, why not another, and what this host allows"),
     "kvbench": ("llm_datadist.tools.bench.kvcommand", "measure moving the KV cache of a request, for known models"),
+    "leaks": ("llm_datadist.tools.observe.leaks", "list caches and keys that are held for long, and who can pull them"),
+    "metrics": ("llm_datadist.tools.observe.metrics", "export what engines count, for Prometheus"),
     "ping": ("llm_datadist.tools.ping", "say whether a cluster answers at an address, and how soon"),
+    "top": ("llm_datadist.tools.observe.top", "watch the engines of this host: links, rates, latencies, caches, keys"),
+    "trace": ("llm_datadist.tools.observe.trace", "run a command and write what its engines did for Perfetto"),
     "vllm-demo": ("llm_datadist.tools.vllm.command", "let two vLLM servers share requests through this package"),
     "version": ("llm_datadist.tools.version", "print versions"),
 }
