@@ -127,7 +127,7 @@ typedef struct {
     char provider[16];
     char listener[80];
     uint32_t tracing; /* whether events are recorded now */
-    uint32_t unused;
+    int32_t marks_fd; /* of the marks of released keys, one uint32_t for each of max_keys, after a cache line */
     uint64_t next_ticket; /* events ever begun; those before the last ring_capacity were overwritten */
     uint64_t dropped;     /* events given up because their place was just being written */
     uint64_t keys_offset; /* in the file of table_fd: max_keys times ldd_shared_key */

@@ -24,7 +24,7 @@ HEAD = np.dtype([
     ("table_fd", "i4"), ("cluster_id", "u8"), ("instance", "V16"), ("boot_id", "S40"), ("start_ns", "i8"),
     ("realtime_ns", "i8"), ("device_pool_bytes", "u8"), ("host_pool_bytes", "u8"), ("generation", "u4"),
     ("remote_accessible", "u4"), ("role", "S16"), ("provider", "S16"), ("listener", "S80"), ("tracing", "u4"),
-    ("unused", "u4"), ("next_ticket", "u8"), ("dropped", "u8"), ("keys_offset", "u8"), ("caches_offset", "u8"),
+    ("marks_fd", "i4"), ("next_ticket", "u8"), ("dropped", "u8"), ("keys_offset", "u8"), ("caches_offset", "u8"),
     ("max_keys", "u4"), ("max_caches", "u4"),
 ], align=True)
 OP = np.dtype([("failures", "u8"), ("bytes", "u8"), ("total_ns", "u8"), ("buckets", "u8", NUM_BUCKETS)], align=True)
@@ -44,6 +44,7 @@ SHARED_CACHE = np.dtype([
     ("cache_id", "u8"), ("num_slots", "u8"), ("tensor_bytes", "u8"), ("step", "u8"), ("base", "u8"),
     ("generation", "u4"), ("num_tensors", "u4"), ("num_keys", "u4"), ("flags", "u4"), ("born_ns", "u8"),
 ], align=True)
+MARKS_OFFSET = 64
 SHOWN_PUBLISHED, SHOWN_OWNED, SHOWN_BLOCKS, SHOWN_HOST, SHOWN_OPEN = 1, 2, 4, 8, 32
 
 

@@ -61,7 +61,11 @@ class Peer:
 
 @dataclass
 class Cache:
-    """A cache that an engine holds, with the keys that lead to it."""
+    """A cache that an engine holds, with the keys that lead to it.
+
+    `is_pulled`: a reader on this host has taken the last key, and the memory is free as soon as the engine looks at its
+    table again, which it does before it allocates. Keys that were taken so are not listed.
+    """
 
     cache_id: int
     bytes: int
@@ -71,6 +75,7 @@ class Cache:
     is_open: bool
     host: bool
     is_blocks: bool
+    is_pulled: bool = False
     keys: List[Dict[str, Any]] = field(default_factory=list)
 
 
@@ -93,7 +98,7 @@ class Record:
     def __init__(self, fd: int, pid: Optional[int] = None) -> None:
         self._fd = fd
         self.pid = pid
-        self._table: Optional[int] = None
+        self._shared: Dict[str, int] = {}
         data = os.pread(fd, layout.HEAD.itemsize, 0)
         if len(data) < layout.HEAD.itemsize:
             raise ValueError("no record of an engine: it is too short")
@@ -121,10 +126,10 @@ class Record:
 
     def close(self) -> None:
         """Close the files; idempotent."""
-        for fd in (self._fd, self._table):
-            if fd is not None and fd >= 0:
+        for fd in (self._fd, *self._shared.values()):
+            if fd >= 0:
                 os.close(fd)
-        self._fd, self._table = -1, None
+        self._fd, self._shared = -1, {}
 
     def head(self) -> Dict[str, Any]:
         """What changes while the engine runs: role, listener, tracing, events, events_lost."""
@@ -168,8 +173,8 @@ class Record:
 
     def caches(self) -> List[Cache]:
         """The caches that the engine holds, oldest first; empty where it shares no table, as when the host cannot."""
-        fd = self._open_table()
-        if fd is None:
+        fd, marks_fd = self._open_shared("table_fd"), self._open_shared("marks_fd")
+        if fd < 0 or marks_fd < 0:
             return []
         keys_at, caches_at = int(self._head["keys_offset"]), int(self._head["caches_offset"])
         caches_end = caches_at + int(self._head["max_caches"]) * layout.SHARED_CACHE.itemsize
@@ -189,22 +194,32 @@ class Record:
                     max(0, now_ns - int(row["born_ns"])) / 1e9, bool(flags & layout.SHOWN_OWNED),
                     bool(flags & layout.SHOWN_OPEN), bool(flags & layout.SHOWN_HOST),
                     bool(flags & layout.SHOWN_BLOCKS))
-        for _first, rows in keys:
-            used = rows[(rows["generation"] % 2 == 1) & (rows["kind"] < 3)]
-            for row in used:
-                cache = found.get(int(row["cache_slot"]))
-                if cache is not None:
+        for first, rows in keys:
+            marks = np.zeros(len(rows), np.uint32)
+            data = os.pread(marks_fd, marks.nbytes, layout.MARKS_OFFSET + 4 * first)
+            marks[: len(data) // 4] = np.frombuffer(data, np.uint32, len(data) // 4)
+            is_taken = (rows["kind"] == 0) & ((marks - rows["generation"]).view(np.int32) >= 0)
+            for place in np.flatnonzero((rows["generation"] % 2 == 1) & (rows["kind"] < 3)):
+                cache, row = found.get(int(rows[place]["cache_slot"])), rows[place]
+                if cache is None:
+                    continue
+                if is_taken[place]:
+                    cache.is_pulled = not cache.is_open and cache.owned
+                else:
                     cache.keys.append({"kind": layout.KEY_KINDS[int(row["kind"])], "id": int(row["id"]),
                                        "model_id": int(row["model_id"])})
+        for cache in found.values():
+            cache.is_pulled = cache.is_pulled and not cache.keys
         return sorted(found.values(), key=lambda cache: cache.cache_id)
 
-    def _open_table(self) -> Optional[int]:
-        if self._table is None and self.pid is not None and int(self._head["table_fd"]) >= 0:
+    def _open_shared(self, name: str) -> int:
+        """A file that the engine shares with its peers, open for reading; -1 without one."""
+        if name not in self._shared and self.pid is not None and int(self._head[name]) >= 0:
             try:
-                self._table = os.open(f"/proc/{self.pid}/fd/{int(self._head['table_fd'])}", os.O_RDONLY | os.O_CLOEXEC)
+                self._shared[name] = os.open(f"/proc/{self.pid}/fd/{int(self._head[name])}", os.O_RDONLY | os.O_CLOEXEC)
             except OSError:
-                return None
-        return self._table
+                return -1
+        return self._shared.get(name, -1)
 
 
 def _rows(fd: int, start: int, stop: int, dtype: "np.dtype[Any]") -> "Iterator[Tuple[int, np.ndarray[Any, Any]]]":

@@ -157,6 +157,10 @@ def _names(index: int, recording: Recording) -> Iterator[Dict[str, Any]]:
         yield {"ph": "M", "name": "thread_name", "pid": index + 1, "tid": thread, "args": {"name": f"{name} {thread}"}}
 
 
+def _us(time_ns: int) -> float:
+    return round(time_ns / 1e3, 3)
+
+
 def _key_text(event: Any) -> str:
     kind = layout.KEY_KINDS[min(int(event["key_kind"]), len(layout.KEY_KINDS) - 1)]
     if kind == "blocks":
@@ -195,7 +199,7 @@ def _slice(index: int, event: Any, shift_ns: int) -> Dict[str, Any]:
     if kind in (_KEY_GONE,) or name == "free":
         args["held_ms"] = int(event["duration_ns"]) / 1e6
     return {"ph": "X", "cat": layout.EVENTS[kind] if kind < len(layout.EVENTS) else "event", "name": name,
-            "pid": index + 1, "tid": int(event["thread"]), "ts": (start_ns + shift_ns) / 1e3,
+            "pid": index + 1, "tid": int(event["thread"]), "ts": _us(start_ns + shift_ns),
             "dur": max(end_ns - start_ns, 1) / 1e3, "args": args}
 
 
@@ -203,9 +207,9 @@ def _lives(index: int, recording: Recording, shift_ns: int) -> Iterator[Dict[str
     """From its allocation to its release, the life of each key that ended meanwhile."""
     for number, event in enumerate(recording.events[recording.events["kind"] == _KEY_GONE]):
         common = {"cat": "key", "name": _key_text(event), "pid": index + 1, "id": f"{index + 1}.{number}"}
-        start = (int(event["start_ns"]) + shift_ns) / 1e3
-        yield {"ph": "b", "ts": start, **common}
-        yield {"ph": "e", "ts": start + int(event["duration_ns"]) / 1e3, **common}
+        start_ns = int(event["start_ns"]) + shift_ns
+        yield {"ph": "b", "ts": _us(start_ns), **common}
+        yield {"ph": "e", "ts": _us(start_ns + int(event["duration_ns"])), **common}
 
 
 def _flows(recordings: Sequence[Recording], slices: List[List[Dict[str, Any]]]) -> Iterator[Dict[str, Any]]:

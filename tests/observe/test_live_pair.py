@@ -1,4 +1,5 @@
 """What two linked processes record, read from outside while they run."""
+import gzip
 import json
 import os
 import signal
@@ -6,45 +7,14 @@ import time
 
 import numpy as np
 import pytest
+from observe.steps import drop, ping, publish, pull, pull_in_vain
 from support.peer import engine_options
 
-from llm_datadist import BlocksCacheKey, CacheDesc, CacheKey, DataType, LLMException, LLMRole
+from llm_datadist import BlocksCacheKey, CacheDesc, DataType, LLMRole
 from llm_datadist.core.record import record as core_record
 from llm_datadist.observe import layout
 from llm_datadist.observe.records import find_records, folder_records
 from llm_datadist.observe.timeline import Recording, clock_offsets, write_trace
-
-DESC = CacheDesc(2, [1, 4096], DataType.DT_UINT8)
-
-
-def publish(node, first, count):
-    for request in range(first, first + count):
-        cache = node.cache_manager.allocate_cache(DESC, [CacheKey(2, request)])
-        node.cache_manager.deallocate_cache(cache)
-
-
-def pull(node, first, count):
-    cache = node.cache_manager.allocate_cache(DESC)
-    for request in range(first, first + count):
-        node.cache_manager.pull_cache(CacheKey(2, request), cache)
-    node.cache_manager.deallocate_cache(cache)
-
-
-def pull_in_vain(node, request):
-    cache = node.cache_manager.allocate_cache(DESC)
-    with pytest.raises(LLMException):
-        node.cache_manager.pull_cache(CacheKey(2, request), cache)
-    node.cache_manager.deallocate_cache(cache)
-
-
-def drop(node, first, count):
-    for request in range(first, first + count):
-        node.cache_manager.remove_cache_key(CacheKey(2, request))
-
-
-def ping(node):
-    return node.dist.ping(2)
-
 
 def begin_trace(node, path):
     node.session = node.dist.trace(path)
@@ -134,11 +104,10 @@ def test_a_trace_of_both_ends(pair, tmp_path):
     pulls = [entry for entry in entries if entry["ph"] == "X" and entry["name"] == "pull"]
     assert [entry["args"]["request_id"] for entry in pulls] == [70, 71, 72]
     assert all(entry["args"]["bytes"] == 2 * 4096 and entry["args"]["peer"] == 2 for entry in pulls)
-    for part in ("move",):
-        inner = [entry for entry in entries if entry["ph"] == "X" and entry["name"] == part and entry["pid"] == 1]
-        assert len(inner) == 3
-        for outer, step in zip(pulls, inner):
-            assert outer["ts"] <= step["ts"] and step["ts"] + step["dur"] <= outer["ts"] + outer["dur"] + 0.001
+    moves = [entry for entry in entries if entry["ph"] == "X" and entry["name"] == "move" and entry["pid"] == 1]
+    assert len(moves) == 3
+    for outer, step in zip(pulls, moves):
+        assert outer["ts"] <= step["ts"] and step["ts"] + step["dur"] <= outer["ts"] + outer["dur"] + 0.001
 
 
 def test_flows_lead_from_pulls_to_releases(pair, tmp_path):
@@ -252,7 +221,9 @@ def test_blocks_are_named_in_a_trace(peers, tmp_path):
     path = tmp_path / "trace.json.gz"
     decode.call(_pull_blocks, prefill.call(_blocks), str(path))
     prefill.call(_free)
-    assert path.read_bytes()[:2] == b"\x1f\x8b"
+    with gzip.open(path, "rt") as source:
+        entries = json.load(source)["traceEvents"]
+    assert [entry["args"]["key"] for entry in entries if entry["name"] == "pull"] == ["blocks, model 3"]
 
 
 def _blocks(node):

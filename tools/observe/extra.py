@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import importlib
 from types import ModuleType
+from typing import Any
 
 
 class MissingExtra(RuntimeError):
@@ -24,6 +25,20 @@ def require(name: str, what_for: str) -> ModuleType:
         package = name.partition(".")[0]
         raise MissingExtra(f"{what_for} needs the package {package}, which is not installed: "
                            "pip install 'llm-datadist[tools]'") from None
+
+
+def console() -> Any:
+    """A console of ``rich`` that does not squeeze tables into 80 columns where nobody looks at a terminal.
+
+    Raises
+    ------
+    MissingExtra
+        It is not installed.
+    """
+    made = require("rich.console", "this view").Console()
+    if not made.is_terminal:
+        made.width = 160
+    return made
 
 
 def seconds(text: str) -> float:

@@ -9,7 +9,7 @@ import json
 import sys
 from typing import Any
 
-from .extra import MissingExtra, require, seconds
+from .extra import MissingExtra, console, require, seconds
 from .snapshot import Sample, Watch
 from .top import duration, megabytes
 
@@ -68,12 +68,13 @@ def _print(found: list[dict[str, Any]], args: argparse.Namespace) -> None:
         print(f"nothing is held for more than {duration(args.older_than)}")
         return
     make = require("rich.table", "leaks").Table
-    console = require("rich.console", "leaks").Console()
+    out = console()
     for engine in found:
         pullers = ", ".join(str(each) for each in engine["pullers"]) or "nobody: no cluster is linked"
         rows = engine["held"][: args.limit or None]
-        table = make(title=(f"cluster {engine['cluster_id']} (pid {engine['pid']}): {len(engine['held'])} caches, "
-                            f"{megabytes(engine['bytes'])}; can pull: {pullers}"), title_justify="left")
+        out.print(f"cluster {engine['cluster_id']} (pid {engine['pid']}): {len(engine['held'])} caches, "
+                  f"{megabytes(engine['bytes'])}; can pull: {pullers}", highlight=False)
+        table = make()
         for name in ("cache", "age", "size", "handle", "keys"):
             table.add_column(name, justify="right" if name in ("cache", "age", "size") else "left")
         for row in rows:
@@ -81,6 +82,6 @@ def _print(found: list[dict[str, Any]], args: argparse.Namespace) -> None:
                              for key in row["keys"])
             table.add_row(str(row["cache_id"]), duration(row["age_s"]), megabytes(row["bytes"]),
                           "open" if row["open"] else "deallocated", keys or "-")
-        console.print(table)
+        out.print(table)
         if len(rows) < len(engine["held"]):
-            console.print(f"... and {len(engine['held']) - len(rows)} more: --limit 0 shows them")
+            out.print(f"... and {len(engine['held']) - len(rows)} more: --limit 0 shows them")

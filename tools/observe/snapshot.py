@@ -22,7 +22,8 @@ class Sample:
     @classmethod
     def of(cls, record: Record) -> Sample:
         """Read a record."""
-        return cls(record, time.monotonic(), record.head(), record.peers(), record.caches())
+        caches = [cache for cache in record.caches() if not cache.is_pulled]
+        return cls(record, time.monotonic(), record.head(), record.peers(), caches)
 
     @property
     def identity(self) -> tuple[int | None, int]:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from .extra import MissingExtra, require, seconds
+from .extra import MissingExtra, console, require, seconds
 from .snapshot import Watch, describe
 
 
@@ -33,14 +33,14 @@ def run(args: argparse.Namespace) -> int:
             print(json.dumps({"time_s": time.time(), "engines": engines}), flush=True)
         return 0 if engines or not args.once else 1
     try:
-        console = require("rich.console", "top").Console()
-        live = require("rich.live", "top").Live(console=console, auto_refresh=False, screen=False)
+        out = console()
+        live = require("rich.live", "top").Live(console=out, auto_refresh=False, screen=False)
     except MissingExtra as missing:
         print(missing, file=sys.stderr)
         return 2
     if args.once:
         (engines,) = _looks(args.interval, True)
-        console.print(view(engines))
+        out.print(view(engines))
         return 0 if engines else 1
     with live:
         for engines in _looks(args.interval, False):

@@ -200,6 +200,7 @@ cdef class EngineCore:
         memcpy(record.head.instance, self.node.instance, sizeof(self.node.instance))
         if self.table.shared.head != NULL:
             record.head.table_fd = self.table.shared.table_fd
+            record.head.marks_fd = self.table.shared.marks_fd
             record.head.keys_offset = <uint64_t>self.table.shared.keys - <uint64_t>self.table.shared.head
             record.head.caches_offset = <uint64_t>self.table.shared.caches - <uint64_t>self.table.shared.head
             record.head.max_keys = LDD_MAX_KEYS

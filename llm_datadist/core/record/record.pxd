@@ -96,6 +96,7 @@ cdef extern from "llm_datadist/ldd_record.h" nogil:
         char[16] provider
         char[80] listener
         uint32_t tracing
+        int32_t marks_fd
         uint64_t next_ticket
         uint64_t dropped
         uint64_t keys_offset

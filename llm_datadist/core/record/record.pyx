@@ -137,7 +137,7 @@ cdef ldd_status ldd_record_create(ldd_record* record, const char* path, ldd_deta
     head.ring_capacity = LDD_RECORD_EVENTS
     head.event_bytes = sizeof(ldd_event)
     head.pid = <uint32_t>getpid()
-    head.table_fd = -1
+    head.table_fd = head.marks_fd = -1
     ldd_record_boot_id(head.boot_id, sizeof(head.boot_id))
     head.start_ns = ldd_now_ns()
     head.realtime_ns = ldd_record_realtime_ns()
