@@ -594,8 +594,8 @@ class LLMDataDist:
 
         Notes
         -----
-        The last 65536 events are kept; what was lost before is counted. Option ``llm.Trace`` ``"1"`` records from `init`
-        on; variable ``LLM_DATADIST_TRACE`` names a folder where the events survive the process, see ``llm-datadist
+        The last 65536 events are kept; what was lost before is counted. Option ``llm.Trace`` ``"1"`` records from
+        `init` on; variable ``LLM_DATADIST_TRACE`` names a folder where events outlive the process, see ``llm-datadist
         trace``.
         """
         from llm_datadist.observe.session import Trace

@@ -5,16 +5,15 @@ import os
 import signal
 import time
 
-import numpy as np
 import pytest
 from observe.steps import drop, ping, publish, pull, pull_in_vain
 from support.peer import engine_options
 
 from llm_datadist import BlocksCacheKey, CacheDesc, DataType, LLMRole
-from llm_datadist.core.record import record as core_record
 from llm_datadist.observe import layout
 from llm_datadist.observe.records import find_records, folder_records
 from llm_datadist.observe.timeline import Recording, clock_offsets, write_trace
+
 
 def begin_trace(node, path):
     node.session = node.dist.trace(path)
@@ -242,31 +241,3 @@ def _pull_blocks(node, desc, path):
         node.cache_manager.pull_blocks(BlocksCacheKey(2, 3), cache, [1], [2])
     node.cache_manager.deallocate_blocks_cache(cache)
     return session.result
-
-
-def test_the_layout_is_that_of_the_core():
-    sizes = core_record.layout()
-    dtypes = {"head": layout.HEAD, "op": layout.OP, "event": layout.EVENT, "peer": layout.PEER_HEAD}
-    for name, value in sizes.items():
-        part, _, field = name.partition(".")
-        if name == "peer":
-            assert value == layout.PEER_HEAD.itemsize + len(layout.OPERATIONS) * layout.OP.itemsize
-        elif name == "peer.ops":
-            assert value == layout.PEER_HEAD.itemsize
-        elif field:
-            assert dtypes[part].fields[field][1] == value, name
-        else:
-            assert dtypes[part].itemsize == value, name
-
-
-def test_buckets_are_those_of_the_core():
-    durations = [*range(0, 3000, 7), *(int(1.07**n) for n in range(120, 520)), 2**62, -5]
-    for duration in durations:
-        index = core_record.bucket(duration)
-        assert index == layout.NUM_BUCKETS - 1 or duration < layout.BUCKET_BOUNDS_NS[index]
-        assert index == 0 or duration >= layout.BUCKET_BOUNDS_NS[index - 1]
-    counted = np.zeros(layout.NUM_BUCKETS, dtype=np.uint64)
-    for duration in range(1000, 2000):
-        counted[core_record.bucket(duration)] += 1
-    assert layout.quantile_ns(counted, 0.5) == pytest.approx(1500, rel=0.07)
-    assert layout.quantile_ns(counted[:0], 0.5) == 0.0

@@ -19,7 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--older-than", type=seconds, default=60.0, metavar="S",
                         help="seconds that a cache may be held (default 60)")
     parser.add_argument("--cluster", type=int, action="append", metavar="ID", help="this cluster alone; repeatable")
-    parser.add_argument("--limit", type=int, default=20, metavar="N", help="rows for each engine (default 20, 0 for all)")
+    parser.add_argument("--limit", type=int, default=20, metavar="N",
+                        help="rows for each engine (default 20, 0 for all)")
     parser.add_argument("--by", choices=("age", "size"), default="age", help="which come first (default age)")
     parser.add_argument("--open", action="store_true",
                         help="also caches that were not deallocated and have no key, such as those of a decode process")

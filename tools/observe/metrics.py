@@ -1,6 +1,6 @@
 """``llm-datadist metrics``: what engines of this user count, for Prometheus: over HTTP, or as a text file.
 
-Names, units and labels are in ``docs/observability.md``. The engines do nothing for it: each scrape reads their records.
+Names, units and labels are in ``docs/observability.md``. The engines do nothing for it: each scrape reads records.
 """
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BOUNDS_NS = tuple(1 << exponent for exponent in range(10, 37))
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--listen", default="127.0.0.1:9464", metavar="HOST:PORT",
-                        help="where to answer scrapes of /metrics (default 127.0.0.1:9464; port 0 lets the system choose)")
+                        help="where to answer scrapes (default 127.0.0.1:9464; port 0 lets the system choose)")
     parser.add_argument("--textfile", metavar="PATH", help="write this file instead, for a node exporter")
     parser.add_argument("--interval", type=seconds, metavar="S",
                         help="write the file anew every so many seconds, until interrupted (default: once)")

@@ -90,6 +90,6 @@ def _write(output: str, folders: list[str]) -> int:
     recordings.sort(key=lambda each: (each.role != "prompt", each.cluster_id))
     result = write_trace(output, recordings)
     lost = f"; {result['lost']} earlier events were lost" if result["lost"] else ""
-    print(f"{output}: {result['events']} events of {result['engines']} engines, {result['flows']} arrows{lost}; open it "
-          "at https://ui.perfetto.dev", file=sys.stderr)
+    print(f"{output}: {result['events']} events of {result['engines']} engines, {result['flows']} arrows{lost}; open "
+          "it at https://ui.perfetto.dev", file=sys.stderr)
     return 0

@@ -45,8 +45,8 @@ from llm_datadist.core.table.cache_table cimport (
 )
 from llm_datadist.core.table.holds cimport ldd_holds_count
 from llm_datadist.core.table.key_index cimport KEY_BY_ID, ldd_key
-from llm_datadist.core.table.shared_table cimport LDD_MAX_CACHES, LDD_MAX_KEYS
 from llm_datadist.core.table.pool cimport ldd_pool_create, ldd_pool_destroy, ldd_pool_free_bytes, ldd_pool_largest_bytes
+from llm_datadist.core.table.shared_table cimport LDD_MAX_CACHES, LDD_MAX_KEYS
 from llm_datadist.core.transfer.batch cimport ldd_context_enter, ldd_context_leave
 from llm_datadist.core.transfer.local_copy cimport ldd_op_list_free
 from llm_datadist.core.transfer.serve_pull cimport ldd_serve_pull
@@ -221,7 +221,8 @@ cdef class EngineCore:
         if role is not None:
             _copy_text(head.role, sizeof(head.role), role)
         ip, port = address or ("", 0)
-        _copy_text(head.listener, sizeof(head.listener), "" if not ip else f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}")
+        text = f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
+        _copy_text(head.listener, sizeof(head.listener), text if address else "")
 
     def set_tracing(self, bint on):
         """Switch the recording of events on or off; returns whether it was on."""

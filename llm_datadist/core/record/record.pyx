@@ -1,8 +1,9 @@
 """What an engine records of itself while it runs: made, given up, and divided among its peers here.
 
 Always on are counters and latency histograms by peer and operation; a ring of events can be switched on. Recording is
-inline code of ``llm_datadist/ldd_record.h``, which also is the layout: any thread records without a lock and without the
-GIL, at the cost of a few atomic additions. This module is called when an engine opens and ends, and when links change.
+inline code of ``llm_datadist/ldd_record.h``, which also is the layout: any thread records without a lock and without
+the GIL, at the cost of a few atomic additions. This module is called when an engine opens and ends, and when links
+change.
 
 Others see it without the engine's help, also while the process is stopped or stuck. The record lies in a memory file,
 ``memfd:llm_datadist-record``, which this process keeps open: a reader finds it in ``/proc/PID/fd``, which the kernel
