@@ -45,13 +45,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             subparser.set_defaults(run=module.run)
     args = parser.parse_args(arguments)
     try:
-        return args.run(args)
+        status = args.run(args)
+        sys.stdout.flush()                      # while a reader that is gone can still be told from other errors
+        return status
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # Whoever read our output is gone; flushing the rest at exit must not complain a second time.
+        # Whoever read our output has seen enough; flushing the rest at exit must not complain a second time.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return 0
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memset
 
-from llm_datadist.core.base.atomic cimport ldd_load64
+from llm_datadist.core.base.atomic cimport ldd_get32, ldd_load64, ldd_set32
 from llm_datadist.core.base.status cimport (
     LDD_E_NOT_EXIST, LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_OK, ldd_detail, ldd_fail, ldd_status,
 )
@@ -252,13 +252,15 @@ cdef void _show(ldd_table* table, uint32_t slot) noexcept nogil:
 
 cdef void ldd_cache_close(ldd_table* table, uint32_t slot, bint force) noexcept nogil:
     cdef ldd_cache* cache = &table.caches[slot]
+    cdef ldd_shared_cache* shown
     if cache.handle_ref:
         cache.handle_ref = False
         table.num_deferred += 1
     if cache.published and (force or cache.num_refs == 0):
         _retire(table, slot)
-    elif cache.published:
-        _show(table, slot)
+    elif cache.published and table.shared.head != NULL and slot < LDD_MAX_CACHES:
+        shown = &table.shared.caches[slot]
+        ldd_set32(&shown.flags, ldd_get32(&shown.flags) & ~<uint32_t>LDD_SHOWN_OPEN)
 
 
 cdef void ldd_cache_release_key(ldd_table* table, uint32_t key) noexcept nogil:
