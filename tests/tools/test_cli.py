@@ -65,7 +65,7 @@ def test_a_reader_who_leaves_causes_no_traceback():
     process.stdout.close()
     _, errors = process.communicate(timeout=60)
     assert errors == b""
-    assert process.returncode == 1
+    assert process.returncode == 0
 
 
 def test_doctor_chooses_the_host_provider_and_says_why_not_cann():
