@@ -134,6 +134,7 @@ typedef struct {
     uint64_t caches_offset; /* max_caches times ldd_shared_cache */
     uint32_t max_keys;
     uint32_t max_caches;
+    uint64_t num_holds; /* requests that blocks are held for */
 } ldd_record_head;
 
 #define LDD_EVENT_BUSY UINT64_MAX

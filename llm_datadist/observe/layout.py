@@ -25,7 +25,7 @@ HEAD = np.dtype([
     ("realtime_ns", "i8"), ("device_pool_bytes", "u8"), ("host_pool_bytes", "u8"), ("generation", "u4"),
     ("remote_accessible", "u4"), ("role", "S16"), ("provider", "S16"), ("listener", "S80"), ("tracing", "u4"),
     ("marks_fd", "i4"), ("next_ticket", "u8"), ("dropped", "u8"), ("keys_offset", "u8"), ("caches_offset", "u8"),
-    ("max_keys", "u4"), ("max_caches", "u4"),
+    ("max_keys", "u4"), ("max_caches", "u4"), ("num_holds", "u8"),
 ], align=True)
 OP = np.dtype([("failures", "u8"), ("bytes", "u8"), ("total_ns", "u8"), ("buckets", "u8", NUM_BUCKETS)], align=True)
 PEER_HEAD = np.dtype([

@@ -132,11 +132,11 @@ class Record:
         self._fd, self._shared = -1, {}
 
     def head(self) -> Dict[str, Any]:
-        """What changes while the engine runs: role, listener, tracing, events, events_lost."""
+        """What changes while the engine runs: role, listener, tracing, events, events_lost, held_requests."""
         head = np.frombuffer(os.pread(self._fd, layout.HEAD.itemsize, 0), layout.HEAD)[0]
         events = int(head["next_ticket"])
         return {"role": text(head["role"]).lower(), "listener": text(head["listener"]) or None,
-                "tracing": bool(head["tracing"]), "events": events,
+                "tracing": bool(head["tracing"]), "events": events, "held_requests": int(head["num_holds"]),
                 "events_lost": max(0, events - int(head["ring_capacity"])) + int(head["dropped"])}
 
     def peers(self) -> List[Peer]:

@@ -3,13 +3,15 @@ import gzip
 import json
 import os
 import signal
+import threading
 import time
 
 import pytest
-from observe.steps import drop, ping, publish, pull, pull_in_vain
+from observe.steps import DESC, drop, ping, publish, pull, pull_in_vain
+from support.link_steps import cluster
 from support.peer import engine_options
 
-from llm_datadist import BlocksCacheKey, CacheDesc, DataType, LLMRole
+from llm_datadist import BlocksCacheKey, CacheDesc, DataType, HeldBlocksKey, LLMRole, LLMStatusCode
 from llm_datadist.observe import layout
 from llm_datadist.observe.records import find_records, folder_records
 from llm_datadist.observe.timeline import Recording, clock_offsets, write_trace
@@ -241,3 +243,77 @@ def _pull_blocks(node, desc, path):
         node.cache_manager.pull_blocks(BlocksCacheKey(2, 3), cache, [1], [2])
     node.cache_manager.deallocate_blocks_cache(cache)
     return session.result
+
+
+def churn(node, count):
+    def work():
+        for _ in range(count):
+            node.cache_manager.deallocate_cache(node.cache_manager.allocate_cache(DESC))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def test_the_oldest_events_are_lost_and_counted(peers):
+    child = peers.start(2, {**engine_options(), "llm.Trace": "1"})
+    child.call(churn, 10_000)
+    (record,) = records_of(child)
+    with record:
+        events, lost = record.events()
+        head = record.head()
+    assert head["events"] == 80_000 and lost == head["events_lost"] == 80_000 - len(events)
+    # Places that were just being written were given up, which is rare.
+    assert 65_000 <= len(events) <= 65_536 and len(set(events["seq"].tolist())) == len(events)
+    assert events["seq"].min() >= 80_000 - 65_536 and events["seq"].max() == 80_000
+    assert set(events["kind"].tolist()) == set(layout.names_of(["allocate", "free"]))
+    assert set(events["bytes"].tolist()) == {2 * 4096} and len(set(events["thread"].tolist())) <= 4
+
+
+def link_in_vain(node, ids):
+    for cluster_id in ids:
+        code, _ = node.dist.link_clusters([cluster(cluster_id, ("127.0.0.1", 1))], 1000)
+        assert code is not LLMStatusCode.LLM_SUCCESS
+
+
+def test_more_peers_than_there_is_room_for_are_added_up(peers):
+    prefill, decode = peers.start(2), peers.start(1)
+    peers.link(decode, prefill)
+    decode.call(link_in_vain, range(1000, 2200))
+    (record,) = records_of(decode)
+    with record:
+        found = record.peers()
+    assert len(found) == 1024 and len({peer.cluster_id for peer in found}) == 1024
+    assert {2, 2199} <= {peer.cluster_id for peer in found} and 1000 not in {peer.cluster_id for peer in found}
+    assert sum(peer.operations["link"].count for peer in found) == 1201
+    assert sum(peer.operations["link"].failures for peer in found) == 1200
+    assert found[0].operations["link"].failures == 1200 - 1022
+
+
+def hold(node):
+    node.blocks = node.cache_manager.allocate_blocks_cache(CacheDesc(1, [4, 64], DataType.DT_UINT8), BlocksCacheKey(2))
+    for request in (7, 8):
+        node.cache_manager.hold_blocks(node.blocks, HeldBlocksKey(2, request))
+
+
+def drop_hold(node, request):
+    assert node.cache_manager.drop_blocks(HeldBlocksKey(2, request))
+
+
+def free_blocks(node):
+    node.cache_manager.deallocate_blocks_cache(node.blocks)
+
+
+def test_held_blocks_are_counted(peers):
+    child = peers.start(2)
+    child.call(hold)
+    (record,) = records_of(child)
+    with record:
+        assert record.head()["held_requests"] == 2
+        child.call(drop_hold, 7)
+        assert record.head()["held_requests"] == 1
+        child.call(drop_hold, 8)
+        assert record.head()["held_requests"] == 0
+    child.call(free_blocks)

@@ -109,6 +109,7 @@ def _engines(core: Any, samples: list[Sample]) -> Iterator[Any]:
     caches = gauge("caches", "caches that are held", ("kind",))
     cache_bytes = gauge("cache_bytes", "bytes of the caches that are held", ("kind",))
     keys = gauge("keys", "keys that nobody pulled or removed yet")
+    requests = gauge("held_requests", "requests that blocks are held for, each under a key of its own")
     oldest = gauge("oldest_key_age_seconds", "age of the cache of the oldest key; 0 without keys")
     pool = gauge("pool_bytes", "size of a pool", ("pool",))
     used = gauge("pool_used_bytes", "bytes of the caches in a pool, without what rounding to pages takes", ("pool",))
@@ -123,6 +124,7 @@ def _engines(core: Any, samples: list[Sample]) -> Iterator[Any]:
             caches.add_metric([*base, kind], len(held))
             cache_bytes.add_metric([*base, kind], sum(cache.bytes for cache in held))
         keys.add_metric(base, sum(len(cache.keys) for cache in sample.caches))
+        requests.add_metric(base, sample.head["held_requests"])
         oldest.add_metric(base, max((cache.age_s for cache in sample.caches if cache.keys), default=0.0))
         for name, size, host in (("device", record.device_pool_bytes, False), ("host", record.host_pool_bytes, True)):
             if size:
@@ -131,7 +133,7 @@ def _engines(core: Any, samples: list[Sample]) -> Iterator[Any]:
                     cache.bytes for cache in sample.caches if cache.owned and cache.host == host))
         events.add_metric(base, sample.head["events"])
         lost.add_metric(base, sample.head["events_lost"])
-    yield from (info, start, caches, cache_bytes, keys, oldest, pool, used, events, lost)
+    yield from (info, start, caches, cache_bytes, keys, requests, oldest, pool, used, events, lost)
 
 
 def _peers(core: Any, samples: list[Sample]) -> Iterator[Any]:

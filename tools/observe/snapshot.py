@@ -70,7 +70,7 @@ def describe(sample: Sample, before: Sample | None = None) -> dict[str, Any]:
         "device_pool": _pool(record.device_pool_bytes, caches, False),
         "host_pool": _pool(record.host_pool_bytes, caches, True),
         "caches": len(caches), "cache_bytes": sum(cache.bytes for cache in caches), "keys": len(keys),
-        "oldest_key": _oldest(keys),
+        "oldest_key": _oldest(keys), "held_requests": sample.head["held_requests"],
         "links": sum(peer.num_links for peer in sample.peers),
         "peers": [_peer(peer, earlier.get(peer.cluster_id), elapsed_s) for peer in sample.peers
                   if peer.cluster_id is not None or any(op.count for op in peer.operations.values())],

@@ -67,7 +67,8 @@ def view(engines: list[dict[str, Any]]) -> Any:
     if not engines:
         return "no engine of this user runs on this host"
     top = make(title="engines", title_justify="left")
-    for name in ("cluster", "role", "pid", "listens", "up", "links", "caches", "keys", "oldest key", "pool", "traced"):
+    for name in ("cluster", "role", "pid", "listens", "up", "links", "caches", "keys", "held", "oldest key", "pool",
+                 "traced"):
         top.add_column(name, justify="left" if name in ("role", "listens") else "right")
     links = make(title="links", title_justify="left")
     for name in ("cluster", "peer", "state", "operation", "per s", "MB/s", "p50 us", "p99 us", "count", "failed"):
@@ -78,6 +79,7 @@ def view(engines: list[dict[str, Any]]) -> Any:
             str(engine["cluster_id"]), engine["role"], str(engine["pid"]), engine["listener"] or "-",
             duration(engine["uptime_s"]), str(engine["links"]),
             f"{engine['caches']} ({megabytes(engine['cache_bytes'])})", str(engine["keys"]),
+            str(engine["held_requests"]),
             f"{duration(oldest['age_s'])} {oldest['kind']} {oldest['id']}" if oldest else "-",
             _pool_text(engine), f"{engine['events']} events" if engine["tracing"] else "-")
         for peer in engine["peers"]:

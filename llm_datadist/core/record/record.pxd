@@ -103,6 +103,7 @@ cdef extern from "llm_datadist/ldd_record.h" nogil:
         uint64_t caches_offset
         uint32_t max_keys
         uint32_t max_caches
+        uint64_t num_holds
     ctypedef struct ldd_record:
         ldd_record_head* head
         ldd_peer_record* peers

@@ -271,6 +271,7 @@ def layout():
         "head.next_ticket": <size_t>&head.next_ticket - <size_t>&head,
         "head.dropped": <size_t>&head.dropped - <size_t>&head,
         "head.max_caches": <size_t>&head.max_caches - <size_t>&head,
+        "head.num_holds": <size_t>&head.num_holds - <size_t>&head,
         "peer.state": <size_t>&peer.state - <size_t>&peer,
         "peer.reason": <size_t>&peer.reason[0] - <size_t>&peer,
         "peer.ops": <size_t>&peer.ops[0] - <size_t>&peer,
