@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import sys
 import threading
 import time
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from llm_datadist.core.engine.engine import Engine
     from llm_datadist.managers.cache import CacheManager
     from llm_datadist.managers.kv_cache import KvCacheManager
+    from llm_datadist.observe.session import Trace
 
 __all__ = ["LLMDataDist"]
 
@@ -498,6 +500,7 @@ class LLMDataDist:
             if engine.options.generation == 1:
                 self._manager._switch_role(role)    # type: ignore[union-attr]  # a KvCacheManager, by generation
             self._role = role
+            engine.note(role.name, engine.listener)
 
     def _check_switch_v1(self, engine: "Engine", role: LLMRole, switch_options: Optional[Dict[str, str]]) -> None:
         if role is self._role:
@@ -631,6 +634,40 @@ class LLMDataDist:
         start = time.perf_counter()
         engine.ping(remote_cluster_id, timeout, b"ping")
         return time.perf_counter() - start
+
+    @public_call
+    def trace(self, path: "Union[str, os.PathLike[str]]") -> "Trace":
+        """Record events from now on, and write them as one file that Perfetto (ui.perfetto.dev) opens.
+
+        Parameters
+        ----------
+        path : path-like
+            The file; compressed if its name ends in ``.gz``. It is overwritten.
+
+        Returns
+        -------
+        Trace
+            A context manager; its ``stop`` writes the file and tells how many events there are. Events of other
+            engines of this user on this host are in it, too, as far as they were traced meanwhile.
+
+        Raises
+        ------
+        OSError
+            The file cannot be created.
+        LLMNotEnabledError
+            The host has no memory files.
+        LLMException
+            Before `init`, or after `finalize`.
+
+        Notes
+        -----
+        The last 65536 events are kept; what was lost before is counted. Option ``llm.Trace`` ``"1"`` records from
+        `init` on; variable ``LLM_DATADIST_TRACE`` names a folder where events outlive the process, see ``llm-datadist
+        trace``.
+        """
+        from llm_datadist.observe.session import Trace
+
+        return Trace(self._require_engine(), path)
 
     @property
     def listen_address(self) -> Optional[Tuple[str, int]]:

@@ -19,7 +19,11 @@ COMMANDS = {
     "demo": ("llm_datadist.tools.demo.command", "run prefill and decode of a model in two processes and check it"),
     "doctor": ("llm_datadist.tools.doctor", "say which provider is used, why not another, and what this host allows"),
     "kvbench": ("llm_datadist.tools.bench.kvcommand", "measure moving the KV cache of a request, for known models"),
+    "leaks": ("llm_datadist.tools.observe.leaks", "list caches and keys that are held for long, and who can pull them"),
+    "metrics": ("llm_datadist.tools.observe.metrics", "export what engines count, for Prometheus"),
     "ping": ("llm_datadist.tools.ping", "say whether a cluster answers at an address, and how soon"),
+    "top": ("llm_datadist.tools.observe.top", "watch the engines of this host: links, rates, latencies, caches, keys"),
+    "trace": ("llm_datadist.tools.observe.trace", "run a command and write what its engines did for Perfetto"),
     "vllm-demo": ("llm_datadist.tools.vllm.command", "let two vLLM servers share requests through this package"),
     "version": ("llm_datadist.tools.version", "print versions"),
 }
@@ -41,13 +45,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             subparser.set_defaults(run=module.run)
     args = parser.parse_args(arguments)
     try:
-        return args.run(args)
+        status = args.run(args)
+        sys.stdout.flush()                      # while a reader that is gone can still be told from other errors
+        return status
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # Whoever read our output is gone; flushing the rest at exit must not complain a second time.
+        # Whoever read our output has seen enough; flushing the rest at exit must not complain a second time.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return 0
 
 
 if __name__ == "__main__":

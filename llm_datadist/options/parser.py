@@ -65,6 +65,7 @@ RDMA_SERVICE_LEVEL = "llm.RdmaServiceLevel"
 RDMA_TRAFFIC_CLASS = "llm.RdmaTrafficClass"
 STRICT = "llm.Strict"
 SYNC_KV_CACHE_WAIT_TIME = "llm.SyncKvCacheWaitTime"
+TRACE = "llm.Trace"
 TRANSFER_BACKEND = "llm.TransferBackend"
 
 # Keys that clients of the original write and that have no effect here, or only in helpers.
@@ -74,7 +75,7 @@ KNOWN = (*INERT, BUF_POOL_CFG, CACHE_KEY_LEASE, CLUSTER_INFO, ENABLE_CACHE_MANAG
          ENABLE_SWITCH_ROLE, GLOBAL_RESOURCE_CONFIG, HOST_MEM_POOL_CONFIG, LINK_BASE_PORT, LINK_HEAL_TIME,
          LINK_RETRY_COUNT, LINK_SILENCE_TIME, LINK_TOTAL_TIME, LISTEN_IP, LISTEN_IP_INFO, LISTEN_PORT, LOCAL_COMM_RES,
          MEM_POOL_CONFIG, PROVIDER, RDMA_SERVICE_LEVEL, RDMA_TRAFFIC_CLASS, STRICT, SYNC_KV_CACHE_WAIT_TIME,
-         TRANSFER_BACKEND)
+         TRACE, TRANSFER_BACKEND)
 
 DEFAULT_SYNC_TIMEOUT_MS = 1000
 DEFAULT_LINK_TOTAL_TIME_S = 120
@@ -140,6 +141,10 @@ class EngineOptions:
     strict : bool
         Whether to refuse what the original lets through although it can hardly be meant: unknown keywords of pulls,
         repeated destination blocks, local copies between caches of different data types.
+    trace : bool
+        Whether events are recorded from the start.
+    trace_folder : str
+        Where the record is kept as a file; ``""`` keeps it in memory, and lets it go with the process.
     """
 
     generation: int = 2
@@ -167,6 +172,8 @@ class EngineOptions:
     link_base_port: int = DEFAULT_LINK_BASE_PORT
     endpoints: Endpoints = field(default_factory=Endpoints)
     strict: bool = True
+    trace: bool = False
+    trace_folder: str = ""
 
     @classmethod
     def parse(
@@ -186,8 +193,8 @@ class EngineOptions:
         environ : mapping of str to str, optional
             Environment; default ``os.environ``. Read are ``LLM_DATADIST_PROVIDER``, ``LLM_DATADIST_LINK_BASE_PORT``,
             ``LLM_DATADIST_LINK_HEAL_MS``, ``LLM_DATADIST_LINK_SILENCE_MS``, ``LLM_DATADIST_CACHE_KEY_LEASE_MS``,
-            ``LLM_DATADIST_STRICT``, ``HCCL_CONNECT_TIMEOUT``, ``HCCL_RDMA_TC`` and ``HCCL_RDMA_SL``; an option wins
-            over its variable. The other variables of this package are checked.
+            ``LLM_DATADIST_STRICT``, ``LLM_DATADIST_TRACE``, ``HCCL_CONNECT_TIMEOUT``, ``HCCL_RDMA_TC`` and
+            ``HCCL_RDMA_SL``; an option wins over its variable. The other variables of this package are checked.
 
         Raises
         ------
@@ -297,7 +304,12 @@ class _Parser:
                 PROVIDER, "LLM_DATADIST_PROVIDER", one_of("auto", "host", "cann")) or "auto",
             link_base_port=self._option_or_variable(
                 LINK_BASE_PORT, "LLM_DATADIST_LINK_BASE_PORT", integer_in(1, 65535)) or DEFAULT_LINK_BASE_PORT,
-            strict=self._option_or_variable(STRICT, "LLM_DATADIST_STRICT", one_of("0", "1")) != "0")
+            strict=self._option_or_variable(STRICT, "LLM_DATADIST_STRICT", one_of("0", "1")) != "0",
+            trace=self._trace(), trace_folder=self._environ.get("LLM_DATADIST_TRACE", ""))
+
+    def _trace(self) -> bool:
+        text = self._optional(TRACE, one_of("0", "1"))
+        return text == "1" if text is not None else bool(self._environ.get("LLM_DATADIST_TRACE"))
 
     def _optional(self, option: str, parser: Callable[[str, str], _T]) -> Optional[_T]:
         text = self._options.get(option)

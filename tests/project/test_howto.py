@@ -42,7 +42,7 @@ def fill(node, desc, key, num_blocks):
 
 
 
-def test_two_engines(examples):
+def test_two_engines(examples, tmp_path):
     """Embed, register, link, pull, follow layers, forget."""
     with Peers() as peers:
         there = peers.start(2)
@@ -70,8 +70,9 @@ def test_two_engines(examples):
             taken = engine.stats()["device_pool"]
             assert taken["bytes"] - taken["free_bytes"] == examples["cache_bytes"](made.cache_desc)
             assert examples["oldest"](engine) == [f"cache {made.cache_id}: 32 bytes, open, keys req_id=5"]
-            for _ in range(2):
-                examples["forget"](engine, key, made)
+            result = examples["traced"](engine, tmp_path / "run.json", lambda: examples["forget"](engine, key, made))
+            assert result["engines"] == 1 and result["events"] >= 2 and (tmp_path / "run.json").stat().st_size
+            examples["forget"](engine, key, made)
             assert engine.stats()["keys"] == 1                      # that of the blocks
             engine.cache_manager.unregister_cache(cache.cache_id)
     assert LLMDataDist.llm_engine_instance is None and issubclass(LLMLinkError, ConnectionError)

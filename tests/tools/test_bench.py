@@ -1,4 +1,5 @@
 """``llm-datadist bench`` and ``kvbench`` from the command line, on sweeps small enough for a test."""
+import argparse
 import csv
 import json
 import os
@@ -9,6 +10,9 @@ import sys
 import threading
 
 import pytest
+
+from llm_datadist.tools.bench import kvcommand
+from llm_datadist.tools.bench.models import MODELS
 
 TINY = ("--block-size", "4K", "--blocks", "5", "--tensors", "3", "--seconds", "0.05", "--threads", "1")
 
@@ -83,11 +87,18 @@ def test_png_or_a_notice(tiny, tmp_path):
     _, _, files = tiny
     picture = tmp_path / "run.png"
     result = run_tool("bench", "report", files["json"], "--png", picture)
-    assert result.returncode == 0, result.stderr
     if picture.exists():
-        assert picture.read_bytes().startswith(b"\x89PNG")
+        assert result.returncode == 0 and picture.read_bytes().startswith(b"\x89PNG")
     else:
-        assert "matplotlib" in result.stderr
+        assert result.returncode == 2 and "--png: a PNG needs matplotlib" in result.stderr
+        result = run_tool("bench", "--png", picture)            # before anything is measured
+        assert (result.returncode, result.stdout) == (2, "")
+
+
+def test_a_report_of_nothing_is_refused(tiny):
+    _, _, files = tiny
+    result = run_tool("bench", "report", files["json"])
+    assert result.returncode == 2 and "--html" in result.stderr
 
 
 @pytest.mark.parametrize("operation", ["pull_cache", "pull_key", "push_blocks", "push_cache"])
@@ -141,7 +152,9 @@ def test_a_row_that_fails_does_not_stop_the_others(tmp_path):
     (("--block-size", "4K", "--corrupt", "1"), "--corrupt"),
     (("--seconds", "0"), "--seconds"),
     (("--connect", "nowhere"), "nowhere"),
-    (("report", "/does/not/exist"), "/does/not/exist"),
+    (("report", "/does/not/exist", "--csv", "x.csv"), "/does/not/exist"),
+    (("--json", "/does/not/exist/x.json"), "--json /does/not/exist/x.json: there is no folder"),
+    (("--html", "/tmp"), "--html /tmp: this is a folder"),
 ])
 def test_bad_options_exit_2_and_say_why(arguments, complaint):
     result = run_tool("bench", *arguments)
@@ -231,9 +244,23 @@ def test_kvbench_reports_requests(tmp_path):
     assert "ms p50" in result.stdout and "deepseek-v3" in result.stdout
 
 
-@pytest.mark.parametrize("arguments", [
-    ("--model", "nonsense"), ("--tokens", "0"), ("--tokens", "x"), ("--path", "warp"),
+@pytest.mark.parametrize("arguments, complaint", [
+    (("--model", "nonsense"), "--model 'nonsense'"), (("--tokens", "0"), "--tokens '0'"),
+    (("--tokens", "x"), "--tokens 'x'"), (("--run", "-1"), "--run '-1'"), (("--block-tokens", "0"), "--block-tokens 0"),
+    (("--tensor-parallel", "0"), "--tensor-parallel 0"), (("--seconds", "0"), "--seconds 0"),
+    (("--path", "warp"), "warp"), (("--csv", "/does/not/exist/x.csv"), "--csv /does/not/exist/x.csv"),
 ])
-def test_kvbench_bad_options_exit_2(arguments):
+def test_kvbench_bad_options_exit_2(arguments, complaint):
     result = run_tool("kvbench", *arguments)
     assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert complaint in result.stderr and not result.stdout
+
+
+def test_kvbench_shows_every_model_also_those_of_one_shape():
+    parser = argparse.ArgumentParser()
+    kvcommand.add_arguments(parser)
+    plan, requests = kvcommand._plan(parser.parse_args(["--model", "all", "--tokens", "64", "--path", "shm"]))
+    shown = [model for case in plan.cases for model, tokens in requests[case.key]]
+    assert sorted(shown) == sorted(MODELS) and len(plan.cases) < len(MODELS)
+    plan, requests = kvcommand._plan(parser.parse_args(["--model", "llama-3-8b", "--model", "qwen2.5-7b"]))
+    assert {model for found in requests.values() for model, _ in found} == {"llama-3-8b", "qwen2.5-7b"}

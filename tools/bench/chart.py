@@ -53,13 +53,20 @@ def reference_rate(row: Mapping) -> float:
     return row["references"][row["reference"]] if row.get("reference") else 0.0
 
 
-def write_png(path: str, rows: Sequence[Mapping]) -> None:
-    """Write the picture of `svg` as PNG; raises ChartError without matplotlib."""
+def require() -> None:
+    """Raise ChartError without what draws a PNG."""
     try:
-        import matplotlib
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ImportError:
         raise ChartError("a PNG needs matplotlib: pip install 'llm-datadist[bench]'") from None
+
+
+def write_png(path: str, rows: Sequence[Mapping]) -> None:
+    """Write the picture of `svg` as PNG; raises ChartError without matplotlib."""
+    require()
+    import matplotlib
+    from matplotlib.figure import Figure
+
     matplotlib.use("Agg")
     figure = Figure(figsize=(12, 1.2 + 0.32 * max(1, len(rows))), layout="constrained")
     axes = figure.subplots()
@@ -72,7 +79,12 @@ def write_png(path: str, rows: Sequence[Mapping]) -> None:
     axes.set_yticks(list(places), [row["label"] for row in rows])
     axes.margins(y=0.02)
     axes.invert_yaxis()
+    axes.set_title("llm-datadist bench: rate of each row beside the bound of its path")
     axes.set_xlabel("GB/s; the line marks what the machine does itself")
+    for place, row in zip(places, rows):
+        fraction = f" ({row['fraction']:.2f})" if row.get("fraction") is not None else ""
+        end = max(row["gb_per_s"], reference_rate(row))
+        axes.annotate(f" {row['gb_per_s']:.1f}{fraction}", (end, place), va="center")
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=110)
 

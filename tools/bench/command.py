@@ -113,14 +113,17 @@ def _compare(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     from . import output, results
 
+    if not output.check(args):
+        raise ValueError(f"report: nothing to write: name at least one of {', '.join(results.FILE_OPTIONS)}")
     return 0 if output.write(args, results.read_json(args.result)) else 1
 
 
 def _measure(args: argparse.Namespace) -> int:
     require()
-    from . import table
+    from . import output, table
     from .plan import default_threads
 
+    output.check(args)
     plan = _plan(args)
     remote = _address(args.connect) if args.connect is not None else None
     if remote is not None:

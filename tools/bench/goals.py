@@ -46,6 +46,8 @@ GOALS = (
     Goal("fixed cost of pull_blocks: facade and plan, and per block", figure="plan",
          limits={"fixed_us": 2.0, "per_block_list_ns": 10.0, "per_block_int64_ns": 2.0}),
     Goal("allocate and deallocate a cache of 122 tensors with 2 keys", figure="allocate", limits={"pair_us": 6.0}),
+    Goal("counting an operation, and recording an event", figure="record",
+         limits={"count_ns": 30.0, "event_ns": 100.0}),
     Goal("resolve, remove and deallocate with 10^6 live keys against 10^2", figure="keys",
          limits={"resolve_ratio": 1.3, "remove_ratio": 1.3, "deallocate_ratio": 1.3, "bytes_per_key": 128.0}),
     Goal("owner's interpreter spinning in pure Python: p99 of a pull against idle", figure="owner",

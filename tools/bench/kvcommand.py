@@ -7,6 +7,7 @@ import sys
 
 from .native import NotBuiltError, require
 
+_DEFAULT_MODELS = "llama-3-8b,qwen2.5-7b,deepseek-v3"
 _TITLES = ("model", "tokens", "KiB/token", "MiB", "path", "ms p50", "ms p99", "GB/s", "of the bound", "bytes")
 
 
@@ -16,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from .case import DEFAULT_STREAMS
     from .models import DEFAULT_BLOCK_TOKENS, MODELS
 
-    parser.add_argument("--model", metavar="NAMES", default="llama-3-8b,qwen2.5-7b,deepseek-v3",
-                        help=f"comma-separated, or all; known: {', '.join(MODELS)} (%(default)s)")
+    parser.add_argument("--model", metavar="NAMES", action="append",
+                        help=f"comma-separated, or all; repeatable; known: {', '.join(MODELS)} ({_DEFAULT_MODELS})")
     parser.add_argument("--tokens", metavar="NUMBERS", default="1024", help="prompt lengths (%(default)s)")
     parser.add_argument("--path", metavar="NAMES", default="shm,cma,tcp", help="(%(default)s)")
     parser.add_argument("--block-tokens", type=int, default=DEFAULT_BLOCK_TOKENS, metavar="N",
@@ -55,6 +56,7 @@ def _measure(args: argparse.Namespace) -> int:
     from .run import Runner
     from .table import columns
 
+    output.check(args)
     plan, requests = _plan(args)
     print(f"{plan.cases[0].num_threads} copying threads, {len(os.sched_getaffinity(0))} processors, "
           f"load average {os.getloadavg()[0]:.1f}")
@@ -62,11 +64,10 @@ def _measure(args: argparse.Namespace) -> int:
     with Progress(len(plan.cases)) as progress:
         result = runner.run(plan, progress)
     table = [_TITLES]
-    for row in result["rows"]:
-        model, tokens = requests[row["key"]]
-        row["model"], row["tokens"] = model, tokens
-        row["label"] = f"{model}, {tokens} tokens, {row['path']}"
-        table.append(_cells(row))
+    result["rows"] = [
+        {**row, "model": model, "tokens": tokens, "label": f"{model}, {tokens} tokens, {row['path']}"}
+        for row in result["rows"] for model, tokens in requests[row["key"]]]
+    table += [_cells(row) for row in result["rows"]]
     print("\n".join(columns(table)))
     written = output.write(args, result)
     return 0 if written and not runner.failures and not any(row["wrong_bytes"] for row in result["rows"]) else 1
@@ -84,22 +85,28 @@ def _cells(row: dict) -> tuple[str, ...]:
 
 
 def _plan(args: argparse.Namespace):
-    """Return the plan, and (model, tokens) by the key of the row."""
+    """Return the plan, and by the key of the row the (model, tokens) that it stands for: some move the same."""
     from .case import ALL_BLOCKS, Case
     from .models import MODELS
     from .plan import Plan, default_threads
 
-    names = list(MODELS) if args.model == "all" else [name.strip() for name in args.model.split(",")]
-    run_blocks = ALL_BLOCKS if args.run_length == "all" else int(args.run_length)
-    if args.block_tokens < 1 or args.tensor_parallel < 1:
-        raise ValueError("--block-tokens and --tensor-parallel must be at least 1")
-    cases, requests = [], {}
+    wanted = [name.strip() for text in args.model or [_DEFAULT_MODELS] for name in text.split(",")]
+    names = list(MODELS) if "all" in wanted else list(dict.fromkeys(wanted))
+    run_blocks = ALL_BLOCKS if args.run_length == "all" else _numbers("--run", args.run_length)[0]
+    for option, number in (("--block-tokens", args.block_tokens), ("--tensor-parallel", args.tensor_parallel)):
+        if number < 1:
+            raise ValueError(f"{option} {number}: must be at least 1")
+    if not 0 < args.seconds <= 3600:
+        raise ValueError(f"--seconds {args.seconds:g}: must be above 0 and at most 3600")
+    lengths = _numbers("--tokens", args.tokens)
+    cases: list[Case] = []
+    requests: dict[str, list[tuple[str, int]]] = {}
     for path in (word.strip() for word in args.path.split(",")):
         for name in names:
             if name not in MODELS:
                 raise ValueError(f"--model {name!r}: unknown; known: {', '.join(MODELS)}, all")
             model = MODELS[name].shard(args.tensor_parallel)
-            for tokens in (int(word) for word in args.tokens.split(",")):
+            for tokens in lengths:
                 case = Case(
                     "pull_blocks", path, "pool", model.tensor_token_bytes * args.block_tokens,
                     -(-tokens // args.block_tokens), run_blocks, model.num_tensors, 1,
@@ -107,5 +114,12 @@ def _plan(args: argparse.Namespace):
                 case.check()
                 if case.key not in requests:
                     cases.append(case)
-                requests.setdefault(case.key, (name, tokens))
+                requests.setdefault(case.key, []).append((name, tokens))
     return Plan(cases, seconds=args.seconds), requests
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isascii() and word.isdigit() and int(word) for word in words):
+        raise ValueError(f"{option} {text!r}: positive integers expected, separated by commas")
+    return [int(word) for word in words]

@@ -1,7 +1,8 @@
-"""Files that both commands write, and how they say what went wrong."""
+"""Files that both commands write, checked before anything is measured, and how they say what went wrong."""
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping
 
@@ -23,6 +24,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         group.add_argument(option, metavar="FILE", help=_WRITERS[option][1])
 
 
+def check(args: argparse.Namespace) -> int:
+    """Refuse what could not be written after the run; return how many files there will be.
+
+    Raises
+    ------
+    ValueError
+        A path that cannot be written, or a format that nothing here can draw; the text names the option.
+    """
+    wanted = [option for option in results.FILE_OPTIONS if getattr(args, option[2:]) is not None]
+    for option in wanted:
+        path = getattr(args, option[2:])
+        folder = os.path.dirname(path) or "."
+        if os.path.isdir(path):
+            raise ValueError(f"{option} {path}: this is a folder")
+        if not os.path.isdir(folder):
+            raise ValueError(f"{option} {path}: there is no folder {folder}")
+        if not os.access(path if os.path.exists(path) else folder, os.W_OK):
+            raise ValueError(f"{option} {path}: permission denied")
+    if "--png" in wanted:
+        try:
+            chart.require()
+        except chart.ChartError as error:
+            raise ValueError(f"--png: {error}") from None
+    return len(wanted)
+
+
 def write(args: argparse.Namespace, result: Mapping) -> bool:
     """Write the files that were asked for; False when one could not be written, and standard error says why."""
     good = True
@@ -32,8 +59,6 @@ def write(args: argparse.Namespace, result: Mapping) -> bool:
             continue
         try:
             writer(path, result)
-        except chart.ChartError as error:
-            print(f"{path} was not written: {error}", file=sys.stderr)
         except OSError as error:
             print(f"{path} was not written: {error.strerror}", file=sys.stderr)
             good = False

@@ -30,7 +30,11 @@ from llm_datadist.core.plan.block_plan cimport (
     ldd_desc_list_clear, ldd_plan_blocks, ldd_plan_contiguous, ldd_plan_slot_to_blocks,
 )
 from llm_datadist.core.plan.index_list cimport IndexList
+from llm_datadist.core.record.record cimport (
+    LDD_EVENT_LAYER, LDD_EVENT_PUSH, LDD_OP_PUSH, ldd_record_count, ldd_trace, ldd_trace_span,
+)
 from llm_datadist.core.table.cache_table cimport ldd_cache_view, ldd_table_pin_local, ldd_table_unpin
+from llm_datadist.core.table.key_index cimport KEY_BY_ID
 from llm_datadist.core.transfer.batch cimport ldd_batch_run, ldd_context_enter, ldd_context_leave, ldd_link_lock
 
 
@@ -213,6 +217,8 @@ cdef class LayerPush:
                                 ldd_detail* detail) noexcept nogil:
         detail.provider_code = 0
         detail.text[0] = 0
+        ldd_trace(&self._engine.node.record, LDD_EVENT_LAYER, self._cluster_id, local_first // max(count, <uint32_t>1),
+                  0, 0)
         if <uint64_t>local_first + count > self._local.num_tensors:
             return ldd_fail(detail, LDD_E_PARAM, b"source tensors [%u, %u) are outside the cache's %u", local_first,
                             local_first + count, self._local.num_tensors)
@@ -227,7 +233,7 @@ cdef class LayerPush:
 
     cdef ldd_status _move(self, ldd_status planned, ldd_detail* detail) noexcept nogil:
         """Carry out the link's plan. The link is locked."""
-        cdef int64_t deadline_ns = ldd_now_ns() + self._engine.node.sync_timeout_ns
+        cdef int64_t start_ns = ldd_now_ns(), deadline_ns = start_ns + self._engine.node.sync_timeout_ns
         cdef aclrtContext before
         cdef ldd_status status = planned
         if status == LDD_OK:
@@ -239,6 +245,10 @@ cdef class LayerPush:
                 status = ldd_batch_run(self._link, True, deadline_ns, detail)
                 self._link.pinned = False
             ldd_context_leave(&self._engine.node, before)
+        ldd_record_count(self._link.record, LDD_OP_PUSH, ldd_now_ns() - start_ns,
+                         self._link.descs.bytes if status == LDD_OK else 0, status < 0)
+        ldd_trace_span(&self._engine.node.record, LDD_EVENT_PUSH, start_ns, self._cluster_id, KEY_BY_ID,
+                       <uint64_t>self._local.cache_id, 0, self._link.descs.bytes, status)
         return status
 
     def put_slot(self, uint32_t local_first, uint32_t remote_first, uint32_t count, uint64_t local_slot):

@@ -10,7 +10,7 @@ import os
 from cpython.ref cimport Py_INCREF
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 from llm_datadist.core.base.atomic cimport ldd_get64
 from llm_datadist.core.base.provider cimport (
@@ -37,6 +37,9 @@ from llm_datadist.core.link.service cimport (
 )
 from llm_datadist.core.link.shared_reader cimport ldd_shared_table_name
 from llm_datadist.core.link.wire cimport LDD_MAX_ENDPOINTS, LDD_MODE_REMOTE_ACCESSIBLE, ldd_endpoint_record
+from llm_datadist.core.record.record cimport (
+    ldd_record, ldd_record_create, ldd_record_destroy, ldd_record_head, ldd_record_set_tracing,
+)
 from llm_datadist.core.table.cache_life cimport ldd_expired
 from llm_datadist.core.table.cache_table cimport (
     ldd_cache_row, ldd_table_clear, ldd_table_counts, ldd_table_create, ldd_table_destroy, ldd_table_set_epoch,
@@ -48,6 +51,7 @@ from llm_datadist.core.table.leases cimport (
     ldd_table_count_unpulled, ldd_table_end_leases, ldd_table_take_expired,
 )
 from llm_datadist.core.table.pool cimport ldd_pool_create, ldd_pool_destroy, ldd_pool_free_bytes, ldd_pool_largest_bytes
+from llm_datadist.core.table.shared_table cimport LDD_MAX_CACHES, LDD_MAX_KEYS
 from llm_datadist.core.transfer.batch cimport ldd_context_enter, ldd_context_leave
 from llm_datadist.core.transfer.local_copy cimport ldd_op_list_free
 from llm_datadist.core.transfer.serve_pull cimport ldd_serve_pull
@@ -162,6 +166,7 @@ cdef class EngineCore:
             status = ldd_table_create(&self.table, &detail)
         self.node.table = self.table
         self.raise_for(status, &detail, b"init")
+        self._open_record(options)
         self._open_device()
         self.node.regions.context = self.node.context
         if self._provider.name == "cann":
@@ -179,6 +184,65 @@ cdef class EngineCore:
             self.listen_at(name.decode(), 0)
         if options.listen is not None:
             self.set_listener(options.listen)
+
+    def _open_record(self, options):
+        """Begin to record; see ``core/record/record.pyx``."""
+        cdef ldd_detail detail
+        cdef ldd_status status
+        cdef ldd_record* record = &self.node.record
+        cdef bytes path = None
+        cdef const char* c_path = NULL
+        start_detail(&detail)
+        if options.trace_folder:
+            os.makedirs(options.trace_folder, mode=0o700, exist_ok=True)
+            name = f"{getpid()}-{self.node.instance[:16].hex()}.ldd-record"
+            path = os.fsencode(os.path.join(options.trace_folder, name))
+            c_path = path
+        with nogil:
+            status = ldd_record_create(record, c_path, &detail)
+        self.raise_for(status, &detail, b"init")
+        self.table.record = self.node.holds.record = record
+        if record.head == NULL:
+            return
+        record.head.cluster_id = self.node.cluster_id
+        memcpy(record.head.instance, self.node.instance, sizeof(self.node.instance))
+        if self.table.shared.head != NULL:
+            record.head.table_fd = self.table.shared.table_fd
+            record.head.marks_fd = self.table.shared.marks_fd
+            record.head.keys_offset = <uint64_t>self.table.shared.keys - <uint64_t>self.table.shared.head
+            record.head.caches_offset = <uint64_t>self.table.shared.caches - <uint64_t>self.table.shared.head
+            record.head.max_keys = LDD_MAX_KEYS
+            record.head.max_caches = LDD_MAX_CACHES
+        record.head.generation = options.generation
+        record.head.remote_accessible = options.remote_cache_accessible
+        record.head.device_pool_bytes = options.device_pool.memory_size if options.device_pool is not None else 0
+        record.head.host_pool_bytes = options.host_pool.memory_size if options.host_pool is not None else 0
+        self.note(options.role, None)
+        _copy_text(record.head.provider, sizeof(record.head.provider), self._provider.name)
+        self.set_tracing(options.trace)
+
+    def note(self, str role, address):
+        """Have the record say which role (None: as before) this is, and where it listens (None: nowhere)."""
+        cdef ldd_record_head* head = self.node.record.head
+        if head == NULL:
+            return
+        if role is not None:
+            _copy_text(head.role, sizeof(head.role), role)
+        ip, port = address or ("", 0)
+        text = f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
+        _copy_text(head.listener, sizeof(head.listener), text if address else "")
+
+    def set_tracing(self, bint on):
+        """Switch the recording of events on or off; returns whether it was on."""
+        self.require_open()
+        was_on = bool(self.node.record.tracing)
+        ldd_record_set_tracing(&self.node.record, on)
+        return was_on
+
+    def record_fd(self):
+        """The file with the record, open for reading, or -1; the engine's own."""
+        self.require_open()
+        return self.node.record.fd
 
     def _configure_network(self, options):
         """What servers and clients over hardware are created with."""
@@ -352,6 +416,8 @@ cdef class EngineCore:
         self._listen_fd = -1
         self.listener = None
         self._registered.clear()
+        if released:
+            ldd_record_destroy(&self.node.record)
 
     cdef void _release_tables(self) noexcept nogil:
         ldd_regions_close(&self.node.regions)
@@ -433,6 +499,7 @@ cdef class EngineCore:
                 ldd_service_unlisten(&self.service, self._listen_fd)
             self._listen_fd = -1
             self.listener = None
+            self.note(None, None)
         if address is None:
             return
         ip, port = address[0].encode(), address[1]
@@ -448,6 +515,7 @@ cdef class EngineCore:
         self.raise_for(status, &detail, b"listen")
         self._listen_fd = fd
         self.listener = (address[0], bound)
+        self.note(None, self.listener)
 
     def listen_at(self, str ip, int port):
         """Open one more listener ("@name" is an abstract Unix name) and return its handle, or None when it is taken."""
@@ -586,6 +654,13 @@ cdef void _count_links(ldd_node* node, uint32_t* counts) noexcept nogil:
         counts[0 if ldd_link_state_of(link) == LINK_ACTIVE else 1] += 1
         link = link.next
     ldd_unlock(&node.lock)
+
+
+cdef int _copy_text(char* out, size_t size, str text) except -1:
+    """Cut to fit, with its end."""
+    cdef bytes encoded = text.encode()[:size - 1] + b"\0"
+    memcpy(out, <const char*>encoded, len(encoded))
+    return 0
 
 
 cdef int _link_state(ldd_node* node, uint64_t cluster_id) noexcept nogil:

@@ -7,6 +7,7 @@ from llm_datadist.core.base.status cimport ldd_detail, ldd_status
 from llm_datadist.core.base.sync cimport ldd_cond, ldd_mutex
 from llm_datadist.core.link.region cimport ldd_client_memory, ldd_regions
 from llm_datadist.core.plan.block_plan cimport ldd_desc_list
+from llm_datadist.core.record.record cimport ldd_peer_record, ldd_record
 from llm_datadist.core.table.cache_table cimport ldd_table
 from llm_datadist.core.table.holds cimport ldd_holds
 from llm_datadist.core.table.shared_table cimport ldd_lane, ldd_shared_reader
@@ -90,6 +91,7 @@ ctypedef struct ldd_link:
     ldd_link* next_ending                       # see replies.pyx
     ldd_lane* lane                              # what the peer writes while it reads our table
     # counters, atomic
+    ldd_peer_record* record                     # of the peer; NULL before the link is published
     uint64_t pulled_bytes
     uint64_t pushed_bytes
     uint64_t num_transfers
@@ -108,6 +110,7 @@ ctypedef struct ldd_node:
     const ldd_provider* provider
     aclrtContext context
     ldd_table* table
+    ldd_record record
     ldd_holds holds
     ldd_regions regions
     uint64_t cluster_id

@@ -21,6 +21,9 @@ from llm_datadist.core.base.sync cimport (
 from llm_datadist.core.link.client cimport ldd_client_destroy
 from llm_datadist.core.link.wire cimport LDD_FRAME_LEAVE, LDD_WIRE_MAGIC, LDD_WIRE_VERSION, ldd_frame_header
 from llm_datadist.core.plan.block_plan cimport ldd_desc_list_free
+from llm_datadist.core.record.record cimport (
+    LDD_EVENT_ACCEPT, ldd_record_broken, ldd_record_destroy, ldd_record_linked, ldd_record_unlinked,
+)
 from llm_datadist.core.table.holds cimport ldd_holds_destroy, ldd_holds_init
 from llm_datadist.core.table.shared_table cimport ldd_reader_free
 
@@ -43,6 +46,7 @@ cdef void ldd_node_init(ldd_node* node, const ldd_provider* provider, uint64_t c
 
 cdef void ldd_node_destroy(ldd_node* node) noexcept nogil:
     ldd_holds_destroy(&node.holds)
+    ldd_record_destroy(&node.record)
     ldd_mutex_destroy(&node.lock)
     ldd_cond_destroy(&node.idle)
     ldd_cond_destroy(&node.attempted)
@@ -153,6 +157,8 @@ cdef ldd_status ldd_link_publish(ldd_link* link, ldd_link* replaced, ldd_detail*
     link.next = node.links
     node.links = link
     ldd_set32(&node.num_links, node.num_links + 1)
+    link.record = ldd_record_linked(&node.record, link.cluster_id, LINK_ACTIVE, link.peer_ip,
+                                    0 if link.origin == ORIGIN_LOCAL else LDD_EVENT_ACCEPT)
     if link.origin != ORIGIN_COMM:
         _remember_locked(node, link.cluster_id)
     ldd_cond_broadcast(&node.attempted)
@@ -248,6 +254,7 @@ cdef void ldd_link_break(ldd_link* link, const char* reason) noexcept nogil:
     if ldd_link_state_of(link) == LINK_ACTIVE:
         strncpy(link.reason, reason, sizeof(link.reason) - 1)
         _leave_locked(link, LINK_BROKEN)
+        ldd_record_broken(&node.record, link.record, LINK_BROKEN, link.reason)
         heals = node.on_broken != NULL and link.origin == ORIGIN_LOCAL
     ldd_unlock(&node.lock)
     if heals:
@@ -298,6 +305,7 @@ cdef bint _take_out_locked(ldd_link* link) noexcept nogil:
     at[0] = link.next
     ldd_set32(&link.node.num_links, link.node.num_links - 1)
     _leave_locked(link, LINK_CLOSED)
+    ldd_record_unlinked(&link.node.record, link.record, LINK_CLOSED)
     return True
 
 

@@ -30,6 +30,9 @@ from llm_datadist.core.link.service cimport ldd_service_serve
 from llm_datadist.core.link.wire cimport (
     LDD_FRAME_HELLO, LDD_FRAME_WELCOME, LDD_HELLO_FORWARD, LDD_HELLO_REVERSE, ldd_hello, ldd_welcome,
 )
+from llm_datadist.core.record.record cimport (
+    LDD_EVENT_LINK, LDD_OP_LINK, ldd_record_count, ldd_record_peer, ldd_trace_span,
+)
 
 cdef extern from "<sys/random.h>" nogil:
     ssize_t getrandom(void* data, size_t nbytes, unsigned int flags)
@@ -203,6 +206,7 @@ cdef ldd_status _open_link(ldd_node* node, ldd_service* service, const char* ip,
     cdef int serve_fd = -1
     cdef ldd_link* link
     cdef ldd_status status
+    cdef int64_t start_ns
     if replaced != NULL:
         status = _fence(replaced, deadline_ns, detail)
         if status < 0:
@@ -214,9 +218,12 @@ cdef ldd_status _open_link(ldd_node* node, ldd_service* service, const char* ip,
     strncpy(link.at_ip, ip, sizeof(link.at_ip) - 1)
     link.at_port = port
     ldd_random(link.token, sizeof(link.token))
+    start_ns = ldd_now_ns()
     status = _open_parts(link, ip, port, comm, &serve_fd, deadline_ns, detail)
     if status == LDD_OK:
         status = ldd_link_publish(link, replaced, detail)
+    ldd_record_count(ldd_record_peer(&node.record, cluster_id), LDD_OP_LINK, ldd_now_ns() - start_ns, 0, status < 0)
+    ldd_trace_span(&node.record, LDD_EVENT_LINK, start_ns, cluster_id, 0, 0, 0, 0, status)
     if status < 0:
         if serve_fd >= 0:
             close(serve_fd)

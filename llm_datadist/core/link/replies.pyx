@@ -12,6 +12,7 @@ from llm_datadist.core.base.atomic cimport ldd_add64
 from llm_datadist.core.base.status cimport (
     LDD_E_NOT_LINKED, LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_OK, ldd_detail, ldd_fail, ldd_status,
 )
+from llm_datadist.core.base.sync cimport ldd_now_ns
 from llm_datadist.core.link.access cimport ldd_check_access
 from llm_datadist.core.link.links cimport (
     LINK_ACTIVE, ORIGIN_PEER, ldd_lease, ldd_link, ldd_link_break, ldd_link_drop, ldd_link_leave, ldd_link_lose,
@@ -25,6 +26,9 @@ from llm_datadist.core.link.wire cimport (
     LDD_FRAME_LEAVE, LDD_FRAME_PING, LDD_FRAME_RANGES, LDD_FRAME_RELEASE, LDD_FRAME_RESOLVE, LDD_FRAME_UNLINK,
     LDD_MODE_REMOTE_ACCESSIBLE, LDD_RELEASE_TAKE, LDD_WIRE_MAX_RANGES, ldd_ack, ldd_descriptor, ldd_endpoint_list,
     ldd_frame_header, ldd_lease_reply, ldd_range, ldd_release, ldd_resolve,
+)
+from llm_datadist.core.record.record cimport (
+    LDD_EVENT_ANSWER, LDD_EVENT_REFUSE, LDD_OP_ANSWER, ldd_record_count, ldd_trace_span,
 )
 from llm_datadist.core.table.cache_table cimport (
     ldd_cache_view, ldd_table_pin_range, ldd_table_remove_lane, ldd_table_resolve, ldd_table_take, ldd_table_take_in,
@@ -199,6 +203,8 @@ cdef ldd_status _on_resolve(ldd_service* service, ldd_conn* conn, uint32_t reque
                     ldd_holds_end(&node.holds, view.key_index, view.key_generation, HOLD_OPEN)
     answer.status = status
     if status < 0:
+        ldd_trace_span(&node.record, LDD_EVENT_REFUSE, ldd_now_ns(), conn.link.cluster_id, request.kind, request.id,
+                       request.model_id, 0, status)
         answer.text_bytes = <uint32_t>strlen(detail.text)
         return ldd_conn_reply(conn, request_id, LDD_FRAME_DESCRIPTOR, &answer, sizeof(answer), detail.text,
                               answer.text_bytes)
@@ -311,9 +317,8 @@ cdef ldd_status _on_ranges(ldd_service* service, ldd_conn* conn, uint32_t reques
     return ldd_conn_reply(conn, request_id, LDD_FRAME_LEASE, &answer, sizeof(answer), NULL, 0)
 
 
-cdef bint ldd_reply(ldd_service* service, ldd_conn* conn, const ldd_frame_header* header,
-                   const uint8_t* payload) noexcept nogil:
-    """Answer one request; False when the connection is to be closed."""
+cdef bint _answer(ldd_service* service, ldd_conn* conn, const ldd_frame_header* header,
+                  const uint8_t* payload) noexcept nogil:
     cdef ldd_resolve resolve
     cdef ldd_release release
     cdef ldd_ack ack
@@ -342,3 +347,14 @@ cdef bint ldd_reply(ldd_service* service, ldd_conn* conn, const ldd_frame_header
         ldd_link_leave(conn.link)
         return True                             # the end of the connection follows
     return False
+
+
+cdef bint ldd_reply(ldd_service* service, ldd_conn* conn, const ldd_frame_header* header,
+                   const uint8_t* payload) noexcept nogil:
+    """Answer one request; False when the connection is to be closed."""
+    cdef int64_t start_ns = ldd_now_ns()
+    cdef bint answered = _answer(service, conn, header, payload)
+    ldd_record_count(conn.link.record, LDD_OP_ANSWER, ldd_now_ns() - start_ns, 0, not answered)
+    ldd_trace_span(&service.node.record, LDD_EVENT_ANSWER, start_ns, conn.link.cluster_id, 0, header.request_id,
+                   header.type, header.length, LDD_OK if answered else LDD_E_PARAM)
+    return answered

@@ -30,6 +30,9 @@ from llm_datadist.core.link.wire cimport (
     ldd_ack, ldd_endpoint_list, ldd_endpoint_record, ldd_frame_header, ldd_lease_reply, ldd_range, ldd_release,
     ldd_resolve,
 )
+from llm_datadist.core.record.record cimport (
+    LDD_EVENT_ASK, LDD_OP_PING, LDD_OP_RELEASE, LDD_OP_RESOLVE, ldd_record_count, ldd_trace_span,
+)
 
 cdef enum:
     SMALL_REQUEST_BYTES = 512
@@ -95,9 +98,16 @@ cdef ldd_status _ask(ldd_link* link, uint32_t type, const void* payload, size_t 
                     void* reply, size_t fixed, bint has_rest, size_t* rest_bytes, int64_t deadline_ns,
                     ldd_detail* detail) noexcept nogil:
     cdef ldd_status status
+    cdef int64_t start_ns = ldd_now_ns()
     link.next_request += 1
     status = ldd_exchange(link.ask_fd, link.next_request, type, payload, nbytes, reply_type, reply, fixed,
                           link if has_rest else NULL, rest_bytes, deadline_ns, detail)
+    if type == LDD_FRAME_RESOLVE or type == LDD_FRAME_RELEASE or type == LDD_FRAME_PING:
+        ldd_record_count(link.record, LDD_OP_RESOLVE if type == LDD_FRAME_RESOLVE else
+                         LDD_OP_RELEASE if type == LDD_FRAME_RELEASE else LDD_OP_PING, ldd_now_ns() - start_ns, 0,
+                         status < 0)
+    ldd_trace_span(&link.node.record, LDD_EVENT_ASK, start_ns, link.cluster_id, 0, link.next_request, type, nbytes,
+                   status)
     if status < 0:
         ldd_link_break(link, detail.text)
     return status

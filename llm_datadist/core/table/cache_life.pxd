@@ -3,6 +3,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from llm_datadist.core.base.status cimport ldd_detail, ldd_status
 from llm_datadist.core.base.sync cimport ldd_cond, ldd_mutex
+from llm_datadist.core.record.record cimport ldd_record
 from llm_datadist.core.table.key_index cimport ldd_keys
 from llm_datadist.core.table.pool cimport ldd_pool, ldd_span
 from llm_datadist.core.table.shared_table cimport ldd_lane, ldd_shared_table
@@ -57,7 +58,6 @@ ctypedef struct ldd_cache:
     uint8_t handle_ref              # until deallocate or unregister
     uint8_t published               # may be found and pinned; once False it is freed with its last pin
     uint8_t awaits_readers          # only a peer's hazard keeps it
-    int64_t created_ns
     int64_t lease_end_ns            # when its request keys expire; LDD_NEVER: not
     uint32_t num_tensors
     uint32_t num_key_slots
@@ -70,6 +70,7 @@ ctypedef struct ldd_cache:
     ldd_pool* pool
     ldd_span span
     uint32_t link                   # live: position in ldd_table.ranges; free: next free slot
+    int64_t born_ns                 # when it was published
 
 # A peer's lane, and how far its ring was read.
 ctypedef struct ldd_lane_reader:
@@ -105,6 +106,7 @@ ctypedef struct ldd_table:
     uint64_t owned_bytes
     uint64_t registered_bytes
     int64_t next_id
+    ldd_record* record              # of the engine; NULL: without one
     ldd_shared_table shared         # what peers on this host see of all this
     ldd_lane_reader* lanes
     uint32_t num_lanes

@@ -15,19 +15,22 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memset
 
-from llm_datadist.core.base.atomic cimport ldd_load64
+from llm_datadist.core.base.atomic cimport ldd_get32, ldd_load64, ldd_set32
 from llm_datadist.core.base.status cimport (
     LDD_E_NOT_EXIST, LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_OK, ldd_detail, ldd_fail, ldd_status,
 )
 from llm_datadist.core.base.sync cimport LDD_NEVER, ldd_cond_broadcast, ldd_now_ns
+from llm_datadist.core.record.record cimport (
+    LDD_EVENT_ALLOCATE, LDD_EVENT_FREE, LDD_EVENT_KEY_GONE, ldd_trace_span, ldd_tracing,
+)
 from llm_datadist.core.table.key_index cimport (
     KEY_BLOCKS, KEY_BY_ID, KEY_PREFIX, KEY_REQ, LDD_NO_KEY, ldd_keys_add, ldd_keys_find, ldd_keys_remove,
     ldd_keys_reserve, ldd_keys_share,
 )
 from llm_datadist.core.table.pool cimport LDD_NO_PAGE, ldd_pool_free
 from llm_datadist.core.table.shared_table cimport (
-    LDD_MAX_CACHES, LDD_SHOWN_BLOCKS, LDD_SHOWN_HOST, LDD_SHOWN_OWNED, LDD_SHOWN_PUBLISHED, LDD_SHOWN_REMOTE_ACCESSIBLE,
-    ldd_shared_cache, ldd_shared_cache_write,
+    LDD_MAX_CACHES, LDD_SHOWN_BLOCKS, LDD_SHOWN_HOST, LDD_SHOWN_OPEN, LDD_SHOWN_OWNED, LDD_SHOWN_PUBLISHED,
+    LDD_SHOWN_REMOTE_ACCESSIBLE, ldd_shared_cache, ldd_shared_cache_write,
 )
 
 cdef enum:
@@ -195,7 +198,7 @@ cdef int64_t ldd_cache_publish(ldd_table* table, uint32_t slot) noexcept nogil:
         if cache.addrs[i] - cache.addrs[i - 1] != step:
             step = 0
     cache.step = step
-    cache.created_ns = ldd_now_ns()
+    cache.born_ns = ldd_now_ns()
     cache.lease_end_ns = LDD_NEVER
     cache.cache_id = table.next_id
     cache.published = True
@@ -212,7 +215,18 @@ cdef int64_t ldd_cache_publish(ldd_table* table, uint32_t slot) noexcept nogil:
         table.owned_bytes += cache.num_tensors * cache.tensor_bytes
     else:
         table.registered_bytes += cache.num_tensors * cache.tensor_bytes
+    if ldd_tracing(table.record):
+        ldd_trace_span(table.record, LDD_EVENT_ALLOCATE, cache.born_ns, 0, 0, <uint64_t>cache.cache_id,
+                       _first_key(table, cache), cache.num_tensors * cache.tensor_bytes, 0)
     return cache.cache_id
+
+
+cdef uint64_t _first_key(const ldd_table* table, const ldd_cache* cache) noexcept nogil:
+    cdef uint32_t i
+    for i in range(cache.num_key_slots if cache.num_keys else 0):
+        if cache.slot_keys[i] != LDD_NO_KEY:
+            return table.keys.entries[cache.slot_keys[i]].id
+    return 0
 
 
 cdef void _show(ldd_table* table, uint32_t slot) noexcept nogil:
@@ -226,26 +240,35 @@ cdef void _show(ldd_table* table, uint32_t slot) noexcept nogil:
     shown.tensor_bytes = cache.tensor_bytes
     shown.step = cache.step
     shown.base = cache.addrs[0]
+    shown.born_ns = <uint64_t>cache.born_ns
     shown.generation = cache.generation
     shown.num_tensors = cache.num_tensors
     shown.num_keys = cache.num_keys
     shown.flags = ((LDD_SHOWN_PUBLISHED if cache.published else 0) | (LDD_SHOWN_OWNED if cache.owned else 0)
                    | (LDD_SHOWN_BLOCKS if cache.is_blocks else 0) | (LDD_SHOWN_HOST if cache.host else 0)
-                   | (LDD_SHOWN_REMOTE_ACCESSIBLE if cache.remote_accessible else 0))
+                   | (LDD_SHOWN_REMOTE_ACCESSIBLE if cache.remote_accessible else 0)
+                   | (LDD_SHOWN_OPEN if cache.handle_ref else 0))
     ldd_shared_cache_write(&table.shared.caches[slot], &shown)
 
 
 cdef void ldd_cache_close(ldd_table* table, uint32_t slot, bint force) noexcept nogil:
     cdef ldd_cache* cache = &table.caches[slot]
+    cdef ldd_shared_cache* shown
     if cache.handle_ref:
         cache.handle_ref = False
         table.num_deferred += 1
     if cache.published and (force or cache.num_refs == 0):
         _retire(table, slot)
+    elif cache.published and table.shared.head != NULL and slot < LDD_MAX_CACHES:
+        shown = &table.shared.caches[slot]
+        ldd_set32(&shown.flags, ldd_get32(&shown.flags) & ~<uint32_t>LDD_SHOWN_OPEN)
 
 
 cdef void ldd_cache_release_key(ldd_table* table, uint32_t key) noexcept nogil:
     cdef uint32_t slot = table.keys.entries[key].cache_slot
+    if ldd_tracing(table.record):
+        ldd_trace_span(table.record, LDD_EVENT_KEY_GONE, table.caches[slot].born_ns, 0, table.keys.entries[key].kind,
+                       table.keys.entries[key].id, table.keys.entries[key].model_id, 0, 0)
     _unbind(table, key)
     if not table.caches[slot].handle_ref and table.caches[slot].num_refs == 0:
         _retire(table, slot)
@@ -339,6 +362,9 @@ cdef uint64_t ldd_cache_count_hazards(ldd_table* table) noexcept nogil:
 cdef void _free_cache(ldd_table* table, uint32_t slot) noexcept nogil:
     cdef ldd_cache* cache = &table.caches[slot]
     cdef ldd_range* moved
+    if ldd_tracing(table.record):
+        ldd_trace_span(table.record, LDD_EVENT_FREE, cache.born_ns, 0, 0, <uint64_t>cache.cache_id, 0,
+                       cache.num_tensors * cache.tensor_bytes, 0)
     ldd_keys_remove(&table.keys, ldd_keys_find(&table.keys, KEY_BY_ID, <uint64_t>cache.cache_id, 0))
     if cache.owned:
         ldd_pool_free(cache.pool, cache.span)

@@ -388,7 +388,7 @@ cdef size_t ldd_table_snapshot(ldd_table* table, ldd_cache_row* rows, size_t cap
         rows[i].is_blocks = cache.is_blocks
         rows[i].handle_ref = cache.handle_ref
         rows[i].published = cache.published
-        rows[i].age_ns = now_ns - cache.created_ns
+        rows[i].age_ns = now_ns - cache.born_ns
         rows[i].lease_ns = LDD_NEVER if cache.lease_end_ns == LDD_NEVER else cache.lease_end_ns - now_ns
     ldd_unlock(&table.mutex)
     return count

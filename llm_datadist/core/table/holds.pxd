@@ -4,6 +4,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from llm_datadist.core.base.status cimport ldd_detail, ldd_status
 from llm_datadist.core.base.sync cimport ldd_mutex
+from llm_datadist.core.record.record cimport ldd_record
 from llm_datadist.core.table.key_index cimport ldd_keys
 
 cdef enum:
@@ -20,6 +21,7 @@ cdef enum ldd_hold_outcome:
 ctypedef struct ldd_hold:
     int64_t cache_id
     int64_t deadline_ns             # LDD_NEVER: without
+    int64_t born_ns                 # when it was bound
     uint32_t readers                # peers that move its blocks at this moment
 
 ctypedef struct ldd_hold_event:
@@ -31,6 +33,7 @@ ctypedef struct ldd_holds:
     ldd_mutex mutex                 # a leaf lock
     ldd_keys keys
     ldd_hold* holds
+    ldd_record* record              # of the engine
     uint32_t capacity
     int64_t next_deadline_ns        # no hold without readers ends before
     ldd_hold_event* events          # room for those that are in it and one for each hold, so that none is ever lost

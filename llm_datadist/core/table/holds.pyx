@@ -16,12 +16,14 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy, memmove, memset
 
+from llm_datadist.core.base.atomic cimport ldd_set64
 from llm_datadist.core.base.status cimport (
     LDD_E_NO_MEMORY, LDD_E_NOT_EXIST, LDD_E_PARAM, LDD_OK, ldd_detail, ldd_fail, ldd_status,
 )
 from llm_datadist.core.base.sync cimport (
     LDD_NEVER, ldd_lock, ldd_mutex_destroy, ldd_mutex_init, ldd_now_ns, ldd_timer_create, ldd_timer_set, ldd_unlock,
 )
+from llm_datadist.core.record.record cimport LDD_EVENT_KEY_GONE, ldd_trace_span
 from llm_datadist.core.table.key_index cimport (
     LDD_NO_KEY, ldd_keys_add, ldd_keys_destroy, ldd_keys_find, ldd_keys_init, ldd_keys_remove, ldd_keys_reserve,
 )
@@ -57,6 +59,11 @@ cdef void _arm(ldd_holds* holds) noexcept nogil:
     ldd_timer_set(holds.fd, 1 if holds.num_events else holds.next_deadline_ns)
 
 
+cdef void _tell_number(ldd_holds* holds) noexcept nogil:
+    if holds.record != NULL and holds.record.head != NULL:
+        ldd_set64(&holds.record.head.num_holds, holds.keys.num_keys)
+
+
 cdef ldd_status _reserve(ldd_holds* holds) noexcept nogil:
     """Make room for one more hold, and for its event."""
     cdef size_t wanted = holds.num_events + holds.keys.num_keys + 1
@@ -88,7 +95,10 @@ cdef void _end(ldd_holds* holds, uint32_t key, ldd_hold_outcome outcome) noexcep
     event.generation = holds.keys.entries[key].model_id
     event.outcome = outcome
     holds.num_events += 1
+    ldd_trace_span(holds.record, LDD_EVENT_KEY_GONE, holds.holds[key].born_ns, 0, KEY_HOLD, event.request,
+                   event.generation, 0, LDD_OK if outcome == HOLD_DONE else LDD_E_NOT_EXIST)
     ldd_keys_remove(&holds.keys, key)
+    _tell_number(holds)
 
 
 cdef void _expire(ldd_holds* holds, int64_t now_ns) noexcept nogil:
@@ -127,6 +137,8 @@ cdef ldd_status ldd_holds_bind(ldd_holds* holds, uint64_t request, uint64_t gene
             hold = &holds.holds[key]
             hold.cache_id = cache_id
             hold.readers = 0
+            hold.born_ns = ldd_now_ns()
+            _tell_number(holds)
     if status == LDD_OK:
         hold.deadline_ns = deadline_ns
         if deadline_ns < holds.next_deadline_ns and not hold.readers:
@@ -142,6 +154,7 @@ cdef bint ldd_holds_drop(ldd_holds* holds, uint64_t request, uint64_t generation
     key = ldd_keys_find(&holds.keys, KEY_HOLD, request, generation)
     if key != LDD_NO_KEY:
         ldd_keys_remove(&holds.keys, key)
+        _tell_number(holds)
     ldd_unlock(&holds.mutex)
     return key != LDD_NO_KEY
 

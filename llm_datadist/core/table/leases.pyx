@@ -47,7 +47,7 @@ cdef void _note(ldd_table* table, const ldd_cache* cache, const ldd_key* key, in
     row.id = key.id
     row.model_id = key.model_id
     row.bytes = cache.num_tensors * cache.tensor_bytes
-    row.age_ns = now_ns - cache.created_ns
+    row.age_ns = now_ns - cache.born_ns
     table.num_waiting += 1
     table.num_expired += 1
 

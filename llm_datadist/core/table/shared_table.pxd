@@ -39,6 +39,7 @@ cdef enum:
     LDD_SHOWN_BLOCKS = 4
     LDD_SHOWN_HOST = 8
     LDD_SHOWN_REMOTE_ACCESSIBLE = 16
+    LDD_SHOWN_OPEN = 32                         # not deallocated; for whoever watches, peers do not care
 
 # What a reader needs of a key; the owner's own record is ldd_key.
 ctypedef struct ldd_shared_key:
@@ -60,7 +61,7 @@ ctypedef struct ldd_shared_cache:
     uint32_t num_tensors
     uint32_t num_keys
     uint32_t flags                              # LDD_SHOWN_*
-    uint64_t unused
+    uint64_t born_ns                            # when it was allocated or registered; for whoever watches
 
 # Start of the table's file; peers map it read-only, and nobody but the owner's first mapping can write it. The owner
 # alone writes: `seq` is odd while it changes anything behind it.
@@ -175,6 +176,7 @@ cdef inline void ldd_shared_cache_write(ldd_shared_cache* at, const ldd_shared_c
     ldd_set32(&at.num_tensors, cache.num_tensors)
     ldd_set32(&at.num_keys, cache.num_keys)
     ldd_set32(&at.flags, cache.flags)
+    ldd_set64(&at.born_ns, cache.born_ns)
 
 
 cdef inline void ldd_shared_cache_read(const ldd_shared_cache* at, ldd_shared_cache* cache) noexcept nogil:

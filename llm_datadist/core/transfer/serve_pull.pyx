@@ -8,20 +8,25 @@ The pin lasts until the peer has confirmed that all bytes are in place, which ta
 thread that receives the confirmation, as it arrives; a peer that goes away before leaves the key where it is.
 """
 from libc.stddef cimport size_t
-from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
 from llm_datadist.core.base.checked_math cimport ldd_add_overflows
 from llm_datadist.core.base.provider cimport LddFetchSource, LddSegment
-from llm_datadist.core.base.status cimport LDD_E_NOT_LINKED, LDD_E_NO_MEMORY, LDD_OK, ldd_detail, ldd_fail, ldd_status
-from llm_datadist.core.base.sync cimport ldd_lock, ldd_unlock
+from llm_datadist.core.base.status cimport (
+    LDD_E_FAILED, LDD_E_NOT_LINKED, LDD_E_NO_MEMORY, LDD_OK, ldd_detail, ldd_fail, ldd_status,
+)
+from llm_datadist.core.base.sync cimport ldd_lock, ldd_now_ns, ldd_unlock
 from llm_datadist.core.link.links cimport LINK_ACTIVE, ldd_link, ldd_link_state_of, ldd_node
 from llm_datadist.core.link.replies cimport ldd_reply_find
 from llm_datadist.core.link.wire cimport (
     LDD_ACCESS_READ, LDD_FETCH_ASK, LDD_FETCH_BLOCKS, LDD_FETCH_MAX_SEGMENTS, LDD_FETCH_RESHAPE, LDD_FETCH_TAKE,
-    LDD_FETCH_TO_HOST, ldd_fetch_request, ldd_fetch_run,
+    LDD_FETCH_TO_HOST, ldd_fetch_request, ldd_fetch_run, ldd_resolve,
+)
+from llm_datadist.core.record.record cimport (
+    LDD_EVENT_REFUSE, LDD_EVENT_SERVE, LDD_OP_SERVE, ldd_peer_record, ldd_record_count, ldd_trace_span,
 )
 from llm_datadist.core.table.cache_table cimport ldd_cache_view, ldd_table_settle, ldd_table_unpin
 from llm_datadist.core.table.key_index cimport LDD_NO_KEY
@@ -37,15 +42,23 @@ ctypedef struct ldd_served:
     uint32_t key_generation
     LddSegment* segments
     size_t num_segments
+    int64_t start_ns                # for the record
+    ldd_peer_record* peer
+    uint64_t cluster_id
+    ldd_resolve asked
+    uint64_t num_bytes
 
 
-cdef bint _is_linked(ldd_node* node, const uint8_t* token) noexcept nogil:
+cdef bint _is_linked(ldd_node* node, const uint8_t* token, ldd_served* served) noexcept nogil:
     cdef ldd_link* link
     cdef bint found = False
     ldd_lock(&node.lock)
     link = node.links
     while link != NULL and not found:
         found = ldd_link_state_of(link) == LINK_ACTIVE and memcmp(link.token, token, sizeof(link.token)) == 0
+        if found:
+            served.peer = link.record
+            served.cluster_id = link.cluster_id
         link = link.next
     ldd_unlock(&node.lock)
     return found
@@ -122,9 +135,13 @@ cdef int32_t _on_begin(void* context, const uint8_t* token, const void* words, s
             or num_words_bytes != sizeof(request) + request.num_runs * sizeof(ldd_fetch_run)):
         return LDD_FETCH_ASK
     served = <ldd_served*>calloc(1, sizeof(ldd_served))
+    if served != NULL:
+        served.start_ns = ldd_now_ns()
+        served.asked = request.key
+        served.num_bytes = num_bytes
     if served == NULL:
         status = ldd_fail(&detail, LDD_E_NO_MEMORY, b"no memory for a delivery")
-    elif not _is_linked(node, token):
+    elif not _is_linked(node, token, served):
         status = ldd_fail(&detail, LDD_E_NOT_LINKED, b"the link was closed here")
     else:
         status = ldd_reply_find(node, &request.key, &view, &detail)
@@ -134,6 +151,9 @@ cdef int32_t _on_begin(void* context, const uint8_t* token, const void* words, s
                 ldd_table_unpin(node.table, view.slot, view.generation)
     if status != LDD_OK:
         if served != NULL:
+            if status < 0:
+                ldd_trace_span(&node.record, LDD_EVENT_REFUSE, served.start_ns, served.cluster_id, request.key.kind,
+                               request.key.id, request.key.model_id, 0, status)
             free(served.segments)
         free(served)
         snprintf(text, text_size, b"%s", detail.text)
@@ -151,7 +171,12 @@ cdef int32_t _on_begin(void* context, const uint8_t* token, const void* words, s
 
 cdef void _on_end(void* context, void* ticket, int32_t confirmed) noexcept nogil:
     cdef ldd_served* served = <ldd_served*>ticket
-    ldd_table_settle((<ldd_node*>context).table, served.slot, served.generation,
+    cdef ldd_node* node = <ldd_node*>context
+    ldd_record_count(served.peer, LDD_OP_SERVE, ldd_now_ns() - served.start_ns, served.num_bytes if confirmed else 0,
+                     not confirmed)
+    ldd_trace_span(&node.record, LDD_EVENT_SERVE, served.start_ns, served.cluster_id, served.asked.kind,
+                   served.asked.id, served.asked.model_id, served.num_bytes, LDD_OK if confirmed else LDD_E_FAILED)
+    ldd_table_settle(node.table, served.slot, served.generation,
                      served.key_index if confirmed else LDD_NO_KEY, served.key_generation)
     free(served.segments)
     free(served)

@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from llm_datadist.tools.bench.native.stopwatch import TableStopwatch, time_parse, time_plan, time_pool
+from llm_datadist.tools.bench.native.stopwatch import TableStopwatch, time_parse, time_plan, time_pool, time_record
 
 
 def test_plan_reports_descriptors():
@@ -49,3 +49,8 @@ def test_table_holds_what_it_says_through_a_round():
 def test_a_table_without_caches_is_refused():
     with pytest.raises(ValueError):
         TableStopwatch(0)
+
+
+def test_recording_is_timed_by_part():
+    times = time_record(1000)
+    assert set(times) == {"count", "off", "event", "clock"} and all(each > 0 for each in times.values())

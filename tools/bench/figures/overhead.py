@@ -14,13 +14,14 @@ from ..case import PAGED_TENSORS
 from ..channel import Channel
 from ..measure import Sampler, interleave, repeat, repeat_timed
 from ..native.bound import CopyBound
-from ..native.stopwatch import time_parse, time_plan
+from ..native.stopwatch import time_parse, time_plan, time_record
 from ..rows import Rig
 from ..statistics import median, slope
 from . import median_value, value
 from .latency import block_case
 
 _COUNTS = (1, 512, 4096)           # 4096 blocks of 16 tokens are a long prompt
+_RECORD_ROUNDS, _RECORDS = 51, 200_000
 _KINDS = {"list": np.ndarray.tolist, "int64": np.ascontiguousarray}
 
 
@@ -103,3 +104,14 @@ def allocate_cost(peers: list[Channel], seconds: float, on_progress: Callable[[f
         median_value("pair_us", [each["op"] / 1e3 for each in samples.rounds], "us", "allocate and deallocate"),
         median_value("remove_key_us", [each / 1e3 for each in removals], "us", "remove_cache_key, of one key"),
     ]
+
+
+def record_cost(peers: list[Channel], seconds: float, on_progress: Callable[[float], None]) -> list[dict]:
+    """Count an operation and record an event, in the core, over and over."""
+    rounds = []
+    for number in range(_RECORD_ROUNDS):
+        rounds.append(time_record(_RECORDS))
+        on_progress((number + 1) / _RECORD_ROUNDS)
+    texts = {"count": "one operation in a counter and a histogram", "off": "an event while events are off",
+             "event": "an event, its look at the clock included", "clock": "a look at the clock alone"}
+    return [median_value(f"{name}_ns", [each[name] for each in rounds], "ns", text) for name, text in texts.items()]

@@ -22,6 +22,10 @@ from llm_datadist.core.plan.block_plan cimport (
     ldd_desc_list, ldd_desc_list_clear, ldd_desc_list_free, ldd_plan_blocks,
 )
 from llm_datadist.core.plan.index_list cimport IndexList
+from llm_datadist.core.record.record cimport (
+    LDD_EVENT_PULL, LDD_OP_PULL, LDD_RECORD_EVENTS, ldd_peer_record, ldd_record, ldd_record_count, ldd_record_create,
+    ldd_record_destroy, ldd_record_peer, ldd_record_set_tracing, ldd_trace_span,
+)
 from llm_datadist.core.table.cache_life cimport ldd_cache_view, ldd_key_spec
 from llm_datadist.core.table.cache_table cimport (
     ldd_table, ldd_table_allocate, ldd_table_clear, ldd_table_counts, ldd_table_create, ldd_table_deallocate,
@@ -120,6 +124,38 @@ def wait_in_vain(int64_t limit_ns):
     provider.hixl.HixlCSClientQueryCompleteStatus = _not_yet
     with nogil:
         ldd_wait_complete(&provider, NULL, NULL, ldd_now_ns() + limit_ns, NULL)
+
+
+def time_record(int64_t count):
+    """Record in memory of its own, `count` times each; nanoseconds by name: ``count`` one operation, ``off`` an event
+    while events are off, ``event`` one while they are on, and ``clock`` a look at the clock, which is part of it."""
+    cdef ldd_record record
+    cdef ldd_detail detail
+    cdef ldd_peer_record* peer
+    cdef int64_t took_ns[4]
+    cdef int64_t _, i
+    check(ldd_record_create(&record, NULL, &detail), &detail, b"create record")
+    if record.head == NULL:
+        raise MemoryError()
+    with nogil:
+        peer = ldd_record_peer(&record, 1)
+        for i in range(4):
+            ldd_record_set_tracing(&record, i == 2)
+            for _ in range(LDD_RECORD_EVENTS):      # pages are there and warm
+                ldd_trace_span(&record, LDD_EVENT_PULL, 0, 1, 0, 0, 0, 0, 0)
+            took_ns[i] = ldd_now_ns()
+            if i == 0:
+                for _ in range(count):
+                    ldd_record_count(peer, LDD_OP_PULL, 1000 + (_ & 0xffff), 4096, False)
+            elif i < 3:
+                for _ in range(count):
+                    ldd_trace_span(&record, LDD_EVENT_PULL, 0, 1, 0, <uint64_t>_, 0, 4096, 0)
+            else:
+                for _ in range(count):
+                    ldd_now_ns()
+            took_ns[i] = ldd_now_ns() - took_ns[i]
+        ldd_record_destroy(&record)
+    return {name: <double>took_ns[i] / count for i, name in enumerate(("count", "off", "event", "clock"))}
 
 
 @cython.final

@@ -1,0 +1,1 @@
+"""What an engine records of itself, for whoever watches it."""

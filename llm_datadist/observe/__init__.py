@@ -1,0 +1,1 @@
+"""What engines record of themselves, read from outside: found, decoded, and put on a time line."""

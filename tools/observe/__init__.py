@@ -1,0 +1,1 @@
+"""Tools that watch engines of this user on this host from outside: ``top``, ``leaks``, ``metrics`` and ``trace``."""
