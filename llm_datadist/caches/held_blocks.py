@@ -14,7 +14,8 @@ class HeldBlocksKey:
     """Key of a blocks cache for one request: good for as long as its owner holds the request's blocks.
 
     A `BlocksCacheKey` leads to all blocks of a cache at any time. This key ends when the blocks may be given to another
-    request; a pull that names it later, or is still reading when it ends, fails.
+    request; a transfer that names it later, or is still at it when it ends, fails. Peers read the
+    blocks by ``pull_blocks`` or, where remote access is enabled, write them by ``transfer_cache_async``.
 
     Parameters
     ----------
@@ -89,8 +90,8 @@ class KeyEvent:
     key : HeldBlocksKey
         The key; it is gone.
     outcome : KeyOutcome
-        PULLED: a peer has read the blocks. RELEASED: a peer said that it does not need them. EXPIRED: nobody came
-        within the lease. LOST: the link of a peer ended while it was reading.
+        PULLED: a peer has read the blocks, or written them. RELEASED: a peer said that it will not. EXPIRED: nobody
+        came within the lease. LOST: the link of a peer ended while it was reading or writing.
     """
 
     key: HeldBlocksKey

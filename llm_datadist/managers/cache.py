@@ -371,14 +371,14 @@ class CacheManager(HeldBlocks, CacheMemory):
         transfer_configs: Union[List[TransferConfig], Tuple[TransferConfig, ...], List[TransferWithCacheKeyConfig],
                                 Tuple[TransferWithCacheKeyConfig, ...]],
         src_block_indices: Optional[_Blocks] = None, dst_block_indices: Optional[_Blocks] = None,
-        dst_block_memory_size: Optional[int] = None,
+        dst_block_memory_size: Optional[int] = None, tensor_num_per_layer: int = 2,
     ) -> CacheTask:
         """Write a cache to peers in the background, each layer as soon as the synchroniser says it is complete.
 
         Parameters
         ----------
         src_cache : Cache
-            The source, on DEVICE, with two tensors per layer.
+            The source, on DEVICE.
         layer_synchronizer : LayerSynchronizer
             Asked once per layer that a config wants, in ascending order, on a thread of ours.
         transfer_configs : sequence of TransferConfig, or of TransferWithCacheKeyConfig in remote-accessible mode
@@ -387,6 +387,8 @@ class CacheManager(HeldBlocks, CacheMemory):
             Both: blocks to blocks, paired by position. Only the latter: a batch slot cut into blocks.
         dst_block_memory_size : int, optional
             Bytes of a destination block; needed for a batch slot cut into blocks.
+        tensor_num_per_layer : int, default 2
+            Tensors per layer, uint32.
 
         Returns
         -------
@@ -404,7 +406,7 @@ class CacheManager(HeldBlocks, CacheMemory):
         self._require_initialized()
         return transfer_cache_async(
             self._llm_engine, self._id_of(src_cache), src_cache, layer_synchronizer, transfer_configs,
-            src_block_indices, dst_block_indices, dst_block_memory_size,
+            src_block_indices, dst_block_indices, dst_block_memory_size, tensor_num_per_layer,
             config_types=(TransferConfig, TransferWithCacheKeyConfig) if self._remote_accessible else (TransferConfig,))
 
 

@@ -17,7 +17,7 @@ class HeldBlocks(ManagerBase):
 
     An owner calls `hold_blocks` before it tells a peer of the request, and gives the blocks to another one only when
     `take_key_events` has returned the key, or `drop_blocks` was called. The peer reads with ``pull_blocks`` and the
-    key, or calls `release_blocks` when it needs nothing.
+    key, or writes with ``transfer_cache_async`` and the key, or calls `release_blocks` when it does neither.
     """
 
     def hold_blocks(self, cache: Cache, key: HeldBlocksKey, lease_ms: Optional[int] = None) -> None:
@@ -44,7 +44,8 @@ class HeldBlocks(ManagerBase):
 
         Notes
         -----
-        A peer that is reading when the lease ends may finish; the key expires after that.
+        A peer that is at it when the lease ends may finish; the key expires after that. So ``lease_ms=0`` refuses
+        everybody who comes from now on, and its event says that nobody touches the blocks any more.
         """
         check_isinstance("cache", cache, Cache, allow_none=False)
         self._check_own(key)

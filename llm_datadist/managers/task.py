@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Callable, Dict, List, Optional, Sequence, Tupl
 
 from llm_datadist.caches.descriptors import CacheDesc, Placement
 from llm_datadist.caches.handles import Cache, KvCache
+from llm_datadist.caches.held_blocks import HeldBlocksKey
 from llm_datadist.caches.keys import BlocksCacheKey
-from llm_datadist.managers.base import RemoteKey, check_no_repeats, cluster_of, remote_key
+from llm_datadist.managers.base import RemoteKey, check_no_repeats, check_tensors_per_layer, cluster_of, remote_key
 from llm_datadist.managers.cache_task import CacheTask
 from llm_datadist.managers.cancel import CancelScope
 from llm_datadist.managers.transfer_config import LayerSynchronizer, TransferConfig, TransferWithCacheKeyConfig
@@ -45,6 +46,7 @@ class _Target:
     first_layer: int                    # of the destination, for the first of `layers`
     batch_index: int
     key: Optional[RemoteKey]            # None: by address
+    ends_hold: bool                     # whether `key` ends with the last layer, as one of held blocks does
     addrs: Tuple[int, ...]
 
 
@@ -56,7 +58,7 @@ class TransferCacheParameters:
     cache_id : int
         The source in this process.
     cache_desc : CacheDesc
-        Its descriptor: placement DEVICE, two tensors per layer.
+        Its descriptor: placement DEVICE.
     is_blocks_cache : bool
         Whether its ``shape[0]`` counts blocks.
     configs : sequence of TransferConfig or TransferWithCacheKeyConfig
@@ -66,6 +68,8 @@ class TransferCacheParameters:
         without either sends its block 0.
     dst_block_memory_size : int, optional
         Bytes of a destination block; 0 counts as absent.
+    tensors_per_layer : int
+        Tensors that follow each other and are sent together.
 
     Raises
     ------
@@ -78,19 +82,21 @@ class TransferCacheParameters:
     def __init__(
         self, cache_id: int, cache_desc: CacheDesc, is_blocks_cache: bool, configs: Sequence[AnyConfig],
         src_block_indices: Optional[Blocks] = None, dst_block_indices: Optional[Blocks] = None,
-        dst_block_memory_size: Optional[int] = None,
+        dst_block_memory_size: Optional[int] = None, tensors_per_layer: int = TENSORS_PER_LAYER,
     ) -> None:
         from llm_datadist.core.engine.layer_push import parse_indices
 
-        if cache_desc.num_tensors % TENSORS_PER_LAYER:
-            raise LLMParamInvalidError(f"num_tensors={cache_desc.num_tensors} is not allowed; a layer has two tensors")
+        if cache_desc.num_tensors % tensors_per_layer:
+            raise LLMParamInvalidError(f"num_tensors={cache_desc.num_tensors} is not allowed; a layer has "
+                                       f"{tensors_per_layer} tensors")
+        self.tensors_per_layer = tensors_per_layer
         self.cache_id = cache_id
-        self.num_layers = cache_desc.num_tensors // TENSORS_PER_LAYER
+        self.num_layers = cache_desc.num_tensors // tensors_per_layer
         self.tensor_bytes = cache_desc.size
         self.stride_bytes = cache_desc.size // cache_desc.shape[0]
         self.is_blocks_cache = is_blocks_cache
         from_blocks = is_blocks_cache or bool(src_block_indices)
-        self.targets = [_target(config, self.num_layers, from_blocks) for config in configs]
+        self.targets = [_target(config, self.num_layers, from_blocks, tensors_per_layer) for config in configs]
         self.block_bytes = dst_block_memory_size or 0
         self.src_blocks = parse_indices(src_block_indices, "src_block_indices") if src_block_indices else None
         self.dst_blocks = parse_indices(dst_block_indices, "dst_block_indices") if dst_block_indices else None
@@ -124,7 +130,7 @@ class TransferCacheParameters:
         return first, stop - first
 
 
-def _target(config: AnyConfig, num_layers: int, from_blocks: bool) -> _Target:
+def _target(config: AnyConfig, num_layers: int, from_blocks: bool, tensors_per_layer: int) -> _Target:
     """Check one config and copy it."""
     if config.src_layer_range is None:
         config.src_layer_range = range(num_layers)
@@ -134,23 +140,25 @@ def _target(config: AnyConfig, num_layers: int, from_blocks: bool) -> _Target:
     if not 0 <= layers.start < layers.stop <= num_layers:
         raise LLMParamInvalidError(f"src_layer_range={layers} is not allowed; the source has {num_layers} layers")
     if isinstance(config, TransferConfig):
-        if len(config.dst_addrs) != TENSORS_PER_LAYER * len(layers):
+        if len(config.dst_addrs) != tensors_per_layer * len(layers):
             raise LLMParamInvalidError(f"dst_addrs has {len(config.dst_addrs)} addresses; "
-                                       f"{len(layers)} layers need {TENSORS_PER_LAYER * len(layers)}")
-        return _Target(config.dst_cluster_id, layers, 0, config.src_batch_index, None, tuple(config.dst_addrs))
+                                       f"{len(layers)} layers need {tensors_per_layer * len(layers)}")
+        return _Target(config.dst_cluster_id, layers, 0, config.src_batch_index, None, False, tuple(config.dst_addrs))
     # The setters of a config check one value at a time, so what must fit together is checked here once more.
     key, dst_layers = config.cache_key, config.dst_layer_range
     if key is None:
-        raise TypeError("cache_key of a config only support type BlocksCacheKey or CacheKeyByIdAndIndex, "
-                        "but got NoneType")
+        raise TypeError("cache_key of a config only support type BlocksCacheKey or CacheKeyByIdAndIndex "
+                        "or HeldBlocksKey, but got NoneType")
     if dst_layers is None:
         dst_layers = range(len(layers))
     if dst_layers.stop - dst_layers.start != len(layers):
         raise LLMParamInvalidError(f"src_layer_range={layers} and dst_layer_range={dst_layers} differ in length")
-    if isinstance(key, BlocksCacheKey) and config.src_batch_index != 0:
-        raise LLMParamInvalidError(f"src_batch_index={config.src_batch_index} is not allowed with a BlocksCacheKey; "
-                                   "it must be 0")
-    return _Target(cluster_of(key), layers, dst_layers.start, config.src_batch_index, remote_key(key), ())
+    held = isinstance(key, HeldBlocksKey)
+    if (held or isinstance(key, BlocksCacheKey)) and config.src_batch_index != 0:
+        raise LLMParamInvalidError(f"src_batch_index={config.src_batch_index} is not allowed with a "
+                                   f"{type(key).__name__}; it must be 0")
+    return _Target(cluster_of(key), layers, dst_layers.start, config.src_batch_index, remote_key(key),
+                   held and config.release, ())
 
 
 class TransferCacheJob:
@@ -299,7 +307,7 @@ class TransferCacheJob:
                 self._put_layer(i, target, layer)
             self.layers_sent[i] += 1
             if layer == target.layers.stop - 1:
-                self._puts.pop(i).close()
+                self._puts.pop(i).close(target.ends_hold)
                 self.results[i] = LLMStatusCode.LLM_SUCCESS
             return True
         except LLMException as error:
@@ -318,18 +326,19 @@ class TransferCacheJob:
 
     def _put_layer(self, i: int, target: _Target, layer: int) -> None:
         parameters = self._parameters
+        count = parameters.tensors_per_layer
         put = self._puts.get(i)
         if put is None:
             put = self._puts[i] = self._aim(target)
-        local = layer * TENSORS_PER_LAYER
-        remote = (target.first_layer + layer - target.layers.start) * TENSORS_PER_LAYER
+        local = layer * count
+        remote = (target.first_layer + layer - target.layers.start) * count
         if parameters.dst_blocks is None:
-            put.put_slot(local, remote, TENSORS_PER_LAYER, target.batch_index)
+            put.put_slot(local, remote, count, target.batch_index)
         elif parameters.src_blocks is None:
-            put.put_slot_to_blocks(local, remote, TENSORS_PER_LAYER, target.batch_index, parameters.dst_blocks,
+            put.put_slot_to_blocks(local, remote, count, target.batch_index, parameters.dst_blocks,
                                    parameters.block_bytes)
         else:
-            put.put_blocks(local, remote, TENSORS_PER_LAYER, parameters.src_blocks, parameters.dst_blocks)
+            put.put_blocks(local, remote, count, parameters.src_blocks, parameters.dst_blocks)
 
     def _aim(self, target: _Target) -> "LayerPush":
         from llm_datadist.core.engine.layer_push import LayerPush
@@ -342,7 +351,7 @@ class TransferCacheJob:
                 raise LLMParamInvalidError(f"the descriptor says {parameters.stride_bytes} bytes per slot or block, "
                                            f"but the cache was made with {put.stride_bytes}")
             if target.key is not None:
-                num_tensors = TENSORS_PER_LAYER * (target.first_layer + len(target.layers))
+                num_tensors = parameters.tensors_per_layer * (target.first_layer + len(target.layers))
                 put.aim_at_key(target.key, min(num_tensors, UINT64_MAX))
             else:
                 put.aim_at_addresses(target.addrs, first_byte, num_bytes)
@@ -422,7 +431,8 @@ class TransferAsyncThread:
 def transfer_cache_async(
     engine: "Engine", cache_id: int, cache: Union[Cache, KvCache], layer_synchronizer: LayerSynchronizer,
     transfer_configs: Sequence[AnyConfig], src_block_indices: Optional[Blocks] = None,
-    dst_block_indices: Optional[Blocks] = None, dst_block_memory_size: Optional[int] = None, *,
+    dst_block_indices: Optional[Blocks] = None, dst_block_memory_size: Optional[int] = None,
+    tensor_num_per_layer: int = TENSORS_PER_LAYER, *,
     config_types: Sequence[Type[AnyConfig]] = (TransferConfig, TransferWithCacheKeyConfig), cuts_slots: bool = True,
     timeout_code: LLMStatusCode = LLMStatusCode.LLM_TIMEOUT,
 ) -> CacheTask:
@@ -437,6 +447,8 @@ def transfer_cache_async(
     cache : Cache or KvCache
         The source, placement DEVICE.
     layer_synchronizer, transfer_configs, src_block_indices, dst_block_indices, dst_block_memory_size : object
+        As for `CacheManager.transfer_cache_async`.
+    tensor_num_per_layer : int
         As for `CacheManager.transfer_cache_async`.
     config_types : sequence of type
         What `transfer_configs` may hold; all of one type.
@@ -468,7 +480,8 @@ def transfer_cache_async(
     check_isinstance("layer_synchronizer", layer_synchronizer, LayerSynchronizer, allow_none=False)
     _check_types(transfer_configs, config_types)
     parameters = TransferCacheParameters(cache_id, cache.cache_desc, cache.is_blocks_cache, transfer_configs,
-                                         src_block_indices, dst_block_indices, dst_block_memory_size)
+                                         src_block_indices, dst_block_indices, dst_block_memory_size,
+                                         check_tensors_per_layer(tensor_num_per_layer))
     thread = TransferAsyncThread(TransferCacheJob(engine, parameters, layer_synchronizer), timeout_code)
     thread.start()
     return CacheTask(thread)

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from enum import Enum
 from typing import List, Optional, Sequence, Tuple, Union
 
+from llm_datadist.caches.held_blocks import HeldBlocksKey
 from llm_datadist.caches.keys import BlocksCacheKey, CacheKeyByIdAndIndex
 from llm_datadist.status import LLMParamInvalidError
 from llm_datadist.utils.calls import public_call
@@ -14,6 +15,9 @@ __all__ = [
     "LayerSynchronizer", "TransferConfig", "TransferWithCacheKeyConfig", "PushType", "check_layer_range",
     "layer_range_to_tensor_indices",
 ]
+
+
+_KEYS = [BlocksCacheKey, CacheKeyByIdAndIndex, HeldBlocksKey]
 
 
 class PushType(Enum):
@@ -183,13 +187,15 @@ class TransferWithCacheKeyConfig:
 
     Parameters
     ----------
-    cache_key : BlocksCacheKey or CacheKeyByIdAndIndex
-        The cache to write to.
+    cache_key : BlocksCacheKey, HeldBlocksKey or CacheKeyByIdAndIndex
+        The cache to write to, or blocks of one that are held for a request.
     src_layer_range, dst_layer_range : range
         Layers to send and where they go, by position: step 1, ``0 <= start < stop``, of equal length. Required,
         although they have a default.
     src_batch_index : int
         Batch slot of the source, uint32; 0 with a `BlocksCacheKey`.
+    release : bool, default True
+        With a `HeldBlocksKey`: whether this is the last transfer that needs it, whose success ends it.
 
     Raises
     ------
@@ -202,10 +208,12 @@ class TransferWithCacheKeyConfig:
 
     @public_call
     def __init__(
-        self, cache_key: Union[BlocksCacheKey, CacheKeyByIdAndIndex], src_layer_range: Optional[range] = None,
-        dst_layer_range: Optional[range] = None, src_batch_index: int = 0,
+        self, cache_key: Union[BlocksCacheKey, CacheKeyByIdAndIndex, HeldBlocksKey],
+        src_layer_range: Optional[range] = None, dst_layer_range: Optional[range] = None, src_batch_index: int = 0,
+        release: bool = True,
     ) -> None:
-        check_isinstance("cache_key", cache_key, [BlocksCacheKey, CacheKeyByIdAndIndex], allow_none=False)
+        check_isinstance("cache_key", cache_key, _KEYS, allow_none=False)
+        self.release = check_isinstance("release", release, bool, allow_none=False)
         src = _required("src_layer_range", src_layer_range)
         dst = _required("dst_layer_range", dst_layer_range)
         if src.stop - src.start != dst.stop - dst.start:        # len() overflows where the API takes any range
@@ -221,13 +229,13 @@ class TransferWithCacheKeyConfig:
         self.src_batch_index = src_batch_index
 
     @property
-    def cache_key(self) -> Union[BlocksCacheKey, CacheKeyByIdAndIndex, None]:
+    def cache_key(self) -> Union[BlocksCacheKey, CacheKeyByIdAndIndex, HeldBlocksKey, None]:
         """The cache to write to."""
         return self._cache_key
 
     @cache_key.setter
-    def cache_key(self, cache_key: Union[BlocksCacheKey, CacheKeyByIdAndIndex, None]) -> None:
-        self._cache_key = check_isinstance("cache_key", cache_key, [BlocksCacheKey, CacheKeyByIdAndIndex])
+    def cache_key(self, cache_key: Union[BlocksCacheKey, CacheKeyByIdAndIndex, HeldBlocksKey, None]) -> None:
+        self._cache_key = check_isinstance("cache_key", cache_key, _KEYS)
 
     @property
     def dst_cluster_id(self) -> Optional[int]:

@@ -6,11 +6,13 @@ import signal
 import time
 
 import pytest
-from connectors.halves import BLOCK_TOKENS, BLOCKS, LAYERS, EngineHalves, blocks, request
+from connectors.halves import BLOCK_TOKENS, BLOCKS, LAYERS, EngineHalves, blocks, needs_imitation, request
 from support.link_steps import until
 from support.peer import Peers
 
 from llm_datadist import KeyOutcome
+
+pytestmark = needs_imitation
 
 WANTED = {"do_remote_decode": True, "do_remote_prefill": False}
 

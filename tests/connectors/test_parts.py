@@ -10,7 +10,7 @@ import pytest
 from connectors.halves import BLOCK_BYTES, BLOCKS, HAS_VLLM, LAYERS, blocks, cache_config, request
 
 from llm_datadist.connectors import vllm as package
-from llm_datadist.connectors.vllm.layout import BlocksLayout, blocks_layouts, layout_digest
+from llm_datadist.connectors.vllm.layout import BlocksLayout, blocks_layouts, layer_places, layout_digest
 from llm_datadist.connectors.vllm.metadata import Endpoint, RemoteBlocks, WorkerCard
 from llm_datadist.connectors.vllm.scheduler import SchedulerHalf
 from llm_datadist.connectors.vllm.settings import Settings
@@ -21,7 +21,7 @@ from llm_datadist.connectors.vllm.stats import TransferStats
 def test_options_have_defaults_and_are_checked():
     assert Settings.read({}) == Settings()
     assert Settings.read({"lease_ms": 5, "kv_in_pool": True}).lease_ms == 5
-    for wrong in ({"lease": 5}, {"lease_ms": 0}, {"lease_ms": "5"}, {"lease_ms": True}, {"mode": "push"},
+    for wrong in ({"lease": 5}, {"lease_ms": 0}, {"lease_ms": "5"}, {"lease_ms": True}, {"mode": "both"},
                   {"listen_port": 65536}, {"kv_in_pool": 2}, {"provider": "nixl"}, {"listen_host": None}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Settings.read(wrong)
@@ -54,6 +54,11 @@ def test_block_sizes_that_differ_are_caches_of_their_own():
     small, large = blocks_layouts(config)
     assert (small.block_bytes, small.groups) == (64, {1})
     assert (large.block_bytes, large.groups) == (BLOCK_BYTES, {0})
+
+
+def test_each_layer_has_a_place():
+    assert layer_places(cache_config(num_groups=2)) == {
+        f"group{group}.layer{layer}": (0, layer) for group in range(2) for layer in range(LAYERS)}
 
 
 def test_places_that_overlap_are_refused():
@@ -104,12 +109,14 @@ def test_a_step_costs_what_changed():
 def test_counts_add_up():
     first, second = TransferStats(), TransferStats()
     assert first.is_empty()
-    first.record_pull(0.5, 2**20)
-    second.record_pull(0.25, 2**20)
+    first.record("pull", 0.5, 2**20)
+    second.record("pull", 0.25, 2**20)
+    second.record("push", 0.125, 2**19)
     second.count("blocks_lost")
     total = first.aggregate(TransferStats(second.data))
-    assert total.reduce() == {"Pulls": 2, "MiB": 2.0, "Median pull, ms": 500.0, "Longest pull, ms": 500.0,
-                              "blocks lost": 1}
+    assert total.reduce() == {
+        "pull: number": 2, "pull: MiB": 2.0, "pull: median, ms": 500.0, "pull: longest, ms": 500.0,
+        "push: number": 1, "push: MiB": 0.5, "push: median, ms": 125.0, "push: longest, ms": 125.0, "blocks lost": 1}
     total.reset()
     assert total.is_empty()
 

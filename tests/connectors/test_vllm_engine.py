@@ -4,74 +4,27 @@ Slow, as servers take their time to start: `make test-vllm`.
 """
 from __future__ import annotations
 
-import http.client
-import json
 import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from connectors.halves import HAS_VLLM
+from connectors.servers import (
+    HELD,
+    LEASE_MS,
+    NEW_TOKENS,
+    SETTLE_S,
+    SMALL_CACHE,
+    Servers,
+    fetched,
+    leave,
+    needs_vllm,
+    prompt_of,
+)
 from support.link_steps import until
 
-pytestmark = [
-    pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed; make test-vllm installs and uses it"),
-    pytest.mark.timeout(1500),
-]
-
-LEASE_MS = 60_000
-SETTLE_S = 30
-SMALL_CACHE = ["--num-gpu-blocks-override", "96"]       # blocks of 128 tokens: requests that grow push others out
-NEW_TOKENS = 16
-_HELD = "vllm:kv_cache_usage_perc"
-
-
-def prompt_of(num_tokens, seed=0):
-    generator = random.Random(1000 * num_tokens + seed)
-    return [generator.randrange(2, 2000) for _ in range(num_tokens)]
-
-
-class Servers:
-    """A prefill server, a decode server, and what one computes alone."""
-
-    def __init__(self, directory, kind="tiny", decode_arguments=(), **options):
-        from llm_datadist.tools.vllm.model import make_model
-        from llm_datadist.tools.vllm.server import Server, connector_config
-
-        model = make_model(directory, kind)
-        self.prefill = Server(
-            "prefill", model, directory, connector_config("kv_producer", lease_ms=LEASE_MS, **options), core=0)
-        self.decode = Server(
-            "decode", model, directory, connector_config("kv_consumer", pull_timeout_ms=2000, **options), core=1,
-            arguments=decode_arguments)
-        self._servers = [self.prefill, self.decode]
-        try:
-            for server in self._servers:
-                server.start()
-            for server in self._servers:
-                server.wait_ready()
-        except BaseException:
-            self.close()
-            raise
-
-    def close(self):
-        for server in self._servers:
-            server.close()
-
-    def both(self, prompt, num_tokens=NEW_TOKENS, **extra):
-        """The answer when the prompt is computed by one server and continued by the other."""
-        return self.decode.tokens(prompt, num_tokens, self.prefill.prefill(prompt), **extra)
-
-    def alone(self, prompt, num_tokens=NEW_TOKENS):
-        return self.prefill.tokens(prompt, num_tokens)
-
-    def counted(self, name):
-        return self.decode.metrics().get(name, 0)
-
-    def assert_nothing_held(self):
-        for server in self._servers:
-            assert until(lambda server=server: server.metrics()[_HELD] == 0, SETTLE_S), server.name
+pytestmark = needs_vllm
 
 
 @pytest.fixture(scope="module")
@@ -86,16 +39,6 @@ def nothing_held(request):
     yield
     if "servers" in request.fixturenames:
         request.getfixturevalue("servers").assert_nothing_held()
-
-
-def fetched(servers, call):
-    """Tokens that the decode server counts as taken from elsewhere during a call, its result, and bytes pulled."""
-    names = ("vllm:external_prefix_cache_hits_total", "vllm:llm_datadist_pull_bytes_sum")
-    before = [servers.counted(name) for name in names]
-    result = call()
-    assert until(lambda: servers.counted("vllm:num_requests_running") == 0, SETTLE_S)
-    time.sleep(0.2)
-    return [result] + [servers.counted(name) - value for name, value in zip(names, before)]
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3, 127, 128, 129, 500, 1023, 1900])
@@ -152,16 +95,6 @@ def test_requests_that_nobody_waits_for_any_more(servers):
     assert servers.both(prompt) == servers.alone(prompt)
 
 
-def leave(server, prompt, num_tokens, params, after_s):
-    """Ask, and close the connection after a while."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port)
-    body = {"model": "model", "prompt": prompt, "max_tokens": num_tokens, "temperature": 0, "ignore_eos": True,
-            "kv_transfer_params": params, "stream": num_tokens > 1}
-    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-    time.sleep(after_s)
-    connection.close()
-
-
 def test_a_prefill_server_killed_and_started_anew(servers):
     prompts = [prompt_of(700, 200 + index) for index in range(4)]
     alone = [servers.alone(prompt) for prompt in prompts]
@@ -215,7 +148,7 @@ def test_a_decode_server_killed_while_it_is_served(servers):
     servers.decode.start()
     servers.decode.wait_ready()
     # What the dead one did not fetch waits for the end of its lease.
-    assert until(lambda: servers.prefill.metrics()[_HELD] == 0, LEASE_MS / 1000 + SETTLE_S)
+    assert until(lambda: servers.prefill.metrics()[HELD] == 0, LEASE_MS / 1000 + SETTLE_S)
     prompt = prompt_of(300, 10)
     assert servers.both(prompt) == servers.alone(prompt)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 _HELD = "vllm:kv_cache_usage_perc"
+_FAILED_RECEIVES = "vllm:llm_datadist_failed_receives_total"
 _SETTLE_S = 30.0
 
 
@@ -22,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="tiny", choices=("tiny", "fat", "hybrid", "mla"),
                         help="a random model that is made on the spot (%(default)s)")
     parser.add_argument("--pool", action="store_true", help="keep the KV caches in the shared pool")
+    parser.add_argument("--push", action="store_true", help="prefill pushes while it computes")
     parser.add_argument("--keep", metavar="DIR", help="leave model and logs here (default: removed at the end)")
 
 
@@ -73,11 +75,15 @@ class _Demo:
 
         print(f"model {args.model}, logs and model in {directory}")
         place = model.make_model(directory, args.model)
-        options: Dict[str, Any] = {"kv_in_pool": args.pool}
+        options: Dict[str, Any] = {"kv_in_pool": args.pool, "mode": "push" if args.push else "pull"}
+        arguments = model.server_arguments(args.model)
         self._args = args
-        self._prefill = Server("prefill", place, directory, connector_config("kv_producer", **options), core=0)
-        self._decode = Server("decode", place, directory, connector_config("kv_consumer", **options), core=1)
-        self._proxy = Proxy(f"http://127.0.0.1:{self._prefill.port}", f"http://127.0.0.1:{self._decode.port}")
+        self._prefill = Server("prefill", place, directory, connector_config("kv_producer", **options), core=0,
+                               arguments=arguments)
+        self._decode = Server("decode", place, directory, connector_config("kv_consumer", **options), core=1,
+                              arguments=arguments)
+        self._proxy = Proxy(f"http://127.0.0.1:{self._prefill.port}", f"http://127.0.0.1:{self._decode.port}",
+                            args.push)
         self._good = True
 
     def run(self) -> bool:
@@ -109,7 +115,8 @@ class _Demo:
         self._report("prefill killed", answers)
         self._compare("prefill killed", answers, expected)
         print(f"  {self._proxy.num_fallbacks} prompts were computed by the decode server itself, "
-              f"{self._count('vllm:llm_datadist_failed_pulls_total'):.0f} loads failed and were computed there too")
+              f"{self._count('vllm:llm_datadist_failed_pulls_total') + self._count(_FAILED_RECEIVES):.0f} loads failed "
+              "and were computed there too")
         self._prefill.start()
         self._prefill.wait_ready()
         fallbacks = self._proxy.num_fallbacks
@@ -171,14 +178,16 @@ class _Demo:
         return self._decode.metrics().get(name, 0.0)
 
     def _moved(self, num_requests: int) -> None:
-        pulls = self._count("vllm:llm_datadist_pull_bytes_count")
-        num_bytes = self._count("vllm:llm_datadist_pull_bytes_sum")
-        seconds = self._count("vllm:llm_datadist_pull_seconds_sum")
+        what = "receive" if self._args.push else "pull"
+        count = self._count(f"vllm:llm_datadist_{what}_bytes_count")
+        num_bytes = self._count(f"vllm:llm_datadist_{what}_bytes_sum")
         hits = self._count("vllm:external_prefix_cache_hits_total")
-        print(f"  {hits:.0f} tokens of {pulls:.0f} prompts taken from the prefill server, {num_bytes / 2**20:.1f} MiB, "
-              f"{1000 * seconds / max(pulls, 1):.1f} ms each")
-        if pulls != num_requests:
-            self._fail(f"only {pulls:.0f} of {num_requests} prompts were taken from the prefill server")
+        server, what = (self._prefill, "push") if self._args.push else (self._decode, "pull")
+        seconds = server.metrics().get(f"vllm:llm_datadist_{what}_seconds_sum", 0.0)
+        print(f"  {hits:.0f} tokens of {count:.0f} prompts taken from the prefill server, {num_bytes / 2**20:.1f} MiB, "
+              f"{1000 * seconds / max(count, 1):.1f} ms each" + (" after it was computed" if self._args.push else ""))
+        if count != num_requests:
+            self._fail(f"only {count:.0f} of {num_requests} prompts were taken from the prefill server")
 
     def _leftovers(self) -> None:
         deadline = time.monotonic() + _SETTLE_S

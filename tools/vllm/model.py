@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, List
 
-__all__ = ["KINDS", "make_model"]
+__all__ = ["KINDS", "make_model", "server_arguments"]
 
 VOCAB_SIZE = 2048
 MAX_TOKENS = 2048
@@ -80,6 +80,15 @@ def _mla() -> Any:
         **_common(), hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=4, kv_lora_rank=512, q_lora_rank=None, qk_rope_head_dim=64, qk_nope_head_dim=32,
         v_head_dim=32, head_dim=64, first_k_dense_replace=3, moe_intermediate_size=64))
+
+
+def server_arguments(kind: str) -> List[str]:
+    """Return what a server needs besides, to answer the same however a prompt is split.
+
+    vLLM's compiled rotary embedding for processors leaves out every position but the first where keys and queries are
+    not contiguous, as those of latent attention are; a token by itself is contiguous. Its PyTorch form is right.
+    """
+    return ["--compilation-config", '{"custom_ops": ["all", "-rotary_embedding"]}'] if kind == "mla" else []
 
 
 KINDS: Dict[str, Callable[[], Any]] = {"tiny": _tiny, "fat": _fat, "hybrid": _hybrid, "mla": _mla}

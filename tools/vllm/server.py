@@ -161,8 +161,8 @@ class Server:
     # -------------------------------------------------------------------------------------------------- requests
 
     def complete(self, prompt: Sequence[int], max_tokens: int, transfer_params: Optional[Mapping[str, Any]] = None,
-                 **extra: Any) -> Dict[str, Any]:
-        """Complete a prompt of token ids, greedily.
+                 port: Optional[int] = None, **extra: Any) -> Dict[str, Any]:
+        """Complete a prompt of token ids, greedily; at another `port` by a proxy.
 
         Returns
         -------
@@ -180,7 +180,7 @@ class Server:
                                 "return_token_ids": True, "ignore_eos": True, **extra}
         if transfer_params is not None:
             body["kv_transfer_params"] = dict(transfer_params)
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=REQUEST_LIMIT_S)
+        connection = http.client.HTTPConnection("127.0.0.1", port or self.port, timeout=REQUEST_LIMIT_S)
         try:
             connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
             response = connection.getresponse()

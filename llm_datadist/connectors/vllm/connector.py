@@ -11,8 +11,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-from llm_datadist.connectors.vllm.layout import blocks_layouts, layout_digest
+from llm_datadist.connectors.vllm.block_tables import MAX_ENTRIES
+from llm_datadist.connectors.vllm.layout import blocks_layouts, group_block_tokens, layer_places, layout_digest
 from llm_datadist.connectors.vllm.metadata import Metadata, WorkerCard
+from llm_datadist.connectors.vllm.push_scheduler import PushScheduler
 from llm_datadist.connectors.vllm.scheduler import SchedulerHalf
 from llm_datadist.connectors.vllm.settings import Settings
 from llm_datadist.connectors.vllm.stats import PromMetrics, TransferStats
@@ -52,15 +54,26 @@ class LLMDataDistConnector(KVConnectorBase_V1, SupportsHMA):
     def __init__(self, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig") -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self._settings = Settings.read(self._kv_transfer_config.kv_connector_extra_config)
+        pushes = self._settings.mode == "push"
         if role is KVConnectorRole.SCHEDULER:
-            self._scheduler = SchedulerHalf()
+            self._scheduler = SchedulerHalf(self._push_scheduler(vllm_config) if pushes else None)
         else:
             from vllm.distributed.parallel_state import get_tp_group
 
             layouts = blocks_layouts(kv_cache_config)
-            digest = layout_digest(kv_cache_config, _facts(vllm_config))
+            digest = layout_digest(kv_cache_config, {**_facts(vllm_config), "mode": self._settings.mode})
             self._worker = WorkerHalf(self._settings, get_tp_group().rank_in_group, layouts, digest,
-                                      self._kv_transfer_config.is_kv_producer)
+                                      pushes or self._kv_transfer_config.is_kv_producer,
+                                      layer_places(kv_cache_config) if pushes else None)
+
+    def _push_scheduler(self, vllm_config: "VllmConfig") -> PushScheduler:
+        block_tokens = group_block_tokens(self._kv_cache_config)
+        num_tokens = vllm_config.model_config.max_model_len
+        longest = sum(-(-num_tokens // tokens) for tokens in block_tokens)
+        if longest > MAX_ENTRIES:
+            raise ValueError(f"a request of {num_tokens} tokens has {longest} blocks; with mode \"push\" it may have "
+                             f"{MAX_ENTRIES}: enlarge --block-size, or shorten --max-model-len")
+        return PushScheduler(block_tokens)
 
     # --------------------------------------------------------------------------------------- the scheduler's half
 
@@ -74,7 +87,7 @@ class LLMDataDistConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_meta(self, scheduler_output: Any) -> Metadata:
         """What the workers are to do in this step."""
-        return self._scheduler.take_metadata()
+        return self._scheduler.take_metadata(scheduler_output)
 
     def request_finished(self, request: Any, block_ids: List[int]) -> Tuple[bool, Optional[Dict[str, Any]]]:
         """Whether the blocks are kept, and how others find them; for one group."""
@@ -125,10 +138,12 @@ class LLMDataDistConnector(KVConnectorBase_V1, SupportsHMA):
         """Nothing to wait for: a request is computed once all of its blocks are here."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
-        """Nothing to save: blocks are fetched from where they were computed."""
+        """A layer was computed: what is pushed may go. Blocks that are fetched are so from where they were computed."""
+        self._worker.tick(layer_name)
 
     def wait_for_save(self) -> None:
-        """Nothing to wait for."""
+        """All layers were computed. Nothing to wait for: blocks are kept until they have gone."""
+        self._worker.end_step()
 
     def get_transfer_results(self, finished_req_ids: Set[str]) -> KVConnectorTransferResults:
         """Requests whose transfers have ended since the last step."""
@@ -146,6 +161,11 @@ class LLMDataDistConnector(KVConnectorBase_V1, SupportsHMA):
     def get_kv_connector_stats(self) -> Optional[TransferStats]:
         """What the worker has counted since the last step."""
         return self._worker.take_stats() if self._role is KVConnectorRole.WORKER else None
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: Dict[str, Any]) -> bool:
+        """Whether layers are followed one by one, which a graph of the whole model would skip."""
+        return extra_config.get("mode") == "push"
 
     @classmethod
     def build_kv_connector_stats(cls, data: Optional[Dict[str, Any]] = None) -> TransferStats:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from typing import Dict, List, Sequence, Tuple
 
-from llm_datadist import Cache, HeldBlocksKey, KeyOutcome, LLMDataDist
+from llm_datadist import Cache, HeldBlocksKey, KeyEvent, KeyOutcome, LLMDataDist
 
 __all__ = ["Holds"]
 
@@ -55,10 +55,10 @@ class Holds:
         for generation in range(len(self._caches)):
             self._manager.drop_blocks(self._key(key, generation))
 
-    def take_ended(self) -> List[Tuple[str, KeyOutcome]]:
+    def take_ended(self, events: Sequence[KeyEvent]) -> List[Tuple[str, KeyOutcome]]:
         """Return the requests whose blocks nobody will fetch any more, and the worst of what became of their keys."""
         ended = []
-        for event in self._manager.take_key_events():
+        for event in events:
             request_id = self._requests.get(event.key.req_id)
             if request_id is None:
                 continue

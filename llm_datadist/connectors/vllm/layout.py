@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Any, Dict, FrozenSet, List, Mapping, Set, Tuple
+from typing import Any, Dict, FrozenSet, Iterator, List, Mapping, Set, Tuple
 
-__all__ = ["BlocksLayout", "blocks_layouts", "layout_digest"]
+__all__ = ["BlocksLayout", "blocks_layouts", "group_block_tokens", "layer_places", "layout_digest"]
+
+_Place = Tuple[int, int, int]           # block bytes, blocks, offset
 
 
 @dataclass(frozen=True)
@@ -62,15 +64,9 @@ def blocks_layouts(kv_cache_config: Any) -> List[BlocksLayout]:
     """
     group_of = {layer: index for index, group in enumerate(kv_cache_config.kv_cache_groups)
                 for layer in group.layer_names}
-    groups_at: Dict[Tuple[int, int, int], Set[int]] = {}     # (block bytes, blocks, offset) of a place
-    for tensor in kv_cache_config.kv_cache_tensors:
-        num_blocks = _num_blocks_of(kv_cache_config, tensor)
-        packed = tensor.layer_stride < tensor.block_stride      # a block holds the pages of all layers side by side
-        for index, layer in enumerate(tensor.layers):
-            offset = 0 if packed else tensor.offset + index * tensor.layer_stride
-            if packed and tensor.size < tensor.block_stride * num_blocks:
-                raise ValueError(f"{num_blocks} blocks of {tensor.block_stride} bytes do not fit {tensor.size} bytes")
-            groups_at.setdefault((tensor.block_stride, num_blocks, offset), set()).add(group_of[layer])
+    groups_at: Dict[_Place, Set[int]] = {}
+    for layer, place in _places(kv_cache_config):
+        groups_at.setdefault(place, set()).add(group_of[layer])
     _check_apart(list(groups_at))
     shapes = sorted({(block_bytes, num_blocks) for block_bytes, num_blocks, _ in groups_at})
     layouts = []
@@ -78,6 +74,31 @@ def blocks_layouts(kv_cache_config: Any) -> List[BlocksLayout]:
         places = {place[2]: groups for place, groups in groups_at.items() if place[:2] == shape}
         layouts.append(BlocksLayout(*shape, tuple(sorted(places)), frozenset().union(*places.values())))
     return layouts
+
+
+def _places(kv_cache_config: Any) -> Iterator[Tuple[str, _Place]]:
+    """Each layer and where its blocks lie."""
+    for tensor in kv_cache_config.kv_cache_tensors:
+        num_blocks = _num_blocks_of(kv_cache_config, tensor)
+        packed = tensor.layer_stride < tensor.block_stride      # a block holds the pages of all layers side by side
+        for index, layer in enumerate(tensor.layers):
+            offset = 0 if packed else tensor.offset + index * tensor.layer_stride
+            if packed and tensor.size < tensor.block_stride * num_blocks:
+                raise ValueError(f"{num_blocks} blocks of {tensor.block_stride} bytes do not fit {tensor.size} bytes")
+            yield layer, (tensor.block_stride, num_blocks, offset)
+
+
+def layer_places(kv_cache_config: Any) -> Dict[str, Tuple[int, int]]:
+    """Return for each layer the position of its blocks cache in `blocks_layouts`, and of its place in that."""
+    layouts = blocks_layouts(kv_cache_config)
+    positions = {(layout.block_bytes, layout.num_blocks, offset): (cache, place)
+                 for cache, layout in enumerate(layouts) for place, offset in enumerate(layout.offsets)}
+    return {layer: positions[place] for layer, place in _places(kv_cache_config)}
+
+
+def group_block_tokens(kv_cache_config: Any) -> Tuple[int, ...]:
+    """Return for each KV cache group how many tokens a block has."""
+    return tuple(int(group.kv_cache_spec.block_size) for group in kv_cache_config.kv_cache_groups)
 
 
 def _num_blocks_of(kv_cache_config: Any, tensor: Any) -> int:

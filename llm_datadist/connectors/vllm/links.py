@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import threading
-from typing import Dict
+from typing import Callable, Dict, TypeVar
 
 from llm_datadist import LLMClusterInfo, LLMDataDist, LLMStatusCode
 from llm_datadist.connectors.vllm.logger import log
@@ -12,6 +12,7 @@ from llm_datadist.status import LLMLinkError
 __all__ = ["Links"]
 
 _FORGET_TIMEOUT_MS = 1000
+_T = TypeVar("_T")
 
 
 class Links:
@@ -55,6 +56,16 @@ class Links:
             with self._lock:
                 self._linked.add(peer)
             log.info("linked to cluster %s at %s:%s", peer.cluster_id, peer.host, peer.port)
+
+    def call(self, peer: Endpoint, call: Callable[[], _T]) -> _T:
+        """Call over a link to `peer`; over a new one if that it had turns out to be broken."""
+        self.ensure(peer)
+        try:
+            return call()
+        except LLMLinkError:
+            self.forget(peer)
+            self.ensure(peer)
+            return call()
 
     def forget(self, peer: Endpoint) -> None:
         """Drop a link that turned out to be broken, so that the next transfer makes it anew."""

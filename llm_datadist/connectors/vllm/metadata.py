@@ -6,7 +6,10 @@ from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata, KVConnectorMetadata
 
-__all__ = ["Endpoint", "Metadata", "PullOrder", "RemoteBlocks", "WorkerCard"]
+__all__ = ["NULL_BLOCK", "Chunk", "Endpoint", "Expectation", "Metadata", "PullOrder", "PushOrder", "RemoteBlocks",
+           "WorkerCard"]
+
+NULL_BLOCK = 0                  # vLLM's placeholder where a sliding window has left a block behind
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,69 @@ class PullOrder:
     waits: bool = False
 
 
+@dataclass(frozen=True)
+class Expectation:
+    """Blocks here that another engine will push into.
+
+    Parameters
+    ----------
+    request_id : str
+        The request here.
+    transfer_id : int
+        What both sides call the transfer.
+    blocks : tuple of list of int
+        Block table of each KV cache group, by position; `NULL_BLOCK` for one that is not needed.
+    waits : bool
+        Whether the scheduler waits for the end of it.
+    """
+
+    request_id: str
+    transfer_id: int
+    blocks: Tuple[List[int], ...]
+    waits: bool
+
+
+@dataclass(frozen=True)
+class PushOrder:
+    """A request here whose blocks are pushed.
+
+    Parameters
+    ----------
+    request_id : str
+        The request here.
+    transfer_id : int
+        What both sides call the transfer.
+    endpoints : tuple of Endpoint
+        The workers of the other engine by rank.
+    """
+
+    request_id: str
+    transfer_id: int
+    endpoints: Tuple[Endpoint, ...]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Blocks of a pushed request that are complete after this step.
+
+    Parameters
+    ----------
+    request_id : str
+        The request.
+    first : tuple of int
+        Per KV cache group: position of its first block.
+    blocks : tuple of list of int
+        Per KV cache group: block ids here, by position from `first` on.
+    is_last : bool
+        Whether the prompt is complete with them.
+    """
+
+    request_id: str
+    first: Tuple[int, ...]
+    blocks: Tuple[List[int], ...]
+    is_last: bool
+
+
 @dataclass
 class Metadata(KVConnectorMetadata):
     """One step.
@@ -116,9 +182,27 @@ class Metadata(KVConnectorMetadata):
         Those of them that have finished: their blocks wait for the other side.
     drops : list of str
         Those whose blocks nobody will fetch.
+    expects : list of Expectation
+        Blocks that another engine will push into.
+    withdraws : list of str
+        Requests of those that nobody waits for any more.
+    pushes : list of PushOrder
+        Requests whose blocks are pushed from here.
+    chunks : list of Chunk
+        Their blocks that this step completes.
+    restarts : list of str
+        Those that lost their blocks and begin anew.
+    ends : dict of str to bool
+        Those that have finished, and whether their blocks are kept until they are pushed.
     """
 
     pulls: List[PullOrder] = field(default_factory=list)
     holds: Dict[str, int] = field(default_factory=dict)
     leases: List[str] = field(default_factory=list)
     drops: List[str] = field(default_factory=list)
+    expects: List[Expectation] = field(default_factory=list)
+    withdraws: List[str] = field(default_factory=list)
+    pushes: List[PushOrder] = field(default_factory=list)
+    chunks: List[Chunk] = field(default_factory=list)
+    restarts: List[str] = field(default_factory=list)
+    ends: Dict[str, bool] = field(default_factory=dict)

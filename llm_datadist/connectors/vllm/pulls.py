@@ -5,14 +5,14 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Callable, List, Optional, Sequence, Set, Tuple
+from typing import List, Optional, Sequence, Set, Tuple
 
 from llm_datadist import Cache, HeldBlocksKey, LLMDataDist
 from llm_datadist.connectors.vllm.layout import BlocksLayout
 from llm_datadist.connectors.vllm.links import Links
 from llm_datadist.connectors.vllm.logger import log
 from llm_datadist.connectors.vllm.metadata import Endpoint, PullOrder
-from llm_datadist.status import LLMLinkError, LLMNotFoundError
+from llm_datadist.status import LLMNotFoundError
 
 __all__ = ["PullResult", "Pulls"]
 
@@ -124,23 +124,13 @@ class Pulls:
 
     def _release(self, peer: Endpoint, key: HeldBlocksKey) -> None:
         try:
-            self._linked(peer, lambda: self._manager.release_blocks(key))
+            self._links.call(peer, lambda: self._manager.release_blocks(key))
         except LLMNotFoundError:
             pass                                    # the lease has ended before
 
     def _pull(self, peer: Endpoint, key: HeldBlocksKey, cache: Cache, src: List[int], dst: List[int],
               is_last: bool) -> None:
-        self._linked(peer, lambda: self._manager.pull_blocks(key, cache, src, dst, release=is_last))
-
-    def _linked(self, peer: Endpoint, call: Callable[[], None]) -> None:
-        """Call over a link to `peer`; over a new one if that it had turns out to be broken."""
-        self._links.ensure(peer)
-        try:
-            call()
-        except LLMLinkError:
-            self._links.forget(peer)
-            self._links.ensure(peer)
-            call()
+        self._links.call(peer, lambda: self._manager.pull_blocks(key, cache, src, dst, release=is_last))
 
 
 def _blocks_of(layout: BlocksLayout, block_ids: Sequence[List[int]]) -> List[int]:

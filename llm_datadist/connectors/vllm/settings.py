@@ -6,6 +6,7 @@ from typing import Any, Mapping
 
 __all__ = ["Settings"]
 
+_MODES = ("pull", "push")
 _PROVIDERS = ("auto", "host", "cann")
 
 
@@ -15,6 +16,9 @@ class Settings:
 
     Parameters
     ----------
+    mode : str
+        ``"pull"``: a decode engine fetches blocks of a prompt that was computed. ``"push"``: a prefill engine also
+        writes them, layer by layer while it computes, for requests that a proxy sends to both at once.
     kv_in_pool : bool
         Whether the KV cache is allocated in the shared pool of this package, which peers on the same host map.
     listen_host : str
@@ -26,6 +30,8 @@ class Settings:
         How long finished blocks are kept for a decode side that does not come.
     pull_timeout_ms : int
         Deadline of one transfer.
+    push_timeout_ms : int
+        How long a decode engine waits for a prompt to be computed and pushed.
     link_timeout_ms : int
         Deadline of making a link.
     pull_threads : int
@@ -41,11 +47,13 @@ class Settings:
         An option is unknown, or has a value that is not allowed. The text names it.
     """
 
+    mode: str = "pull"
     kv_in_pool: bool = False
     listen_host: str = "127.0.0.1"
     listen_port: int = 0
     lease_ms: int = 30_000
     pull_timeout_ms: int = 10_000
+    push_timeout_ms: int = 120_000
     link_timeout_ms: int = 3_000
     pull_threads: int = 4
     chunk_bytes: int = 64 << 20
@@ -53,12 +61,13 @@ class Settings:
 
     def __post_init__(self) -> None:
         ranges = {"listen_port": (0, 65535), "pull_threads": (1, 64), "chunk_bytes": (1, 2**62),
-                  **dict.fromkeys(("lease_ms", "pull_timeout_ms", "link_timeout_ms"), (1, 2**31 - 1))}
+                  **dict.fromkeys(("lease_ms", "pull_timeout_ms", "push_timeout_ms", "link_timeout_ms"),
+                                  (1, 2**31 - 1))}
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise ValueError(f"{name}={value!r} is not allowed; it must be an integer in [{low}, {high}]")
-        for name, allowed in (("provider", _PROVIDERS), ("kv_in_pool", (True, False))):
+        for name, allowed in (("mode", _MODES), ("provider", _PROVIDERS), ("kv_in_pool", (True, False))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; it must be one of {allowed}")
         if not isinstance(self.listen_host, str):

@@ -7,12 +7,19 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 
 __all__ = ["PromMetrics", "TransferStats"]
 
-_SAMPLES = ("pull_seconds", "pull_bytes")
-_COUNTS = ("failed_pulls", "blocks_pulled", "blocks_released", "blocks_expired", "blocks_lost")
+_SAMPLES = ("pull_seconds", "pull_bytes", "receive_seconds", "receive_bytes", "push_seconds", "push_bytes")
+_COUNTS = ("failed_pulls", "failed_receives", "failed_pushes",
+           "blocks_pulled", "blocks_released", "blocks_expired", "blocks_lost")
 _TEXTS = {
     "pull_seconds": "Time from the order to fetch the blocks of a request to its end, s.",
     "pull_bytes": "Bytes fetched for a request.",
+    "receive_seconds": "Time from the offer of blocks for a request to the end of the push into them, s.",
+    "receive_bytes": "Bytes that another engine pushed for a request.",
+    "push_seconds": "Time from the end of a prompt's computation to the end of its push, s.",
+    "push_bytes": "Bytes pushed for a request.",
     "failed_pulls": "Requests whose blocks could not be fetched.",
+    "failed_receives": "Requests whose blocks another engine did not push.",
+    "failed_pushes": "Requests whose blocks could not be pushed.",
     "blocks_pulled": "Requests whose blocks another engine has fetched from here.",
     "blocks_released": "Requests whose blocks another engine did not need.",
     "blocks_expired": "Requests whose blocks nobody fetched within the lease.",
@@ -34,10 +41,10 @@ class TransferStats(KVConnectorStats):
         """Start anew."""
         self.data: Dict[str, Any] = {**{name: [] for name in _SAMPLES}, **dict.fromkeys(_COUNTS, 0)}
 
-    def record_pull(self, seconds: float, num_bytes: int) -> None:
-        """Blocks of a request have come."""
-        self.data["pull_seconds"].append(seconds)
-        self.data["pull_bytes"].append(num_bytes)
+    def record(self, what: str, seconds: float, num_bytes: int) -> None:
+        """Blocks of a request have come or gone: by a "pull", a "receive" or a "push"."""
+        self.data[f"{what}_seconds"].append(seconds)
+        self.data[f"{what}_bytes"].append(num_bytes)
 
     def count(self, name: str) -> None:
         """One more of something."""
@@ -53,12 +60,14 @@ class TransferStats(KVConnectorStats):
 
     def reduce(self) -> Dict[str, Union[int, float]]:
         """Return a summary for the log."""
-        seconds: List[float] = sorted(self.data["pull_seconds"])
-        total = sum(self.data["pull_bytes"])
-        summary: Dict[str, Union[int, float]] = {"Pulls": len(seconds), "MiB": round(total / 2**20, 1)}
-        if seconds:
-            summary["Median pull, ms"] = round(1000 * seconds[len(seconds) // 2], 2)
-            summary["Longest pull, ms"] = round(1000 * seconds[-1], 2)
+        summary: Dict[str, Union[int, float]] = {}
+        for what in ("pull", "receive", "push"):
+            seconds: List[float] = sorted(self.data[f"{what}_seconds"])
+            if seconds:
+                summary[f"{what}: number"] = len(seconds)
+                summary[f"{what}: MiB"] = round(sum(self.data[f"{what}_bytes"]) / 2**20, 1)
+                summary[f"{what}: median, ms"] = round(1000 * seconds[len(seconds) // 2], 2)
+                summary[f"{what}: longest, ms"] = round(1000 * seconds[-1], 2)
         summary.update({name.replace("_", " "): self.data[name] for name in _COUNTS if self.data[name]})
         return summary
 
@@ -76,7 +85,7 @@ class PromMetrics(KVConnectorPromMetrics):
         self._metrics: Dict[str, Dict[int, Any]] = {}
         for name in _SAMPLES:
             metric = self._histogram_cls(name=f"vllm:llm_datadist_{name}", documentation=_TEXTS[name],
-                                         buckets=_SECONDS if name == "pull_seconds" else _BYTES,
+                                         buckets=_SECONDS if name.endswith("_seconds") else _BYTES,
                                          labelnames=labelnames)
             self._metrics[name] = self._per_engine(metric)
         for name in _COUNTS:

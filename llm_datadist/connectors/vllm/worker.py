@@ -9,17 +9,20 @@ from __future__ import annotations
 import ctypes
 import json
 import secrets
-from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple
 
 import numpy as np
 
 from llm_datadist import Cache, CacheDesc, DataType, LLMConfig, LLMDataDist, LLMRole
+from llm_datadist.connectors.vllm.block_tables import BlockTables
 from llm_datadist.connectors.vllm.holds import Holds
 from llm_datadist.connectors.vllm.layout import BlocksLayout
 from llm_datadist.connectors.vllm.links import Links
 from llm_datadist.connectors.vllm.logger import log
 from llm_datadist.connectors.vllm.metadata import Endpoint, Metadata, WorkerCard
 from llm_datadist.connectors.vllm.pulls import Pulls
+from llm_datadist.connectors.vllm.pushes import Pushes
+from llm_datadist.connectors.vllm.receives import Receives
 from llm_datadist.connectors.vllm.settings import Settings
 from llm_datadist.connectors.vllm.stats import TransferStats
 
@@ -44,20 +47,26 @@ class WorkerHalf:
     digest : str
         Its digest.
     serves : bool
-        Whether others fetch from here, so that it listens.
+        Whether others come here, so that it listens.
+    places : mapping of str to (int, int), optional
+        Where the blocks of each layer lie, as `layer_places` says; for pushes.
     """
 
     def __init__(self, settings: Settings, rank: int, layouts: Sequence[BlocksLayout], digest: str,
-                 serves: bool) -> None:
+                 serves: bool, places: Optional[Mapping[str, Tuple[int, int]]] = None) -> None:
         self._settings = settings
         self._rank = rank
         self._layouts = list(layouts)
         self._digest = digest
         self._serves = serves
+        self._places = places
         self._engine: Optional[LLMDataDist] = None
         self._caches: List[Tuple[BlocksLayout, Cache]] = []
         self._pulls: Optional[Pulls] = None
         self._holds: Optional[Holds] = None
+        self._tables: Optional[BlockTables] = None
+        self._pushes: Optional[Pushes] = None
+        self._receives: Optional[Receives] = None
         self._failed_blocks: Set[int] = set()
         self._stats = TransferStats()
 
@@ -71,6 +80,7 @@ class WorkerHalf:
             config.device_id = 0
             config.enable_cache_manager = True
             config.sync_kv_timeout = settings.pull_timeout_ms
+            config.enable_remote_cache_accessible = self._places is not None
             if self._serves:
                 port = settings.listen_port + self._rank if settings.listen_port else 0
                 config.listen_ip_info = f"{settings.listen_host}:{port}"
@@ -123,7 +133,8 @@ class WorkerHalf:
         for layout in self._layouts:
             # Without a key for all blocks: others get at those of a request alone, by the key it holds.
             desc = CacheDesc(len(layout.offsets), [layout.num_blocks, layout.block_bytes], DataType.DT_UINT8)
-            cache = manager.register_blocks_cache(desc, [base_addr + offset for offset in layout.offsets])
+            cache = manager.register_blocks_cache(desc, [base_addr + offset for offset in layout.offsets], None,
+                                                  self._places is not None)
             self._caches.append((layout, cache))
         self._start()
 
@@ -132,6 +143,11 @@ class WorkerHalf:
         self._holds = Holds(engine, [cache for _, cache in self._caches], settings.lease_ms)
         links = Links(engine, settings.link_timeout_ms)
         self._pulls = Pulls(engine, self._caches, links, self._rank, settings.pull_threads, settings.chunk_bytes)
+        if self._places is not None:
+            self._tables = BlockTables(engine)
+            self._pushes = Pushes(engine, self._caches, self._places, self._tables, links, self._rank,
+                                  settings.lease_ms)
+            self._receives = Receives(engine, self._caches, self._tables, settings.push_timeout_ms)
         shapes = ", ".join(f"{len(layout.offsets)} x {layout.num_blocks} blocks of {layout.block_bytes} bytes"
                            for layout in self._layouts)
         log.info("cluster %s, rank %s, listens at %s; KV cache in %s, %s", engine.cluster_id, self._rank,
@@ -148,8 +164,12 @@ class WorkerHalf:
         """End the transfers, within their deadlines, and the engine."""
         if self._pulls is not None:
             self._pulls.close()
+        if self._pushes is not None:
+            self._pushes.close()
         if self._engine is not None:
             manager = self._engine.cache_manager
+            if self._tables is not None:
+                self._tables.close()
             for _, cache in self._caches:
                 if cache.is_registered:
                     manager.unregister_cache(cache.cache_id)
@@ -172,6 +192,35 @@ class WorkerHalf:
             holds.lease(request_id)
         for request_id in metadata.drops:
             holds.drop(request_id)
+        if self._receives is not None and self._pushes is not None:
+            self._bind_pushes(metadata, self._receives, self._pushes)
+
+    @staticmethod
+    def _bind_pushes(metadata: Metadata, receives: Receives, pushes: Pushes) -> None:
+        for expectation in metadata.expects:
+            receives.expect(expectation)
+        for request_id in metadata.withdraws:
+            receives.withdraw(request_id)
+        for request_id, keeps in metadata.ends.items():
+            if keeps:
+                pushes.finish(request_id)
+            else:
+                pushes.drop(request_id)
+        for request_id in metadata.restarts:
+            pushes.restart(request_id)
+        for push in metadata.pushes:
+            pushes.start(push)
+        pushes.begin_step(metadata.chunks)
+
+    def tick(self, layer: str) -> None:
+        """A layer of this step was computed."""
+        if self._pushes is not None:
+            self._pushes.tick(layer)
+
+    def end_step(self) -> None:
+        """All layers of this step were."""
+        if self._pushes is not None:
+            self._pushes.end_step()
 
     def start_pulls(self, metadata: Metadata) -> None:
         """Start to fetch what the scheduler asks for."""
@@ -184,7 +233,10 @@ class WorkerHalf:
         if self._pulls is None or self._holds is None:
             return set(), set(), set()
         sent: Set[str] = set()
-        for request_id, outcome in self._holds.take_ended():
+        events = self.open().cache_manager.take_key_events()
+        if self._receives is not None:
+            events = [event for event in events if not self._receives.take_event(event)]
+        for request_id, outcome in self._holds.take_ended(events):
             sent.add(request_id)
             self._stats.count(f"blocks_{outcome.name.lower()}")
         received: Set[str] = set()
@@ -194,14 +246,37 @@ class WorkerHalf:
                 continue
             received.add(result.order.request_id)
             if result.error is None:
-                self._stats.record_pull(result.seconds, result.num_bytes)
+                self._stats.record("pull", result.seconds, result.num_bytes)
                 continue
             self._stats.count("failed_pulls")
             if len(result.order.dst_blocks) == 1:
                 self._failed_blocks |= result.failed_blocks     # those before the first one are kept
             else:
                 failed.add(result.order.request_id)             # block ids do not tell the group
+        if self._receives is not None and self._pushes is not None:
+            self._take_received(self._receives, received, failed)
+            self._take_pushed(self._pushes, sent)
         return sent, received, failed
+
+    def _take_received(self, receives: Receives, received: Set[str], failed: Set[str]) -> None:
+        for result in receives.take_ended():
+            if not result.order.waits:
+                continue
+            received.add(result.order.request_id)
+            if result.arrived:
+                self._stats.record("receive", result.seconds, result.num_bytes)
+            else:
+                self._stats.count("failed_receives")
+                failed.add(result.order.request_id)
+
+    def _take_pushed(self, pushes: Pushes, sent: Set[str]) -> None:
+        ended, results = pushes.take_ended()
+        sent.update(ended)
+        for result in results:
+            if result.error is None:
+                self._stats.record("push", result.seconds, result.num_bytes)
+            else:
+                self._stats.count("failed_pushes")
 
     def take_failed_blocks(self) -> Set[int]:
         """Return the blocks that did not arrive, of requests that ended by now."""
@@ -219,4 +294,5 @@ class WorkerHalf:
         """What this worker's engine holds at this moment, for tests and for whoever looks for a leak."""
         stats = self.open().stats()
         return {**{name: int(stats[name]) for name in ("caches", "pins", "holds", "links")},
-                "requests": len(self._holds or ()), "pulls": self._pulls.num_running if self._pulls else 0}
+                "requests": len(self._holds or ()), "pulls": self._pulls.num_running if self._pulls else 0,
+                "pushes": len(self._pushes or ()), "receives": len(self._receives or ())}

@@ -338,8 +338,11 @@ cdef class LayerPush:
                     self._end()
         self._raise_for(status, &detail, b"plan" if status == LDD_E_PARAM else b"transfer")
 
-    def close(self):
-        """End the lease and unpin the source. Idempotent; a peer that is gone has ended the lease itself."""
+    def close(self, bint ends_hold=False):
+        """End the lease and unpin the source. Idempotent; a peer that is gone has ended the lease itself.
+
+        With `ends_hold` the key of held blocks that was aimed at ends as well, for all has been written.
+        """
         cdef ldd_detail detail
         cdef ldd_status status = LDD_OK
         if not self._pinned or self._engine.table == NULL or getpid() != self._engine._pid:
@@ -350,12 +353,13 @@ cdef class LayerPush:
                 if status == LDD_E_TIMEOUT:
                     continue                        # others keep the link busy; while it lives the lease must be ended
                 if status == LDD_OK:
-                    status = ldd_request_release(self._link, self._lease, False, 0, 0,
+                    status = ldd_request_release(self._link, self._lease, ends_hold, 0,
+                                             self._num_tensors if ends_hold else 0,
                                              ldd_now_ns() + self._engine.node.sync_timeout_ns, &detail)
                     self._end()
                 elif status == LDD_E_INTERRUPTED:
                     ldd_link_break(self._link, b"interrupted")
-                else:
+                elif not ends_hold:
                     status = LDD_OK                 # the link has gone, and the lease with it
                 self._lease = 0
             ldd_table_unpin(self._engine.table, self._local.slot, self._local.generation)
