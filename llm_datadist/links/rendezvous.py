@@ -93,6 +93,8 @@ class Rendezvous:
         """Ask for a communicator and return its id at once."""
         own = members[cluster_rank_info[self._cluster_id]]
         peers = {cluster: members[rank] for cluster, rank in cluster_rank_info.items() if cluster != self._cluster_id}
+        if own.address is not None and any(peer.rank > own.rank and peer.server != own.server for peer in peers.values()):
+            self._engine.options.check_listen(own.address)
         with self._lock:
             if len(self._communicators) >= MAX_COMMUNICATORS:
                 raise LLMParamInvalidError(f"link: {MAX_COMMUNICATORS} communicators exist, which is the most")

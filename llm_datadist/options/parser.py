@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Callable, List, Mapping, Optional, Tuple, TypeVar
 
 from llm_datadist.configs import LLMRole, trans_int_ip
+from llm_datadist.options.admission import OpenAddresses, parse_open, parse_secret, read_secret_file
 from llm_datadist.options.endpoints import Endpoints, endpoints_of
 from llm_datadist.options.environment import VARIABLES, check_environment
 from llm_datadist.options.values import (
@@ -52,9 +53,11 @@ HOST_MEM_POOL_CONFIG = "llm.HostMemPoolConfig"
 LINK_BASE_PORT = "llm.LinkBasePort"
 LINK_HEAL_TIME = "llm.LinkHealTime"
 LINK_RETRY_COUNT = "llm.LinkRetryCount"
+LINK_SECRET = "llm.LinkSecret"
 LINK_TOTAL_TIME = "llm.LinkTotalTime"
 LISTEN_IP = "llm.ListenIp"
 LISTEN_IP_INFO = "llm.listenIpInfo"
+LISTEN_OPEN = "llm.ListenOpen"
 LISTEN_PORT = "llm.ListenPort"
 LOCAL_COMM_RES = "llm.LocalCommRes"
 MEM_POOL_CONFIG = "llm.MemPoolConfig"
@@ -69,9 +72,9 @@ TRANSFER_BACKEND = "llm.TransferBackend"
 INERT = ("llm.Role", "llm.OutputMaxSize", "llm.deployResPath", "llm.MemoryUtilization", "llm.RefInputShapes",
          "llm.RefInputDtypes", "llm.RefInputSeqLenDimIndex", "llm.kvTensorFormat")
 KNOWN = (*INERT, BUF_POOL_CFG, CLUSTER_INFO, ENABLE_CACHE_MANAGER, ENABLE_REMOTE_CACHE_ACCESSIBLE, ENABLE_SWITCH_ROLE,
-         GLOBAL_RESOURCE_CONFIG, HOST_MEM_POOL_CONFIG, LINK_BASE_PORT, LINK_HEAL_TIME, LINK_RETRY_COUNT, LINK_TOTAL_TIME,
-         LISTEN_IP, LISTEN_IP_INFO, LISTEN_PORT, LOCAL_COMM_RES, MEM_POOL_CONFIG, PROVIDER, RDMA_SERVICE_LEVEL,
-         RDMA_TRAFFIC_CLASS, STRICT, SYNC_KV_CACHE_WAIT_TIME, TRANSFER_BACKEND)
+         GLOBAL_RESOURCE_CONFIG, HOST_MEM_POOL_CONFIG, LINK_BASE_PORT, LINK_HEAL_TIME, LINK_RETRY_COUNT, LINK_SECRET,
+         LINK_TOTAL_TIME, LISTEN_IP, LISTEN_IP_INFO, LISTEN_OPEN, LISTEN_PORT, LOCAL_COMM_RES, MEM_POOL_CONFIG, PROVIDER,
+         RDMA_SERVICE_LEVEL, RDMA_TRAFFIC_CLASS, STRICT, SYNC_KV_CACHE_WAIT_TIME, TRANSFER_BACKEND)
 
 DEFAULT_SYNC_TIMEOUT_MS = 1000
 DEFAULT_LINK_TOTAL_TIME_S = 120
@@ -113,6 +116,11 @@ class EngineOptions:
         What a call may spend, of its own time, on a link that it finds broken; 0: links stay broken until unlinked.
     link_retry_count : int
         Attempts of ``link``.
+    link_secrets : tuple of bytes
+        Keys made of the secrets that peers must know, this side's first; empty: whoever reaches the port may link.
+        Not in the representation.
+    open_addresses : OpenAddresses
+        Where may be listened without a secret.
     local_comm_res : str, optional
         JSON of the network identity; ``""`` means generate it, None that the option is absent.
     transfer_backend : str
@@ -147,6 +155,8 @@ class EngineOptions:
     link_total_time_s: int = DEFAULT_LINK_TOTAL_TIME_S
     link_heal_ms: int = DEFAULT_LINK_HEAL_MS
     link_retry_count: int = 1
+    link_secrets: Tuple[bytes, ...] = field(default=(), repr=False)
+    open_addresses: OpenAddresses = field(default_factory=OpenAddresses)
     local_comm_res: Optional[str] = None
     transfer_backend: str = ""
     global_resource_config: str = ""
@@ -157,6 +167,14 @@ class EngineOptions:
     link_base_port: int = DEFAULT_LINK_BASE_PORT
     endpoints: Endpoints = field(default_factory=Endpoints)
     strict: bool = True
+
+    def check_listen(self, ip: str) -> None:
+        """Raise `LLMParamInvalidError` when nobody said that whoever reaches this address may link."""
+        if not self.link_secrets and not self.open_addresses.allows(ip):
+            raise LLMParamInvalidError(
+                f"listening at {ip} lets everybody link who reaches it: set a shared secret (LLM_DATADIST_SECRET, "
+                f"LLM_DATADIST_SECRET_FILE or option {LINK_SECRET}), or LLM_DATADIST_OPEN=1 (option {LISTEN_OPEN}) "
+                "where the network lets nobody else reach it")
 
     @classmethod
     def parse(
@@ -175,7 +193,8 @@ class EngineOptions:
             Id of the process.
         environ : mapping of str to str, optional
             Environment; default ``os.environ``. Read are ``LLM_DATADIST_PROVIDER``, ``LLM_DATADIST_LINK_BASE_PORT``,
-            ``LLM_DATADIST_LINK_HEAL_MS``, ``LLM_DATADIST_STRICT``, ``HCCL_CONNECT_TIMEOUT``, ``HCCL_RDMA_TC`` and
+            ``LLM_DATADIST_LINK_HEAL_MS``, ``LLM_DATADIST_STRICT``, ``LLM_DATADIST_SECRET``,
+            ``LLM_DATADIST_SECRET_FILE``, ``LLM_DATADIST_OPEN``, ``HCCL_CONNECT_TIMEOUT``, ``HCCL_RDMA_TC`` and
             ``HCCL_RDMA_SL``; an option wins over its variable. The other variables of this package are checked.
 
         Raises
@@ -194,6 +213,8 @@ class EngineOptions:
         check_isinstance(FLOW_GRAPH_MEM_MAX_SIZE, options.get(FLOW_GRAPH_MEM_MAX_SIZE, ""), str, allow_none=False)
         for key, value in items:
             check_isinstance("key of options", key, str, allow_none=False)
+            if key == LINK_SECRET and not isinstance(value, str):
+                raise TypeError(f"option {key} must be a str, not {type(value).__name__}")     # its value is not shown
             check_isinstance(f"option {key}", value, str, allow_none=False)
         environ = os.environ if environ is None else environ
         unknown_variables = check_environment(environ)
@@ -271,6 +292,9 @@ class _Parser:
             link_total_time_s=self._link_total_time_s(),
             link_heal_ms=self._number_or_default(LINK_HEAL_TIME, "LLM_DATADIST_LINK_HEAL_MS", 0, DEFAULT_LINK_HEAL_MS),
             link_retry_count=self._optional(LINK_RETRY_COUNT, integer_in(1, 100)) or 1,
+            link_secrets=self._link_secrets(),
+            open_addresses=self._option_or_variable(
+                LISTEN_OPEN, "LLM_DATADIST_OPEN", parse_open) or OpenAddresses(),
             local_comm_res=self._options.get(LOCAL_COMM_RES),
             endpoints=endpoints_of(LOCAL_COMM_RES, self._options.get(LOCAL_COMM_RES, "")),
             transfer_backend=self._options.get(TRANSFER_BACKEND, ""),
@@ -389,6 +413,10 @@ class _Parser:
                 raise invalid(CLUSTER_INFO, text, "listen_ip_info needs ip, a text or integer, and port, an integer")
             addresses.append(parse_address(CLUSTER_INFO, f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"))
         return tuple(addresses)
+
+    def _link_secrets(self) -> Tuple[bytes, ...]:
+        secrets = self._option_or_variable(LINK_SECRET, "LLM_DATADIST_SECRET", parse_secret)
+        return secrets or self._variable("LLM_DATADIST_SECRET_FILE", read_secret_file) or ()
 
     def _link_total_time_s(self) -> int:
         chosen = self._optional(LINK_TOTAL_TIME, integer_in(0, UINT32_MAX))
