@@ -362,7 +362,7 @@ class LlmConfig:
         _integer_in(1, 100), 1, _number("llm.LinkRetryCount"), """Attempts of ``link``, 1..100.""")
     link_secret = _Setting[str](
         _of_secret, "", _text("llm.LinkSecret"),
-        """What peers must know to link, at least 16 characters; two with white space between while it changes.""")
+        """What peers must know to link, at least 16 characters; two, with white space between, while it changes.""")
     listen_open = _Setting[str](
         _of_type(str), "", _text("llm.ListenOpen"),
         """``"1"``: listen at any address without a secret; or at these addresses and networks, joined by commas.""")

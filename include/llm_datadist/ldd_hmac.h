@@ -1,9 +1,9 @@
 /*
  * HMAC-SHA256 (FIPS 180-4, RFC 2104), for the proofs of a handshake: a few hundred bytes each.
  *
- * Written out here because the service thread needs it without the interpreter, whose hashlib takes the GIL, and because
- * one function is no reason to depend on one version of a cryptographic library. Running time depends on lengths alone:
- * there is no table that is indexed by data, and no branch on it.
+ * Written out here because the service thread needs it without the interpreter, whose hashlib takes the GIL, and
+ * because one function is no reason to depend on one version of a cryptographic library. Running time depends on
+ * lengths alone: there is no table that is indexed by data, and no branch on it.
  */
 #ifndef LLM_DATADIST_LDD_HMAC_H
 #define LLM_DATADIST_LDD_HMAC_H

@@ -52,7 +52,8 @@ enum { LDD_HELLO_HAS_SECRET = 1u << 0 };
 enum { LDD_WELCOME_PROVE = 1, LDD_MAX_SECRETS = 2 };
 
 typedef struct {
-    /* FORWARD: the sender asks on this connection; REVERSE: it answers; SHARED_TABLE: it wants the shared table's files. */
+    /* FORWARD: the sender asks on this connection; REVERSE: it answers; SHARED_TABLE: it wants the shared table's
+     * files. */
     uint16_t direction;
     uint16_t flags;       /* LDD_HELLO_HAS_SECRET */
     uint32_t mode;

@@ -13,7 +13,7 @@ from llm_datadist.options.addresses import numeric_address
 from llm_datadist.options.values import invalid
 from llm_datadist.status import LLMParamInvalidError
 
-__all__ = ["MIN_SECRET_CHARACTERS", "OpenAddresses", "check_secret", "parse_open", "parse_secret", "read_secret_file"]
+__all__ = ["OpenAddresses", "check_secret", "closed_text", "parse_open", "parse_secret", "read_secret_file"]
 
 MIN_SECRET_CHARACTERS = 16
 MAX_SECRETS = 2                 # LDD_MAX_SECRETS of ldd_wire.h: the one in use, and the one before or after it
@@ -21,6 +21,13 @@ _MAX_FILE_BYTES = 4096
 _KEY_LABEL = b"llm_datadist link key"
 
 _Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+
+
+def closed_text(ip: str) -> str:
+    """What to say of an address that is not listened at."""
+    return (f"listening at {ip} lets everybody link who reaches it: set a shared secret (LLM_DATADIST_SECRET, "
+            "LLM_DATADIST_SECRET_FILE or option llm.LinkSecret), or LLM_DATADIST_OPEN=1 (option llm.ListenOpen) where "
+            "the network lets nobody else reach it")
 
 
 def _named(option: str) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Callable, List, Mapping, Optional, Tuple, TypeVar
 
 from llm_datadist.configs import LLMRole, trans_int_ip
-from llm_datadist.options.admission import OpenAddresses, parse_open, parse_secret, read_secret_file
+from llm_datadist.options.admission import OpenAddresses, closed_text, parse_open, parse_secret, read_secret_file
 from llm_datadist.options.endpoints import Endpoints, endpoints_of
 from llm_datadist.options.environment import VARIABLES, check_environment
 from llm_datadist.options.values import (
@@ -73,8 +73,8 @@ INERT = ("llm.Role", "llm.OutputMaxSize", "llm.deployResPath", "llm.MemoryUtiliz
          "llm.RefInputDtypes", "llm.RefInputSeqLenDimIndex", "llm.kvTensorFormat")
 KNOWN = (*INERT, BUF_POOL_CFG, CLUSTER_INFO, ENABLE_CACHE_MANAGER, ENABLE_REMOTE_CACHE_ACCESSIBLE, ENABLE_SWITCH_ROLE,
          GLOBAL_RESOURCE_CONFIG, HOST_MEM_POOL_CONFIG, LINK_BASE_PORT, LINK_HEAL_TIME, LINK_RETRY_COUNT, LINK_SECRET,
-         LINK_TOTAL_TIME, LISTEN_IP, LISTEN_IP_INFO, LISTEN_OPEN, LISTEN_PORT, LOCAL_COMM_RES, MEM_POOL_CONFIG, PROVIDER,
-         RDMA_SERVICE_LEVEL, RDMA_TRAFFIC_CLASS, STRICT, SYNC_KV_CACHE_WAIT_TIME, TRANSFER_BACKEND)
+         LINK_TOTAL_TIME, LISTEN_IP, LISTEN_IP_INFO, LISTEN_OPEN, LISTEN_PORT, LOCAL_COMM_RES, MEM_POOL_CONFIG,
+         PROVIDER, RDMA_SERVICE_LEVEL, RDMA_TRAFFIC_CLASS, STRICT, SYNC_KV_CACHE_WAIT_TIME, TRANSFER_BACKEND)
 
 DEFAULT_SYNC_TIMEOUT_MS = 1000
 DEFAULT_LINK_TOTAL_TIME_S = 120
@@ -168,13 +168,14 @@ class EngineOptions:
     endpoints: Endpoints = field(default_factory=Endpoints)
     strict: bool = True
 
+    def may_listen(self, ip: str) -> bool:
+        """Whether there is a secret, or it was said that whoever reaches this address may link."""
+        return bool(self.link_secrets) or self.open_addresses.allows(ip)
+
     def check_listen(self, ip: str) -> None:
-        """Raise `LLMParamInvalidError` when nobody said that whoever reaches this address may link."""
-        if not self.link_secrets and not self.open_addresses.allows(ip):
-            raise LLMParamInvalidError(
-                f"listening at {ip} lets everybody link who reaches it: set a shared secret (LLM_DATADIST_SECRET, "
-                f"LLM_DATADIST_SECRET_FILE or option {LINK_SECRET}), or LLM_DATADIST_OPEN=1 (option {LISTEN_OPEN}) "
-                "where the network lets nobody else reach it")
+        """Raise `LLMParamInvalidError` unless `may_listen`."""
+        if not self.may_listen(ip):
+            raise LLMParamInvalidError(closed_text(ip))
 
     @classmethod
     def parse(

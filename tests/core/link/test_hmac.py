@@ -6,6 +6,7 @@ import hmac
 import random
 
 import pytest
+
 from llm_datadist_probes import hmac as probe
 
 RANDOM = random.Random(4231)
