@@ -210,6 +210,12 @@ def _of_type(cls: type) -> Callable[[str, Any], Any]:
     return lambda name, value: check_isinstance(name, value, cls)
 
 
+def _of_secret(name: str, value: Any) -> Any:
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"{name} must be a str, not {type(value).__name__}")       # whatever it holds is not shown
+    return value
+
+
 def _in_range(name: str, value: Any, low: Any, high: Any) -> Any:
     if not low <= value <= high:
         raise LLMParamInvalidError(f"{name}={value} is not allowed; it must be in [{low}, {high}]")
@@ -360,6 +366,12 @@ class LlmConfig:
         """How long nothing may come from a peer's host, probes included, before its links end, 2000..3600000 ms.""")
     link_retry_count = _Setting[int](
         _integer_in(1, 100), 1, _number("llm.LinkRetryCount"), """Attempts of ``link``, 1..100.""")
+    link_secret = _Setting[str](
+        _of_secret, "", _text("llm.LinkSecret"),
+        """What peers must know to link, at least 16 characters; two, with white space between, while it changes.""")
+    listen_open = _Setting[str](
+        _of_type(str), "", _text("llm.ListenOpen"),
+        """``"1"``: listen at any address without a secret; or at these addresses and networks, joined by commas.""")
     enable_cache_manager = _Setting[bool](
         _of_type(bool), False, _flag("llm.EnableCacheManager"),
         """Whether the engine has a ``cache_manager`` rather than a ``kv_cache_manager``.""")

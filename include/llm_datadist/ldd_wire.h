@@ -14,9 +14,10 @@
 #include <stdint.h>
 
 #define LDD_WIRE_MAGIC 0x3144444cu /* "LDD1" */
-#define LDD_WIRE_VERSION 1u
+#define LDD_WIRE_VERSION 2u
 #define LDD_WIRE_MAX_PAYLOAD (4u << 20) /* bytes; about 500 000 tensor addresses */
 #define LDD_WIRE_MAX_RANGES 65536u
+#define LDD_WIRE_MAX_HELLO 4096u /* bytes of the payload of a HELLO of another version, which is told so */
 
 enum {
     LDD_FRAME_HELLO = 1,      /* asker -> answerer, first frame of a connection  */
@@ -31,7 +32,8 @@ enum {
     LDD_FRAME_PING = 10,      /* -> ACK                                          */
     LDD_FRAME_ENDPOINTS = 11, /* -> ENDPOINT_LIST; where a network needs any     */
     LDD_FRAME_ENDPOINT_LIST = 12,
-    LDD_FRAME_LEAVE = 13      /* no answer; the link was dropped by force: do not make it anew */
+    LDD_FRAME_LEAVE = 13,     /* no answer; the link was dropped by force: do not make it anew */
+    LDD_FRAME_PROOF = 14      /* of the shared secret, to a WELCOME that asks for it -> WELCOME */
 };
 
 typedef struct {
@@ -45,18 +47,23 @@ enum { LDD_HELLO_FORWARD = 0, LDD_HELLO_REVERSE = 1, LDD_HELLO_SHARED_TABLE = 2 
 /* Whole frames of a handshake, header included. */
 enum { LDD_HELLO_FRAME_BYTES = 336, LDD_WELCOME_FRAME_BYTES = 432 };
 enum { LDD_MODE_REMOTE_ACCESSIBLE = 1u << 0 };
+enum { LDD_HELLO_HAS_SECRET = 1u << 0 };
+/* Status of a WELCOME that asks for a PROOF; the next one says what became of the hello. */
+enum { LDD_WELCOME_PROVE = 1, LDD_MAX_SECRETS = 2 };
 
 typedef struct {
-    /* FORWARD: the sender asks on this connection; REVERSE: it answers; BOARD: it wants the shared table's files. */
+    /* FORWARD: the sender asks on this connection; REVERSE: it answers; SHARED_TABLE: it wants the shared table's
+     * files. */
     uint16_t direction;
-    uint16_t reserved;
+    uint16_t flags;       /* LDD_HELLO_HAS_SECRET */
     uint32_t mode;
     uint64_t cluster_id, expected_cluster_id;
     uint8_t instance[16]; /* fresh random number per engine */
     uint8_t token[16];    /* names the link on both connections and on the data path */
     uint8_t comm[32];     /* digest of a communicator, all zero for link_clusters */
     uint32_t data_port, check_expected;
-    char data_ip[64];
+    uint8_t nonce[32]; /* fresh for each hello, where there is a secret */
+    uint8_t reserved[32];
     uint8_t endpoint[160]; /* EndpointDesc of the data path; all zero where the network needs none */
 } ldd_hello;
 
@@ -66,10 +73,21 @@ typedef struct {
     uint64_t cluster_id;
     uint8_t instance[16];
     uint32_t data_port, reserved;
-    char data_ip[64];
+    uint8_t nonce[32]; /* fresh for each LDD_WELCOME_PROVE */
+    uint8_t proof[32]; /* of the answer to a PROOF */
     uint8_t endpoint[160];
     char text[152];
 } ldd_welcome;
+
+/*
+ * What shows that the asker knows the secret, once for each that it has (one alone: twice the same):
+ * HMAC-SHA256(key, "llm_datadist/ask" + hello + welcome). The answerer's own, under the key that fitted, is
+ * HMAC-SHA256(key, "llm_datadist/say" + hello + welcome + last welcome, its proof all zero). The key is
+ * HMAC-SHA256(secret, "llm_datadist link key").
+ */
+typedef struct {
+    uint8_t macs[LDD_MAX_SECRETS][32];
+} ldd_proof;
 
 /* Every way in which an engine can be reached; the asker picks a pair of its own and one of these. */
 enum { LDD_MAX_ENDPOINTS = 16 };
@@ -165,7 +183,8 @@ typedef struct {
 
 static_assert(sizeof(ldd_frame_header) == 16, "frame header");
 static_assert(sizeof(ldd_hello) == 320 && offsetof(ldd_hello, data_port) == 88, "hello");
-static_assert(sizeof(ldd_welcome) == 416 && offsetof(ldd_welcome, data_ip) == 40, "welcome");
+static_assert(sizeof(ldd_welcome) == 416 && offsetof(ldd_welcome, nonce) == 40, "welcome");
+static_assert(sizeof(ldd_proof) == 64, "proof");
 static_assert(sizeof(ldd_frame_header) + sizeof(ldd_hello) == LDD_HELLO_FRAME_BYTES, "hello frame");
 static_assert(sizeof(ldd_frame_header) + sizeof(ldd_welcome) == LDD_WELCOME_FRAME_BYTES, "welcome frame");
 static_assert(sizeof(ldd_endpoint_record) == 256 && sizeof(ldd_endpoint_list) == 4104, "endpoints");

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Dict, FrozenSet, List, Mapping, Optional, Set,
 
 from llm_datadist.caches.descriptors import RegisterMemStatus
 from llm_datadist.links.rank_table import Member
+from llm_datadist.options.admission import closed_text
 from llm_datadist.status import LLMException, LLMLinkError, LLMParamInvalidError, LLMStatusCode
 from llm_datadist.utils import log
 
@@ -168,6 +169,8 @@ class Rendezvous:
             return
         if all(peer.server == own.server for peer in communicator.peers.values()):
             return
+        if not self._engine.options.may_listen(own.address):
+            return                                      # members of this host meet by name all the same
         at = (own.address, self._port_of(own))
         users: FrozenSet[int] = frozenset()
         if at in self._listeners:
@@ -282,10 +285,15 @@ class Rendezvous:
                 communicator.status = RegisterMemStatus.FAILED
                 self._stop_waiting(communicator)
                 self._engine.forget(communicator.comm_id)
-                log.error("link %s: clusters %s did not come in time", communicator.comm_id,
-                          sorted(communicator.missing))
+                log.error("link %s: clusters %s did not come in time%s", communicator.comm_id,
+                          sorted(communicator.missing), self._why_nobody_called(communicator.own))
                 continue
             self._open_listeners(communicator)
+
+    def _why_nobody_called(self, own: Member) -> str:
+        if own.address is None or self._engine.options.may_listen(own.address):
+            return ""
+        return f"; those of other hosts were not listened for: {closed_text(own.address)}"
 
     def _call(self, communicator: _Communicator, cluster: int) -> bool:
         """Try once to reach a member of lower rank. Without the lock."""

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from typing import Callable, Dict, List, Mapping
 
+from llm_datadist.options.admission import check_secret, parse_open
 from llm_datadist.options.values import INT32_MAX, integer_in, invalid, one_of
 
 __all__ = ["PREFIX", "VARIABLES", "check_environment"]
@@ -31,6 +32,9 @@ VARIABLES: Dict[str, Callable[[str, str], object]] = {
     "LLM_DATADIST_HOST_DEVICES": integer_in(0, 64),
     "LLM_DATADIST_STRICT": one_of("0", "1"),
     "LLM_DATADIST_TRACE": lambda variable, text: text,              # a folder: it is made by the engine
+    "LLM_DATADIST_SECRET": check_secret,
+    "LLM_DATADIST_SECRET_FILE": lambda variable, text: text,        # a path, too
+    "LLM_DATADIST_OPEN": parse_open,
     "LLM_DATADIST_HCCN_CONF": lambda variable, text: text,          # a path: whether it can be read is asked later
 }
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Callable, List, Mapping, Optional, Tuple, TypeVar
 
 from llm_datadist.configs import LLMRole, trans_int_ip
+from llm_datadist.options.admission import OpenAddresses, closed_text, parse_open, parse_secret, read_secret_file
 from llm_datadist.options.endpoints import Endpoints, endpoints_of
 from llm_datadist.options.environment import VARIABLES, check_environment
 from llm_datadist.options.values import (
@@ -53,10 +54,12 @@ HOST_MEM_POOL_CONFIG = "llm.HostMemPoolConfig"
 LINK_BASE_PORT = "llm.LinkBasePort"
 LINK_HEAL_TIME = "llm.LinkHealTime"
 LINK_RETRY_COUNT = "llm.LinkRetryCount"
+LINK_SECRET = "llm.LinkSecret"
 LINK_SILENCE_TIME = "llm.LinkSilenceTime"
 LINK_TOTAL_TIME = "llm.LinkTotalTime"
 LISTEN_IP = "llm.ListenIp"
 LISTEN_IP_INFO = "llm.listenIpInfo"
+LISTEN_OPEN = "llm.ListenOpen"
 LISTEN_PORT = "llm.ListenPort"
 LOCAL_COMM_RES = "llm.LocalCommRes"
 MEM_POOL_CONFIG = "llm.MemPoolConfig"
@@ -73,9 +76,9 @@ INERT = ("llm.Role", "llm.OutputMaxSize", "llm.deployResPath", "llm.MemoryUtiliz
          "llm.RefInputDtypes", "llm.RefInputSeqLenDimIndex", "llm.kvTensorFormat")
 KNOWN = (*INERT, BUF_POOL_CFG, CACHE_KEY_LEASE, CLUSTER_INFO, ENABLE_CACHE_MANAGER, ENABLE_REMOTE_CACHE_ACCESSIBLE,
          ENABLE_SWITCH_ROLE, GLOBAL_RESOURCE_CONFIG, HOST_MEM_POOL_CONFIG, LINK_BASE_PORT, LINK_HEAL_TIME,
-         LINK_RETRY_COUNT, LINK_SILENCE_TIME, LINK_TOTAL_TIME, LISTEN_IP, LISTEN_IP_INFO, LISTEN_PORT, LOCAL_COMM_RES,
-         MEM_POOL_CONFIG, PROVIDER, RDMA_SERVICE_LEVEL, RDMA_TRAFFIC_CLASS, STRICT, SYNC_KV_CACHE_WAIT_TIME,
-         TRACE, TRANSFER_BACKEND)
+         LINK_RETRY_COUNT, LINK_SECRET, LINK_SILENCE_TIME, LINK_TOTAL_TIME, LISTEN_IP, LISTEN_IP_INFO, LISTEN_OPEN,
+         LISTEN_PORT, LOCAL_COMM_RES, MEM_POOL_CONFIG, PROVIDER, RDMA_SERVICE_LEVEL, RDMA_TRAFFIC_CLASS, STRICT,
+         SYNC_KV_CACHE_WAIT_TIME, TRACE, TRANSFER_BACKEND)
 
 DEFAULT_SYNC_TIMEOUT_MS = 1000
 DEFAULT_LINK_TOTAL_TIME_S = 120
@@ -122,6 +125,11 @@ class EngineOptions:
         How long nothing may come from a peer's host, probes included, before its links end.
     link_retry_count : int
         Attempts of ``link``.
+    link_secrets : tuple of bytes
+        Keys made of the secrets that peers must know, this side's first; empty: whoever reaches the port may link.
+        Not in the representation.
+    open_addresses : OpenAddresses
+        Where may be listened without a secret.
     local_comm_res : str, optional
         JSON of the network identity; ``""`` means generate it, None that the option is absent.
     transfer_backend : str
@@ -162,6 +170,8 @@ class EngineOptions:
     link_heal_ms: int = DEFAULT_LINK_HEAL_MS
     link_silence_ms: int = DEFAULT_LINK_SILENCE_MS
     link_retry_count: int = 1
+    link_secrets: Tuple[bytes, ...] = field(default=(), repr=False)
+    open_addresses: OpenAddresses = field(default_factory=OpenAddresses)
     local_comm_res: Optional[str] = None
     transfer_backend: str = ""
     global_resource_config: str = ""
@@ -174,6 +184,15 @@ class EngineOptions:
     strict: bool = True
     trace: bool = False
     trace_folder: str = ""
+
+    def may_listen(self, ip: str) -> bool:
+        """Whether there is a secret, or it was said that whoever reaches this address may link."""
+        return bool(self.link_secrets) or self.open_addresses.allows(ip)
+
+    def check_listen(self, ip: str) -> None:
+        """Raise `LLMParamInvalidError` unless `may_listen`."""
+        if not self.may_listen(ip):
+            raise LLMParamInvalidError(closed_text(ip))
 
     @classmethod
     def parse(
@@ -193,7 +212,8 @@ class EngineOptions:
         environ : mapping of str to str, optional
             Environment; default ``os.environ``. Read are ``LLM_DATADIST_PROVIDER``, ``LLM_DATADIST_LINK_BASE_PORT``,
             ``LLM_DATADIST_LINK_HEAL_MS``, ``LLM_DATADIST_LINK_SILENCE_MS``, ``LLM_DATADIST_CACHE_KEY_LEASE_MS``,
-            ``LLM_DATADIST_STRICT``, ``LLM_DATADIST_TRACE``, ``HCCL_CONNECT_TIMEOUT``, ``HCCL_RDMA_TC`` and
+            ``LLM_DATADIST_STRICT``, ``LLM_DATADIST_TRACE``, ``LLM_DATADIST_SECRET``,
+            ``LLM_DATADIST_SECRET_FILE``, ``LLM_DATADIST_OPEN``, ``HCCL_CONNECT_TIMEOUT``, ``HCCL_RDMA_TC`` and
             ``HCCL_RDMA_SL``; an option wins over its variable. The other variables of this package are checked.
 
         Raises
@@ -212,6 +232,8 @@ class EngineOptions:
         check_isinstance(FLOW_GRAPH_MEM_MAX_SIZE, options.get(FLOW_GRAPH_MEM_MAX_SIZE, ""), str, allow_none=False)
         for key, value in items:
             check_isinstance("key of options", key, str, allow_none=False)
+            if key == LINK_SECRET and not isinstance(value, str):
+                raise TypeError(f"option {key} must be a str, not {type(value).__name__}")     # its value is not shown
             check_isinstance(f"option {key}", value, str, allow_none=False)
         environ = os.environ if environ is None else environ
         unknown_variables = check_environment(environ)
@@ -293,6 +315,9 @@ class _Parser:
                 LINK_SILENCE_TIME, "LLM_DATADIST_LINK_SILENCE_MS",
                 integer_in(2000, 3600000)) or DEFAULT_LINK_SILENCE_MS,
             link_retry_count=self._optional(LINK_RETRY_COUNT, integer_in(1, 100)) or 1,
+            link_secrets=self._link_secrets(),
+            open_addresses=self._option_or_variable(
+                LISTEN_OPEN, "LLM_DATADIST_OPEN", parse_open) or OpenAddresses(),
             local_comm_res=self._options.get(LOCAL_COMM_RES),
             endpoints=endpoints_of(LOCAL_COMM_RES, self._options.get(LOCAL_COMM_RES, "")),
             transfer_backend=self._options.get(TRANSFER_BACKEND, ""),
@@ -416,6 +441,10 @@ class _Parser:
                 raise invalid(CLUSTER_INFO, text, "listen_ip_info needs ip, a text or integer, and port, an integer")
             addresses.append(parse_address(CLUSTER_INFO, f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"))
         return tuple(addresses)
+
+    def _link_secrets(self) -> Tuple[bytes, ...]:
+        secrets = self._option_or_variable(LINK_SECRET, "LLM_DATADIST_SECRET", parse_secret)
+        return secrets or self._variable("LLM_DATADIST_SECRET_FILE", read_secret_file) or ()
 
     def _link_total_time_s(self) -> int:
         chosen = self._optional(LINK_TOTAL_TIME, integer_in(0, UINT32_MAX))

@@ -20,6 +20,7 @@ from support.control_frames import (
     RELEASE,
     RESOLVE,
     UNLINK,
+    VERSION,
     WELCOME,
     WELCOME_FRAME_BYTES,
     WELCOME_HEAD,
@@ -29,8 +30,9 @@ from support.control_frames import (
     read_frame,
 )
 from support.link_steps import fetch, footprint, link, links, offer, unlink, until, wait_links, withdraw
+from support.peer import engine_options
 
-from llm_datadist import LLMStatusCode
+from llm_datadist import LLMParamInvalidError, LLMRole, LLMStatusCode
 
 S = LLMStatusCode
 OK = (S.LLM_SUCCESS, [S.LLM_SUCCESS])
@@ -69,6 +71,23 @@ def connected(owner):
 
 def rejected(owner):
     return owner.stats()["rejected_frames"]
+
+
+@pytest.mark.parametrize("ip", ["0.0.0.0", "[::]", "192.0.2.1"])
+def test_only_loopback_is_open_without_a_secret(peers, ip):
+    """Before anything is bound: 192.0.2.1 is not even an address of this host."""
+    child = peers.child()
+    with pytest.raises(LLMParamInvalidError, match="LLM_DATADIST_OPEN=1"):
+        child.open(1, engine_options(llm_listenIpInfo=f"{ip}:0"), LLMRole.MIX)
+
+
+@pytest.mark.parametrize("extra, env", [({"llm_LinkSecret": "a-secret-for-the-port"}, {}),
+                                        ({"llm_ListenOpen": "0.0.0.0"}, {}), ({}, {"LLM_DATADIST_OPEN": "1"})],
+                         ids=["a secret", "the address", "open"])
+def test_any_address_is_listened_at_when_it_was_said(peers, extra, env):
+    owner = peers.start(1, engine_options(llm_listenIpInfo="0.0.0.0:0", **extra), env=env)
+    reader = peers.start(2, engine_options(**{key: value for key, value in extra.items() if "Secret" in key}))
+    assert reader.call(link, (1, ("127.0.0.1", owner.address[1]))) == OK
 
 
 # ------------------------------------------------------------------------------------------------------ bad frames
@@ -115,16 +134,17 @@ def test_a_frame_that_is_cut_off(owner, sent):
     assert until(lambda: rejected(owner) == before + 1)
 
 
-@pytest.mark.parametrize("version", [0, 2, 65535])
-def test_another_version(owner, version):
-    """The answer says which version is spoken here."""
+@pytest.mark.parametrize("size", [0, 320, 352, 4096])
+@pytest.mark.parametrize("version", [0, 1, 3, 65535])
+def test_another_version(owner, version, size):
+    """The answer names both versions, whatever a hello of that version looks like."""
     before = rejected(owner)
     with connected(owner) as sock:
-        sock.sendall(frame(HELLO, hello(), version=version))
+        sock.sendall(frame(HELLO, hello().ljust(size, b"x")[:size], version=version))
         answer = read_all(sock)
     status, _, cluster_id, _ = WELCOME_HEAD.unpack_from(answer, HEADER.size)
     assert status < 0 and cluster_id == 1
-    assert f"version {version}".encode() in answer
+    assert f"version {version} is not spoken here, only {VERSION}".encode() in answer
     assert until(lambda: rejected(owner) == before + 1)
 
 
@@ -152,7 +172,7 @@ LATER_FRAMES = {
     "random bytes": RANDOM.randbytes(500),
     "a second hello": frame(HELLO, hello()),
     "another magic": frame(PING, magic=1),
-    "another version": frame(PING, version=2),
+    "another version": frame(PING, version=VERSION + 1),
     "the largest length": frame(RESOLVE, length=2**32 - 1),
     "too many ranges": frame(RANGES, length=65537 * 16),
     "a piece of a range": frame(RANGES, bytes(24)),

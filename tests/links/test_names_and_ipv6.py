@@ -29,7 +29,7 @@ needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="no IPv6 on the loopback 
 ])
 @pytest.mark.parametrize("path", ["shm", "tcp"])
 def test_linked_and_pulled(listens, heard, asked, path):
-    env = {PATHS_VARIABLE: path}
+    env = {PATHS_VARIABLE: path, "LLM_DATADIST_OPEN": "1"}
     with Peers() as peers:
         there = peers.start(7, engine_options(listen=False, llm_listenIpInfo=listens), env=env)
         here = peers.here(1, engine_options(listen=False), env=env)

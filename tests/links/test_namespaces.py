@@ -32,6 +32,7 @@ BASE_PORT = 27000
 LARGE = CacheDesc(4, [8, 32768], DataType.DT_FLOAT)     # 4 MiB
 LARGE_BYTES = 4 << 20
 ALL_BLOCKS = list(range(8))
+SECRET = "what-these-hosts-share"
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,7 @@ def network():
 def start(peers, host, cluster_id, *, env=None, **options):
     """A process on that host, which listens at the host's address only and offers something."""
     options.setdefault("llm_listenIpInfo", f"{host.ip}:0")
+    options.setdefault("llm_LinkSecret", SECRET)
     child = host.run(peers.start, cluster_id, engine_options(timeout_ms=5000, **options), env=env)
     child.leftovers_allowed = True
     child.call(offer)

@@ -21,6 +21,7 @@ from llm_datadist.core.base.sync cimport ldd_now_ns, ldd_unlock
 from llm_datadist.core.base.wait cimport ldd_lock_interruptible
 from llm_datadist.core.link.background cimport ldd_links_withdraw
 from llm_datadist.core.link.region cimport ldd_regions_add, ldd_regions_epoch, ldd_regions_remove
+from llm_datadist.core.link.wire cimport LDD_MODE_REMOTE_ACCESSIBLE
 from llm_datadist.core.table.cache_table cimport (
     LDD_CACHE_BLOCKS, LDD_CACHE_HOST, LDD_CACHE_LAST_KEY_WINS, LDD_CACHE_REMOTE, ldd_cache_view, ldd_key_spec,
     ldd_table, ldd_table_allocate, ldd_table_deallocate, ldd_table_pin_local, ldd_table_register, ldd_table_remove_key,
@@ -190,10 +191,15 @@ cdef class Engine(EngineBlockKeys):
 
     def register(self, addrs, uint64_t num_slots, uint64_t tensor_bytes, bint host, bint is_blocks, keys=(),
                  bint remote_accessible=True):
-        """Describe memory of the caller as a cache and let peers reach it. Returns the cache id."""
+        """Describe memory of the caller as a cache and let peers reach it. Returns the cache id.
+
+        In remote-accessible mode the data servers never hear of memory that is not to be accessible: what no request
+        may name, no peer can move by going past the requests. Hardware has one registration for both directions, so
+        there they do. In the other mode every cache may be read, and written to under a lease on its addresses.
+        """
         cdef ldd_detail detail
         cdef ldd_status status = LDD_OK
-        cdef uint32_t num_keys = 0, num_tensors = <uint32_t>len(addrs), i, done = 0
+        cdef uint32_t num_keys = 0, num_tensors = <uint32_t>len(addrs), i, done = 0, announced = num_tensors
         cdef int64_t cache_id = 0
         cdef uint32_t flags = ((LDD_CACHE_BLOCKS if is_blocks else 0) | (LDD_CACHE_HOST if host else 0)
                                | (LDD_CACHE_REMOTE if remote_accessible else 0))
@@ -204,7 +210,10 @@ cdef class Engine(EngineBlockKeys):
         try:
             specs = ldd_key_specs(keys, &num_keys)
             with nogil:
-                for i in range(num_tensors):
+                if (self.node.mode & LDD_MODE_REMOTE_ACCESSIBLE and not remote_accessible
+                        and self._provider.table.caps & LDD_CAP_ANY_LOCAL):
+                    announced = 0
+                for i in range(announced):
                     status = ldd_regions_add(&self.node.regions, array[i], tensor_bytes, host, &detail)
                     if status < 0:
                         break
@@ -219,7 +228,7 @@ cdef class Engine(EngineBlockKeys):
                     for i in range(done):
                         ldd_regions_remove(&self.node.regions, array[i], tensor_bytes)
             self.raise_for(status, &detail, b"register_cache")
-            self._registered[cache_id] = (tuple(addrs), tensor_bytes)
+            self._registered[cache_id] = (tuple(addrs) if announced else (), tensor_bytes)
             return cache_id
         finally:
             free(array)

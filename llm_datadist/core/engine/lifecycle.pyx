@@ -27,7 +27,7 @@ from llm_datadist.core.link.heal cimport ldd_heal_start
 from llm_datadist.core.link.links cimport (
     LINK_ACTIVE, ORIGIN_COMM, ldd_link, ldd_link_state_of, ldd_node, ldd_node_close, ldd_node_destroy, ldd_node_init,
 )
-from llm_datadist.core.link.open cimport ldd_random
+from llm_datadist.core.link.secret cimport ldd_random
 from llm_datadist.core.link.region cimport (
     ldd_regions_add, ldd_regions_close, ldd_regions_configure, ldd_regions_end_fetches, ldd_regions_epoch,
     ldd_regions_init, ldd_regions_serve,
@@ -161,6 +161,9 @@ cdef class EngineCore:
                  or self._provider.table.caps & <unsigned int>LDD_CAP_SHARED_MEMORY != 0))
         self.node.strict = options.strict
         ldd_socket_set_silence(options.link_silence_ms)
+        for secret in options.link_secrets:
+            memcpy(self.node.secrets[self.node.num_secrets], <const char*><bytes>secret, sizeof(self.node.secrets[0]))
+            self.node.num_secrets += 1
         self.node.mode = LDD_MODE_REMOTE_ACCESSIBLE if options.remote_cache_accessible else 0
         with nogil:
             status = ldd_table_create(&self.table, &detail)
@@ -493,6 +496,8 @@ cdef class EngineCore:
             address = (address[0], address[1])
         if address == self.listener:
             return
+        if address is not None:
+            self.options.check_listen(address[0])
         start_detail(&detail)
         if self._listen_fd >= 0:
             with nogil:
@@ -554,7 +559,8 @@ cdef class EngineCore:
             "device_pool": self._pool_stats(False), "host_pool": self._pool_stats(True),
             "links": counts_of_links[0], "broken_links": counts_of_links[1],
             "healed_links": ldd_get64(&self.node.num_healed), "requests": ldd_get64(&self.service.num_requests),
-            "rejected_frames": ldd_get64(&self.service.num_rejected_frames), "provider": self._provider.name,
+            "rejected_frames": ldd_get64(&self.service.num_rejected_frames),
+            "refused_peers": ldd_get64(&self.service.num_refused), "provider": self._provider.name,
         }
 
     def _pool_stats(self, bint host):

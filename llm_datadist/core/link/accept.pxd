@@ -5,7 +5,8 @@ from llm_datadist.core.base.status cimport ldd_status
 from llm_datadist.core.link.service_conn cimport ldd_conn, ldd_service
 from llm_datadist.core.link.wire cimport ldd_frame_header
 
-# Answer a HELLO; False when the connection is to be closed. May hand the socket over and forget `conn`.
+# Answer a HELLO, or the PROOF that it asked for; False when the connection is to be closed. May hand the
+# socket over and forget `conn`.
 cdef bint ldd_accept_hello(ldd_service* service, ldd_conn* conn, const ldd_frame_header* header,
                            const uint8_t* payload) noexcept nogil
 

@@ -1,12 +1,15 @@
 """The answering side of a handshake: who may link, and what becomes of the two connections.
 
+Where there is a secret, a hello is answered by a number that the peer has to prove the secret with, see secret.pyx; on
+each of the two connections.
+
 A link needs two connections from the same peer: the first is served, on the second we ask. It becomes
 active when the second has come. A peer of this user on this host is given the shared table here, too. Runs on the
 service thread, but for the functions about expected members of a communicator, at the end.
 """
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
-from libc.stdlib cimport realloc
+from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcmp, memcpy, memset, strcmp
 
 from llm_datadist.core.base.atomic cimport ldd_add64
@@ -21,14 +24,16 @@ from llm_datadist.core.link.links cimport (
     LINK_ACTIVE, LINK_OPENING, ORIGIN_COMM, ORIGIN_PEER, ldd_link, ldd_link_break, ldd_link_new, ldd_link_publish,
     ldd_link_state_of, ldd_link_unref, ldd_links_drop_stale, ldd_node,
 )
+from llm_datadist.core.link.refusals cimport ldd_tell_refusal
 from llm_datadist.core.link.region cimport ldd_regions_admit_peer, ldd_regions_own_endpoint, ldd_regions_serve
+from llm_datadist.core.link.secret cimport ldd_random, ldd_secret_confirm, ldd_secret_of
 from llm_datadist.core.link.service_conn cimport (
-    CONN_SERVING, MAX_USED_TOKENS, ldd_conn_forget, ldd_conn_reply, ldd_pending,
+    CONN_PROVING, CONN_SERVING, MAX_USED_TOKENS, ldd_conn_forget, ldd_conn_reply, ldd_greeting, ldd_pending,
 )
 from llm_datadist.core.link.wire cimport (
-    LDD_FRAME_PING, LDD_FRAME_WELCOME, LDD_HELLO_FORWARD, LDD_HELLO_REVERSE, LDD_HELLO_SHARED_TABLE,
-    LDD_MODE_REMOTE_ACCESSIBLE, LDD_WELCOME_FRAME_BYTES, LDD_WIRE_MAGIC, LDD_WIRE_VERSION, ldd_ack, ldd_frame_header,
-    ldd_hello, ldd_welcome,
+    LDD_FRAME_PING, LDD_FRAME_WELCOME, LDD_HELLO_FORWARD, LDD_HELLO_HAS_SECRET, LDD_HELLO_SHARED_TABLE,
+    LDD_MODE_REMOTE_ACCESSIBLE, LDD_WELCOME_FRAME_BYTES, LDD_WELCOME_PROVE, LDD_WIRE_MAGIC, LDD_WIRE_VERSION, ldd_ack,
+    ldd_frame_header, ldd_hello, ldd_proof, ldd_welcome,
 )
 from llm_datadist.core.table.cache_table cimport ldd_table_add_lane
 from llm_datadist.core.table.shared_table cimport ldd_lane, ldd_lane_create, ldd_lane_unmap
@@ -216,8 +221,7 @@ cdef ldd_status _accept_forward(ldd_service* service, ldd_conn* conn, const ldd_
     memcpy(link.token, hello.token, 16)
     link.comm_id = comm_id
     memcpy(link.peer_ip, peer_ip, sizeof(link.peer_ip))
-    memcpy(link.data_ip, <const char*>hello.data_ip if hello.data_ip[0] else <const char*>link.peer_ip,
-           sizeof(link.data_ip))
+    memcpy(link.data_ip, link.peer_ip, sizeof(link.data_ip))
     link.data_port = hello.data_port
     memcpy(link.endpoint, hello.endpoint, sizeof(link.endpoint))
     ldd_regions_own_endpoint(&node.regions, answer.endpoint)
@@ -315,13 +319,29 @@ cdef bint _hand_out_table(ldd_service* service, ldd_conn* conn, const ldd_frame_
     return False                                # one answer, and the connection is over
 
 
+cdef bint _ask_for_proof(ldd_conn* conn, const ldd_frame_header* header, const ldd_hello* hello,
+                         ldd_welcome* answer) noexcept nogil:
+    """Answer a hello by a number that nobody was asked with before; False without memory."""
+    conn.greeting = <ldd_greeting*>malloc(sizeof(ldd_greeting))
+    if conn.greeting == NULL:
+        return False
+    answer.status = LDD_WELCOME_PROVE
+    ldd_random(answer.nonce, sizeof(answer.nonce))
+    conn.greeting.hello = hello[0]
+    conn.greeting.asked = answer[0]
+    conn.kind = CONN_PROVING
+    return ldd_conn_reply(conn, header.request_id, LDD_FRAME_WELCOME, answer, sizeof(ldd_welcome), NULL, 0) == LDD_OK
+
+
 cdef bint ldd_accept_hello(ldd_service* service, ldd_conn* conn, const ldd_frame_header* header,
                    const uint8_t* payload) noexcept nogil:
     cdef ldd_hello hello
+    cdef ldd_proof proof
     cdef ldd_welcome answer
     cdef ldd_detail detail
-    cdef ldd_status status
+    cdef ldd_status status = LDD_OK
     cdef ldd_link* activated = NULL
+    cdef const uint8_t* secret = NULL
     memset(&answer, 0, sizeof(answer))
     detail.text[0] = 0
     detail.provider_code = 0
@@ -331,20 +351,40 @@ cdef bint ldd_accept_hello(ldd_service* service, ldd_conn* conn, const ldd_frame
     if header.version != LDD_WIRE_VERSION:
         status = ldd_fail(&detail, LDD_E_LINK_FAILED, b"protocol version %u is not spoken here, only %u",
                           <uint32_t>header.version, <uint32_t>LDD_WIRE_VERSION)
+    elif conn.kind == CONN_PROVING:
+        memcpy(&proof, payload, sizeof(proof))
+        hello = conn.greeting.hello
+        secret = ldd_secret_of(service.node, &hello, &conn.greeting.asked, &proof)
+        if secret == NULL:
+            status = ldd_fail(&detail, LDD_E_LINK_FAILED, b"the shared secrets of the two sides differ")
     else:
         memcpy(&hello, payload, sizeof(hello))
-        hello.data_ip[sizeof(hello.data_ip) - 1] = 0
-        if hello.direction == LDD_HELLO_FORWARD and conn.link == NULL:
-            status = _accept_forward(service, conn, &hello, &answer, &detail)
-        elif hello.direction == LDD_HELLO_REVERSE and conn.link == NULL:
-            status = _activate(service, conn, &hello, &activated, &detail)
-        elif hello.direction == LDD_HELLO_SHARED_TABLE and conn.link == NULL:
-            return _hand_out_table(service, conn, header, &hello, &answer)
-        else:
+        if conn.link != NULL or hello.direction > LDD_HELLO_SHARED_TABLE:
             ldd_add64(&service.num_rejected_frames, 1)
             return False
+        if hello.direction == LDD_HELLO_SHARED_TABLE:       # the token of a link says that its owner has proved it
+            return _hand_out_table(service, conn, header, &hello, &answer)
+        if (hello.flags & LDD_HELLO_HAS_SECRET != 0) != (service.node.num_secrets != 0):
+            status = ldd_fail(&detail, LDD_E_LINK_FAILED,
+                              b"a shared secret is asked for here, and the peer has none" if service.node.num_secrets
+                              else b"the peer has a shared secret, and none is set here")
+        elif service.node.num_secrets:
+            return _ask_for_proof(conn, header, &hello, &answer)
+    if status == LDD_OK:
+        if hello.direction == LDD_HELLO_FORWARD:
+            status = _accept_forward(service, conn, &hello, &answer, &detail)
+        else:
+            status = _activate(service, conn, &hello, &activated, &detail)
     answer.status = status
     snprintf(answer.text, sizeof(answer.text), b"%s", detail.text)
+    if secret != NULL:
+        ldd_secret_confirm(secret, &hello, &conn.greeting.asked, &answer)
+        free(conn.greeting)
+        conn.greeting = NULL
+    if status < 0:
+        ldd_add64(&service.num_refused, 1)
+        if status != LDD_E_PROCESSING_LINK:                 # who is early comes again, many times
+            ldd_tell_refusal(service, conn.fd, &detail)
     if ldd_conn_reply(conn, header.request_id, LDD_FRAME_WELCOME, &answer, sizeof(answer), NULL, 0) < 0:
         if activated == NULL:
             return False

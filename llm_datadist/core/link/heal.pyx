@@ -22,7 +22,8 @@ from llm_datadist.core.link.background cimport ldd_background_start
 from llm_datadist.core.link.links cimport (
     LINK_ACTIVE, LINK_BROKEN, ORIGIN_COMM, ORIGIN_LOCAL, ldd_link_begin, ldd_link_state_of, ldd_past,
 )
-from llm_datadist.core.link.open cimport ldd_link_reopen, ldd_random
+from llm_datadist.core.link.open cimport ldd_link_reopen
+from llm_datadist.core.link.secret cimport ldd_random
 
 cdef enum:
     ATTEMPT_NS = 500000000                      # of the thread, and so what `finalize` may wait for it

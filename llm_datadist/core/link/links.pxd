@@ -118,6 +118,8 @@ ctypedef struct ldd_node:
     uint32_t mode                               # LDD_MODE_* bits; both ends of a link must agree
     int64_t sync_timeout_ns
     bint shares_table                           # with peers on this host, both ways
+    uint8_t[2][32] secrets                      # keys made of the secrets that peers must know, ours first
+    uint32_t num_secrets                        # 0: nobody is asked for one
     bint strict                                 # a destination block that occurs twice in one request is refused
     ldd_mutex lock                        # guards the set and the fields said above; a leaf lock
     ldd_cond idle                         # signalled when a link's last operation ends

@@ -19,4 +19,3 @@ cdef ldd_status ldd_link_reopen(ldd_node* node, uint64_t cluster_id, int64_t dea
 # The peer of a broken link is taken as told when it listens at `ip` (NULL: not asked) and `port`.
 cdef ldd_status ldd_link_close(ldd_node* node, const char* ip, int port, uint64_t cluster_id, int64_t deadline_ns,
                                ldd_detail* detail) noexcept nogil
-cdef void ldd_random(void* data, size_t nbytes) noexcept nogil

@@ -26,31 +26,22 @@ from llm_datadist.core.link.region cimport (
     ldd_regions_admit_peer, ldd_regions_drop_peer, ldd_regions_own_endpoint, ldd_regions_serve,
 )
 from llm_datadist.core.link.requests cimport ldd_exchange, ldd_link_ready, ldd_request_unlink
+from llm_datadist.core.link.secret cimport ldd_random, ldd_secret_confirms, ldd_secret_prove
 from llm_datadist.core.link.service cimport ldd_service_serve
 from llm_datadist.core.link.wire cimport (
-    LDD_FRAME_HELLO, LDD_FRAME_WELCOME, LDD_HELLO_FORWARD, LDD_HELLO_REVERSE, ldd_hello, ldd_welcome,
+    LDD_FRAME_HELLO, LDD_FRAME_PROOF, LDD_FRAME_WELCOME, LDD_HELLO_FORWARD, LDD_HELLO_HAS_SECRET, LDD_HELLO_REVERSE,
+    LDD_WELCOME_PROVE, ldd_hello, ldd_proof, ldd_welcome,
 )
 from llm_datadist.core.record.record cimport (
     LDD_EVENT_LINK, LDD_OP_LINK, ldd_record_count, ldd_record_peer, ldd_trace_span,
 )
 
-cdef extern from "<sys/random.h>" nogil:
-    ssize_t getrandom(void* data, size_t nbytes, unsigned int flags)
 cdef extern from "<unistd.h>" nogil:
     int close(int fd)
 
 
 cdef enum:
     ANSWER_GRACE_NS = 5000000000
-
-
-cdef void ldd_random(void* data, size_t nbytes) noexcept nogil:
-    cdef size_t done = 0
-    cdef ssize_t count
-    while done < nbytes:
-        count = getrandom(<char*>data + done, nbytes - done, 0)
-        if count > 0:
-            done += count
 
 
 cdef ldd_status _already_linked_locked(ldd_node* node, uint64_t cluster_id, ldd_detail* detail) noexcept nogil:
@@ -125,9 +116,14 @@ cdef void _end_attempt(ldd_node* node, ldd_attempt* attempt) noexcept nogil:
 cdef ldd_status _greet(ldd_link* link, int fd, uint16_t direction, const uint8_t* comm, uint32_t data_port,
                       ldd_welcome* answer, int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
     cdef ldd_hello hello
+    cdef ldd_welcome asked
+    cdef ldd_proof proof
     cdef ldd_status status
     memset(&hello, 0, sizeof(hello))
     hello.direction = direction
+    if link.node.num_secrets:
+        hello.flags = LDD_HELLO_HAS_SECRET
+        ldd_random(hello.nonce, sizeof(hello.nonce))
     hello.mode = link.node.mode
     hello.cluster_id = link.node.cluster_id
     hello.expected_cluster_id = link.cluster_id
@@ -140,10 +136,22 @@ cdef ldd_status _greet(ldd_link* link, int fd, uint16_t direction, const uint8_t
     ldd_regions_own_endpoint(&link.node.regions, hello.endpoint)
     status = ldd_exchange(fd, direction + 1, LDD_FRAME_HELLO, &hello, sizeof(hello), LDD_FRAME_WELCOME, answer,
                           sizeof(ldd_welcome), NULL, NULL, deadline_ns, detail)
+    if status == LDD_OK and answer.status == LDD_WELCOME_PROVE and link.node.num_secrets:
+        asked = answer[0]
+        ldd_secret_prove(link.node, &hello, &asked, &proof)
+        status = ldd_exchange(fd, direction + 1, LDD_FRAME_PROOF, &proof, sizeof(proof), LDD_FRAME_WELCOME, answer,
+                              sizeof(ldd_welcome), NULL, NULL, deadline_ns, detail)
+        if status == LDD_OK and answer.status >= 0 and not ldd_secret_confirms(link.node, &hello, &asked, answer):
+            return ldd_fail(detail, LDD_E_LINK_FAILED, b"cluster %llu does not know the shared secret of this side",
+                            <unsigned long long>link.cluster_id)
+    elif status == LDD_OK and answer.status >= 0 and (link.node.num_secrets or answer.status != LDD_OK):
+        return ldd_fail(detail, LDD_E_LINK_FAILED,
+                        b"cluster %llu asks for no shared secret, and this side has one" if link.node.num_secrets else
+                        b"cluster %llu asks for a shared secret, and this side has none",
+                        <unsigned long long>link.cluster_id)
     if status < 0:
         return status if status == LDD_E_TIMEOUT or status == LDD_E_INTERRUPTED else LDD_E_LINK_FAILED
     answer.text[sizeof(answer.text) - 1] = 0
-    answer.data_ip[sizeof(answer.data_ip) - 1] = 0
     if answer.status < 0:
         return ldd_fail(detail, answer.status, b"cluster %llu refuses: %s", <unsigned long long>link.cluster_id,
                         answer.text)
@@ -166,13 +174,13 @@ cdef ldd_status _open_parts(ldd_link* link, const char* ip, int port, const uint
     ldd_socket_peer_ip(link.ask_fd, link.peer_ip, sizeof(link.peer_ip))
     status = ldd_regions_serve(&link.node.regions, local_ip, &data_port, detail)
     if status == LDD_OK:
-        status = ldd_regions_admit_peer(&link.node.regions, data_port, link.token, detail)
-    if status == LDD_OK:
         status = _greet(link, link.ask_fd, LDD_HELLO_FORWARD, comm, data_port, &answer, deadline_ns, detail)
+    if status == LDD_OK:                        # not before: who merely listens there has been told the token
+        status = ldd_regions_admit_peer(&link.node.regions, data_port, link.token, detail)
     if status < 0:
         return status
     memcpy(link.instance, answer.instance, 16)
-    memcpy(link.data_ip, <char*>answer.data_ip if answer.data_ip[0] else <char*>link.peer_ip, sizeof(link.data_ip))
+    memcpy(link.data_ip, link.peer_ip, sizeof(link.data_ip))
     link.data_port = answer.data_port
     memcpy(link.endpoint, answer.endpoint, sizeof(link.endpoint))
     status = ldd_link_ready(link, 0, deadline_ns, detail)

@@ -25,13 +25,13 @@ from llm_datadist.core.link.links cimport MAX_LINKS, ldd_link_break, ldd_link_un
 from llm_datadist.core.link.region cimport ldd_regions_drop_peer
 from llm_datadist.core.link.replies cimport ldd_reply, ldd_reply_end_leases, ldd_reply_ended
 from llm_datadist.core.link.service_conn cimport (
-    COMMAND_LISTEN, COMMAND_SERVE, COMMAND_STOP, COMMAND_UNLISTEN, CONN_HANDSHAKE, CONN_LISTENER, CONN_SERVING,
-    ldd_bytes_append, ldd_bytes_consume, ldd_command, ldd_command_kind, ldd_conn, ldd_conn_add, ldd_conn_flush,
-    ldd_conn_forget, ldd_conn_is_listed, pthread_t,
+    COMMAND_LISTEN, COMMAND_SERVE, COMMAND_STOP, COMMAND_UNLISTEN, CONN_HANDSHAKE, CONN_LISTENER, CONN_PROVING,
+    CONN_SERVING, ldd_bytes_append, ldd_bytes_consume, ldd_command, ldd_command_kind, ldd_conn, ldd_conn_add,
+    ldd_conn_flush, ldd_conn_forget, ldd_conn_is_listed, pthread_t,
 )
 from llm_datadist.core.link.wire cimport (
-    LDD_FRAME_HELLO, LDD_FRAME_RANGES, LDD_WIRE_MAGIC, LDD_WIRE_MAX_PAYLOAD, LDD_WIRE_MAX_RANGES, LDD_WIRE_VERSION,
-    ldd_frame_header, ldd_hello, ldd_range,
+    LDD_FRAME_HELLO, LDD_FRAME_PROOF, LDD_FRAME_RANGES, LDD_WIRE_MAGIC, LDD_WIRE_MAX_HELLO, LDD_WIRE_MAX_PAYLOAD,
+    LDD_WIRE_MAX_RANGES, LDD_WIRE_VERSION, ldd_frame_header, ldd_hello, ldd_proof, ldd_range,
 )
 from llm_datadist.core.table.leases cimport ldd_table_expire
 
@@ -119,9 +119,13 @@ cdef bint _frame_fits(const ldd_conn* conn, const ldd_frame_header* header) noex
     if header.magic != LDD_WIRE_MAGIC:
         return False
     if conn.kind == CONN_HANDSHAKE:
-        return header.type == LDD_FRAME_HELLO and header.length == sizeof(ldd_hello)
+        return header.type == LDD_FRAME_HELLO and (
+            header.length == sizeof(ldd_hello) if header.version == LDD_WIRE_VERSION
+            else header.length <= LDD_WIRE_MAX_HELLO)
     if header.version != LDD_WIRE_VERSION:
         return False
+    if conn.kind == CONN_PROVING:
+        return header.type == LDD_FRAME_PROOF and header.length == sizeof(ldd_proof)
     if header.type == LDD_FRAME_RANGES:
         return header.length <= LDD_WIRE_MAX_RANGES * sizeof(ldd_range)
     return header.length <= MAX_SMALL_REQUEST
@@ -153,7 +157,7 @@ cdef bint _on_readable(ldd_service* service, ldd_conn* conn) noexcept nogil:
                 return False
             if conn.inbox.length - at < sizeof(header) + header.length:
                 break
-            was_handshake = conn.kind == CONN_HANDSHAKE
+            was_handshake = conn.kind == CONN_HANDSHAKE or conn.kind == CONN_PROVING
             if was_handshake:
                 if not ldd_accept_hello(service, conn, &header, conn.inbox.data + at + sizeof(header)):
                     return False
@@ -188,7 +192,7 @@ cdef bint _make_room(ldd_service* service) noexcept nogil:
     cdef ldd_conn* silent = NULL
     cdef ldd_conn* half = NULL
     while conn != NULL:                         # new ones come first in the list
-        if conn.kind == CONN_HANDSHAKE:
+        if conn.kind == CONN_HANDSHAKE or conn.kind == CONN_PROVING:
             silent = conn
         elif conn.deadline_ns:
             half = conn

@@ -5,6 +5,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from llm_datadist.core.base.status cimport ldd_status
 from llm_datadist.core.base.sync cimport ldd_cond, ldd_mutex
 from llm_datadist.core.link.links cimport ldd_link, ldd_node
+from llm_datadist.core.link.wire cimport ldd_hello, ldd_welcome
 
 cdef extern from "<pthread.h>" nogil:
     ctypedef struct pthread_t:
@@ -16,6 +17,7 @@ cdef enum:
 cdef enum ldd_conn_kind:
     CONN_LISTENER
     CONN_HANDSHAKE
+    CONN_PROVING                                # its hello has come, the proof of the secret has not
     CONN_SERVING
 
 ctypedef struct ldd_bytes:
@@ -23,12 +25,18 @@ ctypedef struct ldd_bytes:
     size_t length
     size_t capacity
 
+# A hello whose sender is to prove that it knows the secret, and what it was asked.
+ctypedef struct ldd_greeting:
+    ldd_hello hello
+    ldd_welcome asked
+
 ctypedef struct ldd_conn:
     ldd_conn* next
     ldd_conn** at                               # where the list points here
     int fd
     ldd_conn_kind kind
     ldd_link* link                              # one reference, once there is a link
+    ldd_greeting* greeting                      # while it proves
     int64_t deadline_ns                         # of the handshake; 0 once the link is whole
     ldd_bytes inbox
     ldd_bytes outbox
@@ -80,6 +88,10 @@ ctypedef struct ldd_service:
     # counters, relaxed
     uint64_t num_requests
     uint64_t num_rejected_frames
+    uint64_t num_refused                        # hellos, whatever the reason
+    # the service thread alone
+    int64_t told_refusal_ns                     # when one was last logged
+    uint64_t num_untold                         # refused since
 
 # All of this belongs to the service thread.
 cdef ldd_status ldd_bytes_append(ldd_bytes* out, const void* data, size_t nbytes) noexcept nogil

@@ -87,6 +87,7 @@ cdef void ldd_conn_forget(ldd_service* service, ldd_conn* conn, bint close_fd) n
     if close_fd:
         close(conn.fd)                              # a child has closed its copy, or has none
     ldd_unlock(&service.conns_lock)
+    free(conn.greeting)
     free(conn.inbox.data)
     free(conn.outbox.data)
     free(conn)

@@ -7,6 +7,7 @@ cdef extern from "llm_datadist/ldd_wire.h" nogil:
         LDD_WIRE_VERSION
         LDD_WIRE_MAX_PAYLOAD
         LDD_WIRE_MAX_RANGES
+        LDD_WIRE_MAX_HELLO
         LDD_FRAME_HELLO
         LDD_FRAME_WELCOME
         LDD_FRAME_RESOLVE
@@ -20,10 +21,14 @@ cdef extern from "llm_datadist/ldd_wire.h" nogil:
         LDD_FRAME_ENDPOINTS
         LDD_FRAME_ENDPOINT_LIST
         LDD_FRAME_LEAVE
+        LDD_FRAME_PROOF
         LDD_MAX_ENDPOINTS
         LDD_HELLO_FORWARD
         LDD_HELLO_REVERSE
         LDD_HELLO_SHARED_TABLE
+        LDD_HELLO_HAS_SECRET
+        LDD_WELCOME_PROVE
+        LDD_MAX_SECRETS
         LDD_HELLO_FRAME_BYTES
         LDD_WELCOME_FRAME_BYTES
         LDD_MODE_REMOTE_ACCESSIBLE
@@ -49,6 +54,7 @@ cdef extern from "llm_datadist/ldd_wire.h" nogil:
         uint32_t request_id
     ctypedef struct ldd_hello:
         uint16_t direction
+        uint16_t flags
         uint32_t mode
         uint64_t cluster_id
         uint64_t expected_cluster_id
@@ -57,7 +63,7 @@ cdef extern from "llm_datadist/ldd_wire.h" nogil:
         uint8_t comm[32]
         uint32_t data_port
         uint32_t check_expected
-        char data_ip[64]
+        uint8_t nonce[32]
         uint8_t endpoint[160]
     ctypedef struct ldd_welcome:
         int32_t status
@@ -65,9 +71,12 @@ cdef extern from "llm_datadist/ldd_wire.h" nogil:
         uint64_t cluster_id
         uint8_t instance[16]
         uint32_t data_port
-        char data_ip[64]
+        uint8_t nonce[32]
+        uint8_t proof[32]
         uint8_t endpoint[160]
         char text[152]
+    ctypedef struct ldd_proof:
+        uint8_t[2][32] macs
     ctypedef struct ldd_endpoint_record:
         uint8_t endpoint[160]
         char plane[32]
