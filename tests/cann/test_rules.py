@@ -43,6 +43,18 @@ def test_memory_that_was_unregistered_is_forgotten_by_servers_and_clients(pair):
     there.call(steps.deallocate, "source")
 
 
+def test_memory_that_two_caches_have_is_known_until_the_last_of_them_goes(pair):
+    here, there = pair
+    source = there.call(steps.allocate, "source", 9)
+    here.call(steps.register, "target", 0)
+    here.call(steps.register_again, "target", "other", steps.SIZE)
+    assert here.call(steps.pull, 1, "target", source) == {9}
+    here.call(steps.unregister, "target")
+    assert here.call(steps.pull, 1, "other", source) == {9}
+    here.call(steps.unregister, "other")
+    there.call(steps.deallocate, "source")
+
+
 # ------------------------------------------------------------------------------------ 2, 3: contexts and devices
 
 def test_every_call_is_made_on_the_engine_s_device_whatever_the_caller_has_current(machines):
