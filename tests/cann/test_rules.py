@@ -377,7 +377,7 @@ def test_the_peer_waits_for_a_client_that_is_slow_to_be_created(machines):
 
 @pytest.mark.parametrize("config", [
     '{"comm_resource_config.listen_port": 65536}', '{"comm_resource_config.listen_port": 0}',
-    '{"comm_resource_config.max_active_channels": 0}',
+    '{"comm_resource_config.max_active_channels": 0}', '{"comm_resource_config.qos": 8}',
 ])
 def test_a_configuration_out_of_range_is_refused_by_init(machines, config):
     with pytest.raises(ValueError, match=r"103900"):

@@ -89,6 +89,23 @@ def test_a_slow_server_creation_does_not_outlive_the_deadline_of_its_link(machin
     there.call(withdraw)
 
 
+def pull_late(node, cluster_id, name):
+    """Pull what comes late; the code of the error, and how many batches had been moved when it was raised."""
+    return steps.pull_error(node, cluster_id, name)[0], Strict().noted("moved")
+
+
+def test_a_late_batch_does_not_hold_up_the_error(machines):
+    here = machines.start(2, options=engine_options(timeout_ms=300), LDD_STRICT_LATE_MS="1900")
+    there = machines.start(1)
+    machines.peers.link(here, there)
+    there.call(steps.allocate, "source", 3, key=True)
+    here.call(steps.allocate, "target", 0)
+    assert here.call(pull_late, 1, "target") == ("LLM_TIMEOUT", 0)
+    here.call(steps.deallocate, "target")
+    assert here.call(steps.until_unpinned) == 0
+    there.call(steps.deallocate, "source")
+
+
 def keep_a_push(node, cluster_id, name):
     """Begin a push by layers, and never end it."""
     from llm_datadist.core.engine.layer_push import LayerPush

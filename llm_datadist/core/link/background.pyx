@@ -1,8 +1,8 @@
 """Calls into the provider that may take longer than their caller has time.
 
-CANN creates servers and clients without a time limit, moves a batch over host endpoints within the submitting call, where it may
-try one operation again for many minutes, and cannot cancel. Such a call is made on a thread of its own. Its caller
-waits for it as for anything else: until the deadline, and Ctrl-C gets through.
+CANN creates servers and clients without a time limit, moves batches over host endpoints within the submitting call,
+where it may try one operation again for many minutes, and cannot cancel. Such a call is made on a thread of its own. Its
+caller waits for it as for anything else: until the deadline, and Ctrl-C gets through.
 
 Who gives up leaves everything to that thread: the client, which it destroys; an operation counted on the link, so that
 our asking connection stays open and the peer's lease with it, and `finalize` waits; and a pin on the local cache, whose
@@ -42,7 +42,7 @@ cdef extern from * nogil:
     void ldd_background_nap()
 
 cdef enum:
-    DESTROY_GRACE_NS = 2000000000               # what the end of a client may take before its caller goes on
+    DESTROY_GRACE_NS = 200000000                # what the end of a client may take before its caller goes on
 
 cdef enum ldd_call_kind:
     CALL_SERVE
