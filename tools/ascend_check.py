@@ -13,6 +13,7 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 SIZE = 1 << 20                  # bytes of one block or slot
 POOL = 64 << 20
 NUM_SLOTS = 4
+DEVICES = "0,1"
 TIMEOUT_MS = 5000
 ANSWER_LIMIT_S = 120.0
 _HOST_TO_DEVICE, _DEVICE_TO_HOST = 1, 2
@@ -28,7 +30,8 @@ LAYOUTS = ("contiguous", "paged", "registered")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("--devices", default="0,1", metavar="A,B", help="devices to use (default: 0,1)")
+    parser.add_argument("--devices", default=DEVICES, metavar="A,B",
+                        help=f"devices to use (default: {DEVICES}, or the only one)")
     parser.add_argument("--local-comm-res", metavar="JSON", help="endpoints of both processes (default: found)")
     parser.add_argument("--json", action="store_true", help="machine-readable output")
 
@@ -36,7 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the report; 0 when every check passed, 1 when one failed."""
     devices = [int(text) for text in args.devices.split(",")]
-    report = {"facts": facts(), "checks": checks(devices, args.local_comm_res)}
+    found = facts()
+    # Of the default, what this machine has not is left out; what was asked for is tried.
+    if args.devices == DEVICES and int(found["devices"]) == 1:
+        devices = devices[:1]
+    report = {"facts": found, "checks": checks(devices, args.local_comm_res)}
     if args.json:
         print(json.dumps(report, indent=2))
     else:
@@ -155,6 +162,7 @@ class _Peer:
     """A process with one engine; called with what it is to do."""
 
     def __init__(self) -> None:
+        self.was_late = False
         self.process = subprocess.Popen([sys.executable, "-m", __spec__.name if __spec__ else __name__],
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -163,19 +171,30 @@ class _Peer:
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps({"do": do, **args}) + "\n")
         self.process.stdin.flush()
-        line = self.process.stdout.readline()
+        timer = threading.Timer(ANSWER_LIMIT_S, self._end_late)
+        timer.start()
+        try:
+            line = self.process.stdout.readline()
+        finally:
+            timer.cancel()
         if not line:
-            raise RuntimeError(f"the process that was to {do} ended with {self.process.wait(ANSWER_LIMIT_S)}")
+            why = f"gave no answer for {ANSWER_LIMIT_S:g} s" if self.was_late else (
+                f"ended with {self.process.wait(ANSWER_LIMIT_S)}")
+            raise RuntimeError(f"the process that was to {do} {why}")
         answer = json.loads(line)
         if "error" in answer and not may_fail:
             raise RuntimeError(answer["error"])
         return answer["result"]
 
+    def _end_late(self) -> None:
+        self.was_late = True
+        self.process.kill()
+
     def __enter__(self) -> _Peer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             self.process.communicate(timeout=ANSWER_LIMIT_S)
         if self.process.poll() is None:
             self.process.kill()

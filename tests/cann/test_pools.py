@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from cann import steps
 from support.peer import engine_options
+from support.strict import Strict, build
 
-from llm_datadist import Cache, CacheDesc, DataType, Placement
+from llm_datadist import Cache, CacheDesc, DataType, LLMException, Placement
 
 HUGE = 2 << 20
 BLOCK = 4 << 20                 # large enough to be queued on a stream
@@ -59,6 +60,29 @@ def swap_around(node):
 def test_copies_between_host_and_device_name_the_kind_that_the_runtime_wants(engine):
     assert engine.call(swap_around, limit_s=60.0) == {5}
     assert {call.code for call in engine.call(steps.strict_calls) if call.function.startswith("aclrtMemcpy")} == {0}
+
+
+def late_copy(node):
+    """Copy by the stream, whose end comes late; the error, and how often the end was waited for."""
+    desc = CacheDesc(1, [2, BLOCK], DataType.DT_UINT8)
+    cache = node.cache_manager.allocate_blocks_cache(desc)
+    strict = Strict()
+    strict.forget()
+    strict.fail("aclrtSynchronizeStreamWithTimeout", 1, 507046)
+    try:
+        node.cache_manager.copy_blocks(cache, {0: [1]})
+    except LLMException as error:
+        waits = [call.code for call in strict.calls() if call.function == "aclrtSynchronizeStreamWithTimeout"]
+        return error.status_code.name, waits
+    finally:
+        node.cache_manager.deallocate_blocks_cache(cache)
+    return "", []
+
+
+def test_copies_that_cannot_be_dropped_have_ended_before_their_memory_is_free(machines, tmp_path):
+    home = build(tmp_path / "cann", hidden=("aclrtStreamAbort",))
+    engine = machines.start(2, options=engine_options(device_pool=64 << 20), home=home)
+    assert engine.call(late_copy) == ("LLM_TIMEOUT", [507046, 0])
 
 
 def register_too_much(node, num_bytes):

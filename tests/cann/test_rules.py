@@ -43,6 +43,18 @@ def test_memory_that_was_unregistered_is_forgotten_by_servers_and_clients(pair):
     there.call(steps.deallocate, "source")
 
 
+def test_memory_that_two_caches_have_is_known_until_the_last_of_them_goes(pair):
+    here, there = pair
+    source = there.call(steps.allocate, "source", 9)
+    here.call(steps.register, "target", 0)
+    here.call(steps.register_again, "target", "other", steps.SIZE)
+    assert here.call(steps.pull, 1, "target", source) == {9}
+    here.call(steps.unregister, "target")
+    assert here.call(steps.pull, 1, "other", source) == {9}
+    here.call(steps.unregister, "other")
+    there.call(steps.deallocate, "source")
+
+
 # ------------------------------------------------------------------------------------ 2, 3: contexts and devices
 
 def test_every_call_is_made_on_the_engine_s_device_whatever_the_caller_has_current(machines):
@@ -365,7 +377,7 @@ def test_the_peer_waits_for_a_client_that_is_slow_to_be_created(machines):
 
 @pytest.mark.parametrize("config", [
     '{"comm_resource_config.listen_port": 65536}', '{"comm_resource_config.listen_port": 0}',
-    '{"comm_resource_config.max_active_channels": 0}',
+    '{"comm_resource_config.max_active_channels": 0}', '{"comm_resource_config.qos": 8}',
 ])
 def test_a_configuration_out_of_range_is_refused_by_init(machines, config):
     with pytest.raises(ValueError, match=r"103900"):

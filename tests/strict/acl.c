@@ -69,7 +69,21 @@ EXPORT aclError aclrtGetDevice(int32_t *out) {
 }
 
 MAKE(aclrtSetDevice, (int32_t device), (device), "devices")
-END(aclrtResetDevice, (int32_t device), (device), "devices", NULL)
+
+/* A reset may leave its thread without a context, whichever it had. */
+EXPORT aclError aclrtResetDevice(int32_t device) {
+    int told = ACL_SUCCESS, code;
+    bool fails = strict_enter(__func__, NULL, &told);
+    aclrtContext passing;
+    error_text[0] = '\0';
+    code = strict_real->acl.aclrtResetDevice(device);
+    strict_add("devices", -(code == ACL_SUCCESS));
+    if (strict_real->acl.aclrtCreateContext(&passing, 0) == ACL_SUCCESS) {
+        strict_real->acl.aclrtDestroyContext(passing);
+    }
+    return fails ? told : strict_leave(code);
+}
+
 MAKE(aclrtCreateContext, (aclrtContext *out, int32_t device), (out, device), "contexts")
 END(aclrtDestroyContext, (aclrtContext context), (context), "contexts", context)
 MAKE(aclrtCreateStream, (aclrtStream *out), (out), "streams")

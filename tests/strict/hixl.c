@@ -113,7 +113,7 @@ static const char *bad_endpoint(const EndpointDesc *endpoint, bool is_own) {
     return NULL;
 }
 
-static bool number_is_bad(const char *json, const char *key, long max) {
+static bool number_is_bad(const char *json, const char *key, long min, long max) {
     const char *at = strstr(json, key);
     long value;
     if (at == NULL) {
@@ -122,7 +122,7 @@ static bool number_is_bad(const char *json, const char *key, long max) {
     at += strlen(key);
     at += strspn(at, " \t\r\n\":");
     value = strtol(at, NULL, 10);
-    return value < 1 || value > max;
+    return value < min || value > max;
 }
 
 static const char *bad_config(const char *json) {
@@ -143,11 +143,13 @@ static const char *bad_config(const char *json) {
     if (strstr(json, "ldd_") != NULL) {
         return "global_resource_config has keys nobody here knows";
     }
-    if (number_is_bad(json, "listen_port\"", 65535)) {
+    if (number_is_bad(json, "listen_port\"", 1, 65535)) {
         return "listen_port is not in 1..65535";
     }
-    return number_is_bad(json, "max_active_channels\"", 1 << 30) ? "max_active_channels is below 1"
-                                                                                    : NULL;
+    if (number_is_bad(json, "comm_resource_config.qos\"", 0, 7)) {
+        return "qos is not in 0..7";
+    }
+    return number_is_bad(json, "max_active_channels\"", 1, 1 << 30) ? "max_active_channels is below 1" : NULL;
 }
 
 static void note_config(const char *name, const char *json) {
@@ -274,6 +276,7 @@ static HixlStatus register_memory(const char *function, void *handle, bool is_cl
     if (end == NULL) {
         return status;
     }
+    strict_sleep_ms(is_client ? strict_ms("LDD_STRICT_REGISTER_MS") : 0);
     if (is_client && end->connected) {
         return reject(end, function, "the client is connected: memory comes too late");
     }
@@ -343,6 +346,7 @@ EXPORT HixlStatus HixlCSServerCreate(const HixlServerDesc *desc, const HixlServe
     strict_note("server_endpoints", desc->endpoint_list_num);
     strict_note("super_device", desc->endpoint_list[0].loc.device.superDevId);
     strict_note("super_pod", desc->endpoint_list[0].loc.device.superPodIdx);
+    strict_sleep_ms(strict_ms("LDD_STRICT_SERVER_MS"));
     status = strict_real->hixl.HixlCSServerCreate(desc, config, &real);
     if (status == HIXL_SUCCESS) {
         *out = add_end(real, false, false);
@@ -636,6 +640,7 @@ EXPORT HixlStatus HixlCSClientDestroy(HixlClientHandle client) {
     if (end == NULL) {
         return status;
     }
+    strict_sleep_ms(strict_ms("LDD_STRICT_DESTROY_MS"));
     while (end->batches != NULL) { /* no byte is written after the end of its client */
         end_batch(end, end->batches);
     }

@@ -8,6 +8,9 @@
  * Environment, read when the library is loaded:
  *   LDD_STRICT_HOST       path of the host provider's library
  *   LDD_STRICT_CREATE_MS  how long creating a client takes
+ *   LDD_STRICT_SERVER_MS  how long creating a server takes
+ *   LDD_STRICT_REGISTER_MS  how long a client takes to register memory
+ *   LDD_STRICT_DESTROY_MS  how long the end of a client takes
  *   LDD_STRICT_SUBMIT_MS  how long a batch over a host endpoint takes, within the submitting call
  *   LDD_STRICT_LATE_MS    how long a batch over a device endpoint takes to write its bytes
  *   LDD_STRICT_SUPER_POD  which super node the device belongs to

@@ -1,13 +1,14 @@
 """``ascend-check`` and the loopback of ``doctor``, over the host provider and over the stand-in for CANN."""
 import json
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 from support.strict import build, environment
 
-from llm_datadist.tools import doctor
+from llm_datadist.tools import ascend_check, doctor
 
 NUM_CHECKS = 6                  # for one device
 
@@ -33,6 +34,20 @@ def test_a_check_that_fails_is_told_and_counts(tmp_path):
     done = run_tool("ascend-check", "--devices", "0", env=env)
     assert done.returncode == 1
     assert "FAILED" in done.stdout
+
+
+def test_a_process_that_never_answers_is_a_failure_and_is_ended(monkeypatch):
+    monkeypatch.setattr(ascend_check, "ANSWER_LIMIT_S", 0.5)
+    with ascend_check._Peer() as peer, pytest.raises(RuntimeError, match=r"was to read gave no answer for 0.5 s"):
+        peer.process.send_signal(signal.SIGSTOP)
+        peer("read")
+    assert peer.process.returncode == -signal.SIGKILL
+
+
+def test_a_machine_of_one_device_passes(tmp_path):
+    env = environment(build(tmp_path / "cann"), LLM_DATADIST_HOST_DEVICES="1")
+    done = run_tool("ascend-check", "--json", env=env)
+    assert [row["outcome"] for row in json.loads(done.stdout)["checks"]] == ["ok"] * NUM_CHECKS
 
 
 def test_doctor_pulls_once_when_asked_to():

@@ -12,6 +12,7 @@ from llm_datadist.core.transfer.fitting cimport ldd_transfer
 cdef class Engine(EngineBlockKeys):
     cdef int _run(self, ldd_transfer* what, key, src_tensors, dst_tensors, const char* name) except -1
     cdef int _set_blocks(self, ldd_transfer* what, IndexList src, IndexList dst, const char* name) except -1
+    cdef void _forget_range(self, uint64_t addr, uint64_t nbytes) noexcept nogil
     cdef ldd_status _begin_copy(self, int64_t* deadline_ns, ldd_detail* detail) noexcept nogil
     cdef aclrtMemcpyKind _copy_kind(self, bint from_host, bint to_host) noexcept nogil
     cdef ldd_status _copy_planned(self, ldd_status planned, aclrtMemcpyKind kind, int64_t deadline_ns,

@@ -226,7 +226,7 @@ cdef class Engine(EngineBlockKeys):
                                                 ldd_now_ns() + self.node.sync_timeout_ns, &detail)
                 if status < 0:
                     for i in range(done):
-                        ldd_regions_remove(&self.node.regions, array[i], tensor_bytes)
+                        self._forget_range(array[i], tensor_bytes)
             self.raise_for(status, &detail, b"register_cache")
             self._registered[cache_id] = (tuple(addrs) if announced else (), tensor_bytes)
             return cache_id
@@ -247,10 +247,14 @@ cdef class Engine(EngineBlockKeys):
         addrs, nbytes = self._registered.pop(cache_id, ((), 0))
         for addr in addrs:
             with nogil:
-                ldd_links_withdraw(&self.node, addr, nbytes, ldd_now_ns() + self.node.sync_timeout_ns)
-                ldd_regions_remove(&self.node.regions, addr, nbytes)
+                self._forget_range(addr, nbytes)
         with nogil:
             ldd_table_set_epoch(self.table, ldd_regions_epoch(&self.node.regions))
+
+    cdef void _forget_range(self, uint64_t addr, uint64_t nbytes) noexcept nogil:
+        """Undo one registration of a range. Servers come first: no new client then learns of it."""
+        if ldd_regions_remove(&self.node.regions, addr, nbytes):
+            ldd_links_withdraw(&self.node, addr, nbytes, ldd_now_ns() + self.node.sync_timeout_ns)
 
     def remove_key(self, uint32_t kind, uint64_t id, uint64_t model_id):
         """Unbind a key; its cache is freed when nothing else holds it. Unknown keys are no-ops."""

@@ -432,16 +432,19 @@ cdef class EngineCore:
         self.device_pool = self.host_pool = NULL
 
     cdef void _release_device(self) noexcept nogil:
-        cdef aclrtContext before
+        cdef aclrtContext before = NULL
         if self.node.context != NULL:
             before = ldd_context_enter(&self.node)
             if self._stream != NULL:
                 self._provider.table.acl.aclrtDestroyStream(self._stream)
-            if before != self.node.context:
-                ldd_context_leave(&self.node, before)
+            if before == self.node.context:
+                before = NULL
+            ldd_context_leave(&self.node, before)
             self._provider.table.acl.aclrtDestroyContext(self.node.context)
         if self._device_set:
             self._provider.table.acl.aclrtResetDevice(self._device_id)
+            if before != NULL:                  # the runtime may have taken the thread's away
+                self._provider.table.acl.aclrtSetCurrentContext(before)
         self._stream = self.node.context = NULL
         self._device_set = False
 

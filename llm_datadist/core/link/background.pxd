@@ -1,5 +1,5 @@
 """Calls into the provider that may take longer than their caller has time; see ``background.pyx``."""
-from libc.stdint cimport int64_t, uint64_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from llm_datadist.core.base.provider cimport CompleteHandle
 from llm_datadist.core.base.status cimport ldd_detail, ldd_status
@@ -7,6 +7,9 @@ from llm_datadist.core.link.links cimport ldd_link, ldd_node
 
 # Run on a thread that nobody joins and no signal is delivered to; not 0 when there is none to be had.
 cdef int ldd_background_start(void* (*main)(void*) noexcept nogil, void* argument) noexcept nogil
+# The port of the data server at this local address, which is started when there is none; fails as the next does.
+cdef ldd_status ldd_background_serve(ldd_link* link, const char* ip, uint32_t* port, int64_t deadline_ns,
+                                     ldd_detail* detail) noexcept nogil
 # Make link.client. LDD_E_TIMEOUT when the deadline passed first, LDD_E_INTERRUPTED for a signal handler that raised.
 cdef ldd_status ldd_background_open(ldd_link* link, int64_t deadline_ns, ldd_detail* detail) noexcept nogil
 # Submit link.descs; the handle is to be waited for.

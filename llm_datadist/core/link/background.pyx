@@ -1,14 +1,15 @@
 """Calls into the provider that may take longer than their caller has time.
 
-CANN creates a client without a time limit, moves a batch over host endpoints within the submitting call, where it may
-try one operation again for many minutes, and cannot cancel. Such a call is made on a thread of its own. Its caller
-waits for it as for anything else: until the deadline, and Ctrl-C gets through.
+CANN creates servers and clients without a time limit, moves batches over host endpoints within the submitting call,
+where it may try one operation again for many minutes, and cannot cancel. Such a call is made on a thread of its own. Its
+caller waits for it as for anything else: until the deadline, and Ctrl-C gets through.
 
 Who gives up leaves everything to that thread: the client, which it destroys; an operation counted on the link, so that
 our asking connection stays open and the peer's lease with it, and `finalize` waits; and a pin on the local cache, whose
 memory nobody gets before the call has ended. All under the link's lock, but for the thread itself.
 """
 from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free
 
 from llm_datadist.core.base.device_context cimport ldd_device_enter
@@ -25,42 +26,27 @@ from llm_datadist.core.base.sync cimport (
     ldd_mutex, ldd_mutex_destroy, ldd_mutex_init, ldd_now_ns, ldd_unlock,
 )
 from llm_datadist.core.base.wait cimport ldd_hixl_result
-from llm_datadist.core.link.client cimport ldd_client_destroy, ldd_client_open, ldd_client_withdraw
+from llm_datadist.core.link.client cimport ldd_client_destroy, ldd_client_open, ldd_client_withdraw, ldd_spawn
 from llm_datadist.core.link.links cimport ldd_link_break, ldd_link_end, ldd_link_hold, ldd_link_unref
+from llm_datadist.core.link.region cimport ldd_regions_serve
 from llm_datadist.core.table.cache_table cimport ldd_table_repin, ldd_table_unpin
 
 cdef extern from * nogil:
     """
-    #include <pthread.h>
-    #include <signal.h>
-
-    /* A thread that nobody joins and no signal is delivered to. */
-    static int ldd_background_spawn(void *(*main)(void *), void *argument) {
-        sigset_t all, before;
-        pthread_attr_t attributes;
-        pthread_t thread;
-        sigfillset(&all);
-        pthread_sigmask(SIG_SETMASK, &all, &before);
-        pthread_attr_init(&attributes);
-        pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
-        int error = pthread_create(&thread, &attributes, main, argument);
-        pthread_attr_destroy(&attributes);
-        pthread_sigmask(SIG_SETMASK, &before, NULL);
-        return error;
-    }
+    #include <time.h>
 
     static void ldd_background_nap(void) {
         struct timespec nap = {.tv_sec = 0, .tv_nsec = 500000};
         nanosleep(&nap, NULL);
     }
     """
-    int ldd_background_spawn(void* (*main)(void*) noexcept nogil, void* argument)
     void ldd_background_nap()
 
 cdef enum:
-    DESTROY_GRACE_NS = 2000000000               # what the end of a client may take before its caller goes on
+    DESTROY_GRACE_NS = 200000000                # what the end of a client may take before its caller goes on
 
 cdef enum ldd_call_kind:
+    CALL_SERVE
     CALL_OPEN
     CALL_SUBMIT
     CALL_DESTROY
@@ -72,6 +58,8 @@ ctypedef struct ldd_call:
     bint put
     int64_t deadline_ns
     CompleteHandle handle
+    char ip[64]                                 # of CALL_SERVE, as the next
+    uint32_t port
     ldd_status status
     ldd_detail detail
     ldd_mutex lock                              # guards the two below
@@ -108,7 +96,9 @@ cdef ldd_status _submit(ldd_link* link, HixlClientHandle client, bint put, int64
 cdef void _carry_out(ldd_call* call) noexcept nogil:
     cdef ldd_node* node = call.link.node
     cdef int64_t left_ms
-    if call.kind == CALL_OPEN:
+    if call.kind == CALL_SERVE:
+        call.status = ldd_regions_serve(&node.regions, call.ip, &call.port, &call.detail)
+    elif call.kind == CALL_OPEN:
         left_ms = max((call.deadline_ns - ldd_now_ns() + 999999) // 1000000, <int64_t>1)
         call.status = ldd_client_open(call.link, <uint32_t>min(left_ms, <int64_t>0x7fffffff), &call.client,
                                       &call.detail)
@@ -179,7 +169,7 @@ cdef ldd_status _run(ldd_call* call, bint interruptible, bint* given_up) noexcep
     """Make the call elsewhere and wait for its end. Once it is given up, `call` is the thread's alone."""
     cdef ldd_status status = LDD_OK
     cdef int64_t slice_ns
-    if ldd_background_spawn(_call_main, call) != 0:
+    if ldd_spawn(_call_main, call) != 0:
         _carry_out(call)                        # no thread to be had: without a time limit, then
         return LDD_OK
     ldd_lock(&call.lock)
@@ -201,6 +191,30 @@ cdef ldd_status _run(ldd_call* call, bint interruptible, bint* given_up) noexcep
     elif status == LDD_E_TIMEOUT:
         status = LDD_OK
     ldd_unlock(&call.lock)
+    return status
+
+
+cdef ldd_status ldd_background_serve(ldd_link* link, const char* ip, uint32_t* port, int64_t deadline_ns,
+                                     ldd_detail* detail) noexcept nogil:
+    cdef ldd_call* call
+    cdef bint given_up = False
+    cdef ldd_status status
+    if link.node.provider.caps & LDD_CAP_CANCEL:
+        return ldd_regions_serve(&link.node.regions, ip, port, detail)
+    call = _new_call(link, CALL_SERVE, deadline_ns)
+    if call == NULL:
+        return ldd_fail(detail, LDD_E_NO_MEMORY, b"no memory for a data server")
+    snprintf(call.ip, sizeof(call.ip), b"%s", ip)
+    status = _run(call, True, &given_up)
+    if given_up:                                # the server stays, for the next try
+        if status == LDD_E_TIMEOUT:
+            ldd_fail(detail, status, b"creating the data server at %s took longer than there was time", ip)
+        return status
+    if status == LDD_OK:
+        status = call.status
+        detail[0] = call.detail
+        port[0] = call.port
+    _free(call)
     return status
 
 

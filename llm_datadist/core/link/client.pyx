@@ -6,16 +6,46 @@ after more memory came, and told of memory that goes.
 """
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdio cimport snprintf
-from libc.stdlib cimport free
+from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 from llm_datadist.core.base.device_context cimport ldd_device_enter, ldd_device_leave
 from llm_datadist.core.base.provider cimport (
-    LDD_CAP_DROP_PEER, EndpointDesc, HixlClientConfig, HixlClientDesc, aclrtContext,
+    LDD_CAP_CANCEL, LDD_CAP_DROP_PEER, EndpointDesc, HixlClientConfig, HixlClientDesc, aclrtContext,
 )
 from llm_datadist.core.base.status cimport LDD_OK
+from llm_datadist.core.base.sync cimport ldd_cond_broadcast, ldd_lock, ldd_unlock
 from llm_datadist.core.base.wait cimport ldd_hixl_result
 from llm_datadist.core.link.region cimport ldd_client_memory, ldd_regions_register_client
+
+cdef extern from * nogil:
+    """
+    #include <pthread.h>
+    #include <signal.h>
+
+    static int ldd_start_thread(void *(*main)(void *), void *argument) {
+        sigset_t all, before;
+        pthread_attr_t attributes;
+        pthread_t thread;
+        sigfillset(&all);
+        pthread_sigmask(SIG_SETMASK, &all, &before);
+        pthread_attr_init(&attributes);
+        pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+        int error = pthread_create(&thread, &attributes, main, argument);
+        pthread_attr_destroy(&attributes);
+        pthread_sigmask(SIG_SETMASK, &before, NULL);
+        return error;
+    }
+    """
+    int ldd_start_thread(void* (*main)(void*) noexcept nogil, void* argument)
+
+ctypedef struct ldd_ending:
+    ldd_node* node
+    HixlClientHandle client
+
+
+cdef int ldd_spawn(void* (*main)(void*) noexcept nogil, void* argument) noexcept nogil:
+    return ldd_start_thread(main, argument)
 
 
 cdef ldd_status ldd_client_open(ldd_link* link, uint32_t timeout_ms, HixlClientHandle* out,
@@ -66,6 +96,39 @@ cdef void ldd_client_destroy(ldd_node* node, HixlClientHandle client) noexcept n
     cdef aclrtContext before = ldd_device_enter(node.provider, node.context)
     node.provider.hixl.HixlCSClientDestroy(client)
     ldd_device_leave(node.provider, node.context, before)
+
+
+cdef void* _end_main(void* argument) noexcept nogil:
+    cdef ldd_ending* ending = <ldd_ending*>argument
+    ldd_client_destroy(ending.node, ending.client)
+    ldd_lock(&ending.node.lock)
+    ending.node.num_ops -= 1
+    if ending.node.num_ops == 0:
+        ldd_cond_broadcast(&ending.node.idle)
+    ldd_unlock(&ending.node.lock)
+    free(ending)
+    return NULL
+
+
+cdef bint _end_elsewhere(ldd_node* node, HixlClientHandle client) noexcept nogil:
+    cdef ldd_ending* ending = <ldd_ending*>malloc(sizeof(ldd_ending))
+    cdef bint is_started
+    if ending == NULL:
+        return False
+    ending.node = node
+    ending.client = client
+    ldd_lock(&node.lock)                        # held until it is counted: the thread may end at once
+    is_started = not node.closing and ldd_spawn(_end_main, ending) == 0
+    node.num_ops += is_started
+    ldd_unlock(&node.lock)
+    if not is_started:
+        free(ending)
+    return is_started
+
+
+cdef void ldd_client_end(ldd_node* node, HixlClientHandle client) noexcept nogil:
+    if node.provider.caps & LDD_CAP_CANCEL or not _end_elsewhere(node, client):
+        ldd_client_destroy(node, client)
 
 
 cdef void ldd_client_withdraw(ldd_link* link, uint64_t addr, uint64_t nbytes) noexcept nogil:

@@ -18,7 +18,7 @@ from llm_datadist.core.base.sync cimport (
     ldd_cond_broadcast, ldd_cond_destroy, ldd_cond_init, ldd_cond_wait_until, ldd_lock, ldd_mutex_destroy,
     ldd_mutex_init, ldd_unlock,
 )
-from llm_datadist.core.link.client cimport ldd_client_destroy
+from llm_datadist.core.link.client cimport ldd_client_destroy, ldd_client_end
 from llm_datadist.core.link.wire cimport LDD_FRAME_LEAVE, LDD_WIRE_MAGIC, LDD_WIRE_VERSION, ldd_frame_header
 from llm_datadist.core.plan.block_plan cimport ldd_desc_list_free
 from llm_datadist.core.record.record cimport (
@@ -71,7 +71,7 @@ cdef ldd_link* ldd_link_new(ldd_node* node, uint64_t cluster_id, ldd_link_origin
 
 cdef void _destroy(ldd_link* link) noexcept nogil:
     if link.client != NULL:
-        ldd_client_destroy(link.node, link.client)
+        ldd_client_end(link.node, link.client)
     free(link.own_memory)
     if link.ask_fd >= 0:
         close(link.ask_fd)
@@ -219,13 +219,15 @@ cdef void ldd_link_end(ldd_link* link) noexcept nogil:
     cdef ldd_node* node = link.node
     ldd_lock(&node.lock)
     link.ops -= 1
-    node.num_ops -= 1
     if link.ops == 0 and ldd_link_state_of(link) != LINK_ACTIVE:
         _hang_up(link)
+    ldd_unlock(&node.lock)
+    ldd_link_unref(link)                        # this may end its client, which ldd_node_close has to wait for
+    ldd_lock(&node.lock)
+    node.num_ops -= 1
     if node.num_ops == 0:
         ldd_cond_broadcast(&node.idle)
     ldd_unlock(&node.lock)
-    ldd_link_unref(link)
 
 
 cdef void _hang_up(ldd_link* link) noexcept nogil:
@@ -375,13 +377,23 @@ cdef void ldd_links_drop_stale(ldd_node* node, uint64_t cluster_id, const uint8_
 
 cdef ldd_status ldd_node_close(ldd_node* node, int64_t deadline_ns) noexcept nogil:
     cdef ldd_status status = LDD_OK
+    cdef ldd_link* link
+    cdef ldd_link* dropped = NULL
     ldd_lock(&node.lock)
     node.closing = True
-    ldd_unlock(&node.lock)
-    ldd_links_drop(node, -1, -1, True, 0, False)
-    ldd_lock(&node.lock)
+    while node.links != NULL:
+        _move_out_locked(node.links, &dropped)
     ldd_cond_broadcast(&node.attempted)
     while (node.num_ops or node.healing) and status == LDD_OK:
         status = ldd_cond_wait_until(&node.idle, &node.lock, deadline_ns)
     ldd_unlock(&node.lock)
+    link = dropped
+    while link != NULL and status == LDD_OK:    # whoever keeps one of them must not keep its client beyond the provider
+        ldd_lock(&link.lock)
+        if link.client != NULL:
+            ldd_client_destroy(node, link.client)
+            link.client = NULL
+        ldd_unlock(&link.lock)
+        link = link.next
+    _unref_all(dropped)
     return status

@@ -17,13 +17,13 @@ from llm_datadist.core.base.status cimport (
 )
 from llm_datadist.core.base.sync cimport ldd_cond_broadcast, ldd_cond_wait_until, ldd_lock, ldd_now_ns, ldd_unlock
 from llm_datadist.core.base.wait cimport ldd_lock_interruptible
-from llm_datadist.core.link.background cimport ldd_background_destroy
+from llm_datadist.core.link.background cimport ldd_background_destroy, ldd_background_serve
 from llm_datadist.core.link.links cimport (
     LINK_ACTIVE, LINK_CLOSED, ORIGIN_COMM, ORIGIN_LOCAL, ldd_attempt, ldd_link, ldd_link_drop, ldd_link_end,
     ldd_link_hold_broken, ldd_link_new, ldd_link_publish, ldd_link_state_of, ldd_link_unref,
 )
 from llm_datadist.core.link.region cimport (
-    ldd_regions_admit_peer, ldd_regions_drop_peer, ldd_regions_own_endpoint, ldd_regions_serve,
+    ldd_regions_admit_peer, ldd_regions_drop_peer, ldd_regions_own_endpoint,
 )
 from llm_datadist.core.link.requests cimport ldd_exchange, ldd_link_ready, ldd_request_unlink
 from llm_datadist.core.link.secret cimport ldd_random, ldd_secret_confirms, ldd_secret_prove
@@ -172,7 +172,7 @@ cdef ldd_status _open_parts(ldd_link* link, const char* ip, int port, const uint
         return LDD_E_LINK_FAILED if status == LDD_E_FAILED else status
     ldd_socket_local_ip(link.ask_fd, local_ip, sizeof(local_ip))
     ldd_socket_peer_ip(link.ask_fd, link.peer_ip, sizeof(link.peer_ip))
-    status = ldd_regions_serve(&link.node.regions, local_ip, &data_port, detail)
+    status = ldd_background_serve(link, local_ip, &data_port, deadline_ns, detail)
     if status == LDD_OK:
         status = _greet(link, link.ask_fd, LDD_HELLO_FORWARD, comm, data_port, &answer, deadline_ns, detail)
     if status == LDD_OK:                        # not before: who merely listens there has been told the token

@@ -38,19 +38,19 @@ ctypedef struct ldd_client_memory:
 ctypedef struct ldd_regions:
     const ldd_provider* provider
     aclrtContext context                        # of the engine: servers live on its device
-    ldd_mutex lock                        # guards all below; no other lock is taken under it
+    ldd_mutex lock                        # guards all below but for what is atomic; no other lock is taken under it
     ldd_region* items
     uint32_t count
     uint32_t capacity
     ldd_data_server servers[MAX_DATA_SERVERS]
-    uint32_t num_servers
+    uint32_t num_servers                        # atomic; those there are do not change until the end
     EndpointDesc endpoints[16]                  # ours on a real network; the host provider needs none
     uint32_t num_endpoints
     ldd_endpoint_list offers                    # the same, as peers are told
     char* resource_config                       # JSON for servers and clients, NULL without
     uint8_t traffic_class
     uint8_t service_level
-    uint64_t added                              # counts ranges that were added
+    uint64_t added                              # counts ranges that were added; atomic
     LddFetchHooks fetch_hooks                   # what answers pulls that are one exchange; all NULL: nothing does
     void* fetch_context
     uint64_t epoch                              # grows with every change a connected peer should see
@@ -62,8 +62,8 @@ cdef void ldd_regions_close(ldd_regions* regions) noexcept nogil
 # Announce a range to every server, now and later ones. The same range may be added again and is counted.
 cdef ldd_status ldd_regions_add(ldd_regions* regions, uint64_t addr, uint64_t nbytes, bint host,
                                 ldd_detail* detail) noexcept nogil
-# Withdraw one registration of exactly this range; returns once no server touches it any more.
-cdef void ldd_regions_remove(ldd_regions* regions, uint64_t addr, uint64_t nbytes) noexcept nogil
+# Withdraw one registration of exactly this range; True when it was the last, and no server touches it any more.
+cdef bint ldd_regions_remove(ldd_regions* regions, uint64_t addr, uint64_t nbytes) noexcept nogil
 
 # The port of the data server at this local address, which is started when there is none.
 cdef ldd_status ldd_regions_serve(ldd_regions* regions, const char* ip, uint32_t* port,

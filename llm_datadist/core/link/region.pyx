@@ -2,12 +2,14 @@
 
 A region is one range registered with every data server of this engine. Servers are started per local
 address when the first peer comes in by it, so a process that only ever dials out on loopback is reachable
-on loopback alone. Any thread; the lock is held across provider calls that are short.
+on loopback alone. Any thread. The lock is held across calls into the provider, which may take long: transfers, and
+peers that come in by an address where there is a server, do without it.
 """
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memset, strcmp, strdup, strlen
 
+from llm_datadist.core.base.atomic cimport ldd_load32, ldd_store32
 from llm_datadist.core.base.device_context cimport ldd_device_enter, ldd_device_leave
 from llm_datadist.core.base.provider cimport (
     ACL_MEM_LOCATION_TYPE_DEVICE, COMM_MEM_TYPE_DEVICE, COMM_MEM_TYPE_HOST, COMM_PROTOCOL_HCCS, LDD_CAP_ADMIT,
@@ -161,7 +163,7 @@ cdef ldd_status _add_locked(ldd_regions* regions, uint64_t addr, uint64_t nbytes
         region.refs = 1
         if slot == regions.count:
             regions.count += 1
-        regions.added += 1
+        __atomic_add_fetch(&regions.added, 1, __ATOMIC_RELEASE)
         __atomic_add_fetch(&regions.epoch, 1, __ATOMIC_RELEASE)
     return status
 
@@ -177,19 +179,31 @@ cdef ldd_status ldd_regions_add(ldd_regions* regions, uint64_t addr, uint64_t nb
     return status
 
 
-cdef void ldd_regions_remove(ldd_regions* regions, uint64_t addr, uint64_t nbytes) noexcept nogil:
+cdef bint ldd_regions_remove(ldd_regions* regions, uint64_t addr, uint64_t nbytes) noexcept nogil:
     cdef uint32_t i
+    cdef bint is_gone = False
     cdef aclrtContext before = ldd_device_enter(regions.provider, regions.context)
     ldd_lock(&regions.lock)
     for i in range(regions.count):
         if regions.items[i].refs and regions.items[i].addr == addr and regions.items[i].nbytes == nbytes:
             regions.items[i].refs -= 1
             if regions.items[i].refs == 0:
+                is_gone = True
                 _withdraw(regions, &regions.items[i])
                 __atomic_add_fetch(&regions.epoch, 1, __ATOMIC_RELEASE)
             break
     ldd_unlock(&regions.lock)
     ldd_device_leave(regions.provider, regions.context, before)
+    return is_gone
+
+
+cdef bint _find_server(const ldd_regions* regions, const char* ip, uint32_t* port) noexcept nogil:
+    cdef uint32_t s
+    for s in range(ldd_load32(&regions.num_servers)):
+        if strcmp(regions.servers[s].ip, ip) == 0:
+            port[0] = regions.servers[s].port
+            return True
+    return False
 
 
 cdef ldd_status _start_server(ldd_regions* regions, uint32_t s, const char* ip, ldd_detail* detail) noexcept nogil:
@@ -243,12 +257,12 @@ cdef ldd_status ldd_regions_serve(ldd_regions* regions, const char* ip, uint32_t
     cdef uint32_t s
     cdef ldd_status status
     cdef aclrtContext before
+    if _find_server(regions, ip, port):
+        return LDD_OK
     ldd_lock(&regions.lock)
-    for s in range(regions.num_servers):
-        if strcmp(regions.servers[s].ip, ip) == 0:
-            port[0] = regions.servers[s].port
-            ldd_unlock(&regions.lock)
-            return LDD_OK
+    if _find_server(regions, ip, port):         # another thread was faster
+        ldd_unlock(&regions.lock)
+        return LDD_OK
     s = regions.num_servers
     if s == MAX_DATA_SERVERS or strlen(ip) >= sizeof(regions.servers[0].ip):
         ldd_unlock(&regions.lock)
@@ -260,7 +274,7 @@ cdef ldd_status ldd_regions_serve(ldd_regions* regions, const char* ip, uint32_t
     status = _start_server(regions, s, ip, detail)
     ldd_device_leave(regions.provider, regions.context, before)
     if status == LDD_OK:
-        regions.num_servers += 1
+        ldd_store32(&regions.num_servers, s + 1)
         port[0] = regions.servers[s].port
     ldd_unlock(&regions.lock)
     return status
@@ -319,13 +333,7 @@ cdef ldd_status ldd_regions_admit_peer(ldd_regions* regions, uint32_t port, cons
 
 
 cdef bint ldd_regions_are_known(ldd_regions* regions, const ldd_client_memory* known) noexcept nogil:
-    cdef bint all_known
-    if known == NULL:
-        return True
-    ldd_lock(&regions.lock)
-    all_known = known.added == regions.added
-    ldd_unlock(&regions.lock)
-    return all_known
+    return known == NULL or known.added == __atomic_load_n(&regions.added, __ATOMIC_ACQUIRE)
 
 
 cdef void ldd_regions_drop_peer(ldd_regions* regions, const uint8_t* token) noexcept nogil:

@@ -333,14 +333,17 @@ cdef ldd_status ldd_link_ready(ldd_link* link, uint64_t region_epoch, int64_t de
     cdef char** tags
     cdef uint32_t count
     cdef aclrtContext before
+    cdef uint32_t left_ms = _left_ms(deadline_ns)
     if link.client != NULL and not ldd_regions_are_known(&link.node.regions, link.own_memory):
         ldd_background_destroy(link)            # it was connected before there was all of the memory we have now
     if link.client == NULL:
         status = _connect_client(link, deadline_ns, detail)
     elif link.seen_epoch != region_epoch:
+        if left_ms == 0:
+            return ldd_fail(detail, LDD_E_TIMEOUT, b"the deadline passed before the peer's regions were read")
         before = ldd_device_enter(link.node.provider, link.node.context)
         status = ldd_hixl_result(link.node.provider, link.node.provider.hixl.HixlCSClientGetRemoteMem(
-            link.client, &regions, &tags, &count, _left_ms(deadline_ns)), b"read the peer's regions", detail)
+            link.client, &regions, &tags, &count, left_ms), b"read the peer's regions", detail)
         ldd_device_leave(link.node.provider, link.node.context, before)
     else:
         return LDD_OK

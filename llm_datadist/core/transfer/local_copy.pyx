@@ -296,8 +296,9 @@ cdef ldd_status _drain(
         # 0 means nothing defined to the runtime.
         timeout_ms = <int32_t>max(1, min(left_ns // 1000000 + (left_ns % 1000000 > 0), <int64_t>INT32_MAX))
     code = provider.acl.aclrtSynchronizeStreamWithTimeout(how.stream, timeout_ms)
-    if ldd_map_acl(code) == LDD_E_TIMEOUT and provider.acl.aclrtStreamAbort != NULL:
-        provider.acl.aclrtStreamAbort(how.stream)
+    if ldd_map_acl(code) == LDD_E_TIMEOUT and (
+            provider.acl.aclrtStreamAbort == NULL or provider.acl.aclrtStreamAbort(how.stream) != 0):
+        provider.acl.aclrtSynchronizeStreamWithTimeout(how.stream, -1)      # what cannot be dropped has to end
     if submitted != 0:
         return ldd_acl_result(provider, submitted, b"queue a memory copy", detail)
     if code != 0:
