@@ -8,6 +8,7 @@
 #   make test-cann  run the two-process tests over a stand-in for CANN, in each kind of endpoints
 #   make lint   run the linters
 #   make docs   build the site of the documents into build/site (Python 3.11 or newer)
+#   make wheels  wheels for manylinux_2_28 on x86-64 and aarch64 into dist/, checked and tried
 #   make churn  a million pulls from an owner that reuses its memory, every byte checked
 #   make tsan   run the tests of the table, the shared table and the copy threads under ThreadSanitizer
 #   make clean  remove everything made by these
@@ -107,6 +108,11 @@ docs: $(DOCS_VENV)/.made
 	$(DOCS_VENV)/bin/python -m sphinx -q -W --keep-going -n -c docs -d build/doctrees . build/site
 	@echo "build/site/index.html"
 
+# WHEEL_PYTHONS: the interpreters to build for, WHEEL_ARCHS: the processors.
+WHEEL_ARCHS ?= x86_64 aarch64
+wheels:
+	.ci/wheels $(WHEEL_ARCHS)
+
 format: $(VENV)/.linted
 	$(BIN)/clang-format -i $(C_FILES)
 
@@ -125,7 +131,7 @@ check-free-threaded:
 	cd tests && ../build/free-threaded/bin/python -m pytest project/test_free_threading.py
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(DOCS_VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(DOCS_VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	rm -rf tests/.pytest_cache tests/.hypothesis
 	find llm_datadist llm_datadist_v1 tools tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 

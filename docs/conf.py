@@ -16,7 +16,7 @@ exclude_patterns = [".*", "build", "include", "llm_datadist*", "tests", "tools",
 # What stands beside docs/index.md in the navigation. A page that is in no list fails the build.
 CONTENTS = {
     "Start": ["../README", "tutorial/index", "concepts", "migration", "glossary"],
-    "Use": ["howto", "options", "errors", "threads", "engines", "ascend", "performance", "compatibility"],
+    "Use": ["howto", "tuning", "options", "errors", "threads", "engines", "ascend", "performance", "compatibility"],
     "Reference": ["reference/index"],
     "Inside": ["architecture", "protocol", "../CONTRIBUTING", "../SECURITY", "../CHANGELOG"],
     "中文": ["zh/quickstart", "zh/migration"],

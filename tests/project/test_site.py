@@ -76,6 +76,14 @@ def test_every_page_is_in_the_navigation():
     assert pages - listed == set()
 
 
+def test_the_rate_of_a_call(monkeypatch):
+    found = {}
+    exec(blocks(DOCS / "tuning.md")[0], found)
+    times = iter([0, 4, 0, 2, 0, 2])
+    monkeypatch.setattr(found["time"], "perf_counter", lambda: next(times))
+    assert found["rate"](lambda: None, 2 * 10**9, repeats=3) == 1.0
+
+
 def test_both_languages_say_the_same():
     english, chinese = DOCS / "migration.md", DOCS / "zh/migration.md"
     assert blocks(english) == blocks(chinese)
@@ -93,7 +101,7 @@ def test_every_page_with_examples_is_one_whose_examples_run():
 
     What engines.md has is a sketch with an ellipsis.
     """
-    run = {ROOT / "README.md", *(DOCS / f"{name}.md" for name in ("howto", "errors", "migration", "zh/migration",
+    run = {ROOT / "README.md", *(DOCS / f"{name}.md" for name in ("howto", "errors", "tuning", "migration", "zh/migration",
                                                                   "zh/quickstart")), *(DOCS / "tutorial").glob("*.md")}
     assert {page for page in PAGES if any("\n...\n" not in code for code in blocks(page))} == run
 
