@@ -37,7 +37,7 @@ numpydoc_show_class_members = False
 numpydoc_class_members_toctree = False
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
-autodoc_default_options = {"members": True, "inherited-members": "int, BaseException, ABC"}
+autodoc_default_options = {"members": True, "inherited-members": "int, BaseException, OSError, ABC"}
 default_role = "literal"
 nitpicky = True
 
