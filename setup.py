@@ -8,6 +8,7 @@ measures and what only tests use is compiled on demand, see `PARTS`.
 import contextlib
 import io
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,8 @@ class BuildContext:
         ``LDD_WITH=bench,tests``: what else to compile, names of `PARTS`; default nothing.
     coverage : bool
         ``LDD_COVERAGE=1``: every line counts how often it runs, those of the core as lines of their ``.pyx`` file.
+    url : str
+        ``LDD_PROJECT_URL=https://...``: the repository, for the metadata of what is published; default none.
     """
 
     debug: bool = False
@@ -48,6 +51,7 @@ class BuildContext:
     werror: bool = False
     parts: Tuple[str, ...] = ()
     coverage: bool = False
+    url: str = ""
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> "BuildContext":
@@ -58,6 +62,7 @@ class BuildContext:
         return cls(
             debug=_flag(environ, "LDD_DEBUG"), sanitize=sanitize, werror=_flag(environ, "LDD_WERROR"),
             parts=_names(environ, "LDD_WITH", tuple(PARTS)), coverage=_flag(environ, "LDD_COVERAGE"),
+            url=_url(environ, "LDD_PROJECT_URL"),
         )
 
     @property
@@ -109,6 +114,13 @@ def _flag(environ: Mapping[str, str], name: str) -> bool:
     if value not in ("", "0", "1"):
         raise ValueError(f"{name}={value!r}: 0 or 1 expected")
     return value == "1"
+
+
+def _url(environ: Mapping[str, str], name: str) -> str:
+    value = environ.get(name, "").rstrip("/")
+    if value and not re.fullmatch(r"https?://[^\s/]+/\S+", value):
+        raise ValueError(f"{name}={value!r}: the address of a repository expected")
+    return value
 
 
 def _names(environ: Mapping[str, str], name: str, known: Tuple[str, ...]) -> Tuple[str, ...]:
@@ -228,21 +240,40 @@ def packages(context: BuildContext) -> Tuple[List[str], Dict[str, str]]:
     return found + ["llm_datadist.include"] + tools, places
 
 
+def readme(context: BuildContext) -> str:
+    """Return README.md; where it is known where the project lives, with links that lead there from anywhere."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.sub(r"\]\((?!https?:|#)", f"]({context.url}/blob/HEAD/", text) if context.url else text
+
+
+def urls(context: BuildContext) -> Dict[str, str]:
+    """Return the links that a package index shows."""
+    pages = {"Documentation": "docs/index.md", "Changelog": "CHANGELOG.md", "Security": "SECURITY.md"}
+    if not context.url:
+        return {}
+    return {"Source": context.url, "Issues": f"{context.url}/issues",
+            **{name: f"{context.url}/blob/HEAD/{page}" for name, page in pages.items()}}
+
+
 def main() -> None:
     """Run setuptools."""
     context = BuildContext.read(os.environ)
     names, places = packages(context)
     setup(
         license="Apache-2.0",
+        long_description=readme(context),
+        long_description_content_type="text/markdown",
+        project_urls=urls(context),
         packages=names,
         package_dir=places,
         package_data={
             "llm_datadist": ["py.typed", "*.pyi"],
             **{name: ["*.pxd", "*.pyi"] for name in names if name.startswith("llm_datadist.core")},
-            **({PARTS["bench"][0]: ["*.pyi"]} if "bench" in context.parts else {}),
             "llm_datadist.include": ["*/*.h"],
             "llm_datadist.tools.demo": ["*.txt"],
         },
+        # Stubs are taken by themselves; those of modules that are not compiled are left out.
+        exclude_package_data={} if "bench" in context.parts else {PARTS["bench"][0]: ["*.pyi"]},
         ext_modules=cython_modules(context) + [host_library(context)],
         cmdclass={"build_ext": BuildExt},
         include_package_data=False,

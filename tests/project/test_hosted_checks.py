@@ -4,6 +4,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 WORKFLOW = (ROOT / ".github/workflows/check.yml").read_text(encoding="utf-8")
 
 
@@ -17,13 +18,14 @@ def test_the_oldest_and_the_newest_python_are_checked_on_both_processors():
 
 
 def test_it_runs_what_the_makefile_has():
-    targets = set(re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M).group(1).split())
+    targets = set(re.search(r"^\.PHONY: ((?:.*\\\n)*.*)$", MAKEFILE, re.M).group(1).replace("\\", "").split())
     run = set(re.findall(r"run: make ([\w-]+)", WORKFLOW))
-    assert {"lint", "test", "demo", "coverage", "check-free-threaded"} <= run <= targets
+    assert {"lint", "docs", "test", "demo", "coverage", "check-free-threaded"} <= run <= targets
 
 
 def test_hooks_run_the_linters_of_the_makefile():
-    tools = re.search(r"^LINT_TOOLS := (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M).group(1).split()
-    assert all(re.fullmatch(r"[\w-]+==[\d.]+", tool) for tool in tools), "pinned"
+    tools = re.search(r"^LINT_TOOLS := (.*)$", MAKEFILE, re.M).group(1).split()
+    pinned = tools + re.search(r"^DOCS_TOOLS := (.*)$", MAKEFILE, re.M).group(1).split()
+    assert all(re.fullmatch(r"[\w-]+==[\d.]+", tool) for tool in pinned), "pinned"
     hooks = re.findall(r"^ +entry: ([\w-]+)", (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"), re.M)
     assert {tool.partition("==")[0] for tool in tools} == set(hooks) - {"make"}

@@ -91,7 +91,31 @@ def test_warnings_become_errors(build):
     assert "-Werror" in build.BuildContext.read({"LDD_WERROR": "1"}).compile_args
 
 
+def test_links_of_the_index_page_are_absolute_where_the_project_has_a_place(build):
+    import re
+
+    assert build.urls(build.BuildContext()) == {} and "](docs/" in build.readme(build.BuildContext())
+    context = build.BuildContext.read({"LDD_PROJECT_URL": "https://example.org/team/project/"})
+    text = build.readme(context)
+    assert "](https://example.org/team/project/blob/HEAD/docs/index.md)" in text
+    assert [link for link in re.findall(r"\]\(([^)]*)\)", text) if not link.startswith("https://")] == []
+    assert build.urls(context)["Issues"] == "https://example.org/team/project/issues"
+
+
+def test_stubs_go_with_their_modules(build, tmp_path):
+    """What setuptools would take by itself: stubs of modules that only measure."""
+    import subprocess
+
+    done = subprocess.run([sys.executable, "setup.py", "-q", "egg_info", "-e", str(tmp_path), "build_py", "-d",
+                           str(tmp_path / "lib")], cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    found = {path.relative_to(tmp_path / "lib").as_posix() for path in (tmp_path / "lib").rglob("*.pyi")}
+    assert "llm_datadist/core/engine/engine.pyi" in found
+    assert [name for name in found if "bench" in name] == []
+
+
 @pytest.mark.parametrize(("knob", "value"), [
+    ("LDD_PROJECT_URL", "here"),
     ("LDD_DEBUG", "yes"), ("LDD_WERROR", "2"), ("LDD_SANITIZE", "memoryless"),
     ("LDD_WITH", "bench,all"), ("LDD_SANITIZE", "thread,address")])
 def test_a_knob_with_a_meaningless_value_is_named(build, knob, value):
