@@ -5,8 +5,6 @@ from llm_datadist.core.base.provider cimport CompleteHandle
 from llm_datadist.core.base.status cimport ldd_detail, ldd_status
 from llm_datadist.core.link.links cimport ldd_link, ldd_node
 
-# Run on a thread that nobody joins and no signal is delivered to; not 0 when there is none to be had.
-cdef int ldd_background_start(void* (*main)(void*) noexcept nogil, void* argument) noexcept nogil
 # The port of the data server at this local address, which is started when there is none; fails as the next does.
 cdef ldd_status ldd_background_serve(ldd_link* link, const char* ip, uint32_t* port, int64_t deadline_ns,
                                      ldd_detail* detail) noexcept nogil

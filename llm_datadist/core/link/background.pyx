@@ -137,10 +137,6 @@ cdef void* _call_main(void* argument) noexcept nogil:
     return NULL
 
 
-cdef int ldd_background_start(void* (*main)(void*) noexcept nogil, void* argument) noexcept nogil:
-    return ldd_background_spawn(main, argument)
-
-
 cdef ldd_call* _new_call(ldd_link* link, ldd_call_kind kind, int64_t deadline_ns) noexcept nogil:
     cdef ldd_call* call = <ldd_call*>calloc(1, sizeof(ldd_call))
     if call == NULL:

@@ -18,7 +18,7 @@ from llm_datadist.core.base.status cimport LDD_E_INTERRUPTED, LDD_E_NOT_LINKED, 
 from llm_datadist.core.base.sync cimport (
     ldd_cond_broadcast, ldd_cond_wait_until, ldd_lock, ldd_now_ns, ldd_unlock,
 )
-from llm_datadist.core.link.background cimport ldd_background_start
+from llm_datadist.core.link.client cimport ldd_spawn
 from llm_datadist.core.link.links cimport (
     LINK_ACTIVE, LINK_BROKEN, ORIGIN_COMM, ORIGIN_LOCAL, ldd_link_begin, ldd_link_state_of, ldd_past,
 )
@@ -93,7 +93,7 @@ cdef void _on_broken(ldd_node* node) noexcept nogil:
         node.healing = True
     ldd_cond_broadcast(&node.attempted)
     ldd_unlock(&node.lock)
-    if starts and ldd_background_start(_heal_main, node) != 0:
+    if starts and ldd_spawn(_heal_main, node) != 0:
         ldd_lock(&node.lock)                    # calls make it anew all the same
         node.healing = False
         ldd_cond_broadcast(&node.idle)
