@@ -206,6 +206,7 @@ TESTED_BY = {
     "transfer/serve_pull": "transfers/exchange", "transfer/steps": "transfers",
     "table/holds": "transfers/test_held_blocks.py", "transfer/release": "transfers/test_held_blocks.py",
     "engine/block_keys": "transfers/test_held_blocks.py",
+    "link/secret": "links/test_secret.py", "link/refusals": "links/test_secret.py",
     "engine/lifecycle": "core/engine/test_engine.py", "engine/linking": "links/test_rank_table_links.py",
 }
 
