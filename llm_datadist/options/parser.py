@@ -186,11 +186,28 @@ class EngineOptions:
     trace_folder: str = ""
 
     def may_listen(self, ip: str) -> bool:
-        """Whether there is a secret, or it was said that whoever reaches this address may link."""
+        """Whether there is a secret, or it was said that whoever reaches this address may link.
+
+        Parameters
+        ----------
+        ip : str
+            Address, host name, or ``"@name"`` of a socket of this host.
+        """
         return bool(self.link_secrets) or self.open_addresses.allows(ip)
 
     def check_listen(self, ip: str) -> None:
-        """Raise `LLMParamInvalidError` unless `may_listen`."""
+        """Refuse an address that is not to be listened at.
+
+        Parameters
+        ----------
+        ip : str
+            Address, host name, or ``"@name"`` of a socket of this host.
+
+        Raises
+        ------
+        LLMParamInvalidError
+            Not `may_listen`.
+        """
         if not self.may_listen(ip):
             raise LLMParamInvalidError(closed_text(ip))
 

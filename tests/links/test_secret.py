@@ -30,7 +30,7 @@ from support.hixl_frames import ADMIN, Wire
 from support.link_steps import fetch, link, links, offer, until, withdraw
 from support.peer import engine_options
 
-from llm_datadist import LLMException, LLMStatusCode
+from llm_datadist import LLMStatusCode
 
 S = LLMStatusCode
 OK = (S.LLM_SUCCESS, [S.LLM_SUCCESS])
@@ -51,15 +51,6 @@ def proof_of(secret, *parts, label=b"llm_datadist/ask"):
 
 def with_secret(*secrets, **extra):
     return engine_options(llm_LinkSecret=" ".join(secrets), **extra)
-
-
-def why(node, target):
-    """What the caller of a link that fails is told, with the representation of everything it can print."""
-    try:
-        codes = link(node, target)
-    except LLMException as error:
-        return f"{error} {error!r}"
-    return codes
 
 
 # ------------------------------------------------------------------------------------------------- whole engines

@@ -207,6 +207,7 @@ TESTED_BY = {
     "table/holds": "transfers/test_held_blocks.py", "table/leases": "transfers/test_leases.py",
     "transfer/release": "transfers/test_held_blocks.py",
     "engine/block_keys": "transfers/test_held_blocks.py",
+    "link/secret": "links/test_secret.py", "link/refusals": "links/test_secret.py",
     "engine/lifecycle": "core/engine/test_engine.py", "engine/linking": "links/test_rank_table_links.py",
 }
 
