@@ -1,8 +1,8 @@
 """Calls into the provider that may take longer than their caller has time.
 
 CANN creates servers and clients without a time limit, moves batches over host endpoints within the submitting call,
-where it may try one operation again for many minutes, and cannot cancel. Such a call is made on a thread of its own. Its
-caller waits for it as for anything else: until the deadline, and Ctrl-C gets through.
+where it may try one operation again for many minutes, and cannot cancel. Such a call is made on a thread of its own.
+Its caller waits for it as for anything else: until the deadline, and Ctrl-C gets through.
 
 Who gives up leaves everything to that thread: the client, which it destroys; an operation counted on the link, so that
 our asking connection stays open and the peer's lease with it, and `finalize` waits; and a pin on the local cache, whose
