@@ -1,9 +1,9 @@
 """The proofs that both ends of a link know the shared secret; `ldd_wire.h` says what is in them.
 
 A proof covers the whole hello and the whole answer to it, so it is good for these two instances, clusters and modes,
-for this direction, token and port, and for this one time: each side contributes 32 random bytes. Both sides may have two
-secrets, the one in use and the one that was or will be. The asker proves both, the answerer takes either and proves the
-one that fitted, so processes can be given a new secret one after another.
+for this direction, token and port, and for this one time: each side contributes 32 random bytes. Both sides may have
+two secrets, the one in use and the one that was or will be. The asker proves both, the answerer takes either and proves
+the one that fitted, so processes can be given a new secret one after another.
 
 Every comparison looks at all bytes of all pairs, whatever it finds on the way.
 """

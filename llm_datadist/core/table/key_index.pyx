@@ -5,10 +5,10 @@ ends as soon as a cell is closer to its home than the search is. Cells hold the 
 dense, reused, and carry a generation, so that a handle kept across a transfer says whether its key is still the same.
 Caches are found by id through the same index (kind ``KEY_BY_ID``).
 
-Cost: 32 bytes per entry and 8 per cell at 37 to 75 % load, with growth by a quarter and by doubling, is at most 62 bytes
-a key, and the copies for peers take 32 and 8 more of each; nothing shrinks. Growing rehashes all cells from their stored
-hashes (about 10 ns a key); every other operation is constant. The cache table calls this under its mutex, and between
-the two ends of its sequence what peers read; nothing is ever read back from the copies.
+Cost: 32 bytes per entry and 8 per cell at 37 to 75 % load, with growth by a quarter and by doubling, is at most 62
+bytes a key, and the copies for peers take 32 and 8 more of each; nothing shrinks. Growing rehashes all cells from
+their stored hashes (about 10 ns a key); every other operation is constant. The cache table calls this under its mutex,
+and between the two ends of its sequence what peers read; nothing is ever read back from the copies.
 """
 from libc.stdint cimport UINT32_MAX, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
