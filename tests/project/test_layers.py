@@ -208,7 +208,8 @@ TESTED_BY = {
     "transfer/release": "transfers/test_held_blocks.py",
     "engine/block_keys": "transfers/test_held_blocks.py",
     "link/secret": "links/test_secret.py", "link/refusals": "links/test_secret.py",
-    "engine/lifecycle": "core/engine/test_engine.py", "engine/linking": "links/test_rank_table_links.py",
+    "engine/lifecycle": "core/engine/test_engine.py", "engine/holdings": "core/engine/test_engine.py",
+    "engine/linking": "links/test_rank_table_links.py",
 }
 
 

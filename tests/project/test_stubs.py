@@ -36,6 +36,7 @@ ALLOWED = r"""
 llm_datadist\.core\.plan\.index_list\.IndexList\.__init__
 llm_datadist\.core\.base\.provider\.Provider\.__init__
 llm_datadist\.core\.engine\.lifecycle\.(EngineCore|PoolMemory)
+llm_datadist\.core\.engine\.holdings\.EngineHoldings
 """
 
 

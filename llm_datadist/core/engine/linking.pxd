@@ -1,6 +1,6 @@
 """The links of an engine; see ``linking.pyx``."""
-from llm_datadist.core.engine.lifecycle cimport EngineCore
+from llm_datadist.core.engine.holdings cimport EngineHoldings
 
 
-cdef class EngineLinks(EngineCore):
+cdef class EngineLinks(EngineHoldings):
     pass

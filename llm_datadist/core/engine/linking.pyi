@@ -1,8 +1,8 @@
 from typing import Any, Dict, List, Optional, Tuple
 
-from llm_datadist.core.engine.lifecycle import EngineCore
+from llm_datadist.core.engine.holdings import EngineHoldings
 
-class EngineLinks(EngineCore):
+class EngineLinks(EngineHoldings):
     def link(
         self, cluster_id: int, ip: str, port: int, timeout_ms: int, comm: Optional[bytes] = None, comm_id: int = 0,
     ) -> Tuple[int, str]: ...

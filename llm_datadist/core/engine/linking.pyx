@@ -36,7 +36,7 @@ ctypedef struct ldd_link_row:
 
 
 @cython.no_gc_clear
-cdef class EngineLinks(EngineCore):
+cdef class EngineLinks(EngineHoldings):
     """An engine that links; outcomes are internal statuses with a text, which the facade turns into codes."""
 
     def link(self, uint64_t cluster_id, str ip, int port, int timeout_ms, bytes comm=None, int64_t comm_id=0):

@@ -1,0 +1,6 @@
+"""What an engine holds; see ``holdings.pyx``."""
+from llm_datadist.core.engine.lifecycle cimport EngineCore
+
+
+cdef class EngineHoldings(EngineCore):
+    pass
