@@ -312,7 +312,7 @@ def slow_pair(machines, timeout_ms=400, **env):
 
 
 def test_a_batch_within_its_call_is_given_up_at_the_deadline_and_its_memory_kept(machines):
-    here, there = slow_pair(machines, LDD_STRICT_SUBMIT_MS="2500")
+    here, there = slow_pair(machines, LDD_STRICT_SUBMIT_MS="2500", LLM_DATADIST_LINK_HEAL_MS="0")
     assert here.call(steps.pull_error, 1, "target")[0] == "LLM_TIMEOUT"
     assert here.call(steps.strict_noted, "moved") == 0
     here.call(steps.deallocate, "target")
