@@ -130,7 +130,8 @@ class Bench:
         engine = self.dist._require_engine()
         return {
             "stats": {key: value for key, value in self.dist.stats().items() if key != "requests"},
-            "caches": sorted(engine.caches(), key=lambda row: row["cache_id"]),
+            "caches": sorted(({key: row[key] for key in row if key != "age_s"} for row in engine.caches()),
+                             key=lambda row: row["cache_id"]),
             "links": [{key: row[key] for key in ("cluster_id", "state", "origin")} for row in self.dist.links()],
             "listens": self.dist.listen_address,
             "handles": [list(addrs_of(cache)) for cache in self.caches()],
