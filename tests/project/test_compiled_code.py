@@ -36,7 +36,8 @@ HOT = {
     "wait": ["ldd_wait_complete"],
 }
 # Calls that need no interpreter, whatever their names say.
-HARMLESS = {"PyThread_get_thread_ident"}
+# Py_AddPendingCall is made for threads that have no lock.
+HARMLESS = {"PyThread_get_thread_ident", "Py_AddPendingCall"}
 
 _DECLARED = re.compile(r"^ *cdef (?:inline )?[^\n=(]*?\b(\w+)\((?:[^()]|\([^()]*\))*\)\s*noexcept nogil:", re.M)
 _DEFINED = re.compile(r"^static [\w *]*?\b(\w*__pyx_f_\w+)\([^;{}]*\)\s*\{$(.*?)^\}$", re.M | re.S)

@@ -76,7 +76,7 @@ def test_the_own_cluster(pair, scene):
 
 
 # They return codes, know the peer as one of many, or list what there is.
-NO_PEER = {"link", "links", "unlink", "expect", "raise_for_peer", "__init__", "_open_all"}
+NO_PEER = {"link", "links", "unlink", "expect", "raise_for_peer", "__init__", "_open_all", "_open_record"}
 ENGINE = Path(__file__).resolve().parents[2] / "llm_datadist" / "core" / "engine"
 
 
