@@ -228,7 +228,7 @@ def _integer_in(low: int, high: int) -> Callable[[str, Any], Any]:
 
 def _check_device_id(name: str, value: Any) -> Any:
     check_isinstance(name, value, [int, list, tuple], allow_none=False)
-    ids = [value] if isinstance(value, int) else check_isinstance(name, value, [list, tuple], int)
+    ids = [value] if isinstance(value, int) else check_isinstance(name, value, (list, tuple), int)
     if not ids:
         raise LLMParamInvalidError(f"{name}={value} is empty; at least one device is needed")
     for device_id in ids:

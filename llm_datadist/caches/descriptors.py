@@ -157,7 +157,7 @@ class CacheDesc:
         batch_dim_index: int = 0, seq_len_dim_index: int = -1, kv_tensor_format: Optional[str] = None,
     ) -> None:
         self._num_tensors = check_uint32("num_tensors", num_tensors)
-        check_isinstance("shape", shape, [list, tuple], allow_none=False)
+        check_isinstance("shape", shape, (list, tuple), allow_none=False)
         check_list_int64("shape", shape)
         self._shape = shape
         self._data_type = check_isinstance("data_type", data_type, DataType)

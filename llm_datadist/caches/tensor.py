@@ -46,7 +46,7 @@ class TensorDesc:
 
     def __init__(self, dtype: DataType, shape: Sequence[int]) -> None:
         self._dtype = check_isinstance("dtype", dtype, DataType, allow_none=False)
-        self._shape = list(check_isinstance("shape", shape, [list, tuple], int, allow_none=False))
+        self._shape = list(check_isinstance("shape", shape, (list, tuple), int, allow_none=False))
 
     @property
     def dtype(self) -> DataType:

@@ -29,7 +29,7 @@ def _check_common(clusters: Sequence[LLMClusterInfo], timeout: int) -> None:
     check_int32("timeout", timeout)
     if timeout <= 0:
         raise LLMParamInvalidError(f"timeout={timeout} is not allowed; it must be positive, in milliseconds")
-    check_isinstance("clusters", clusters, [list, tuple], LLMClusterInfo, allow_none=False)
+    check_isinstance("clusters", clusters, (list, tuple), LLMClusterInfo, allow_none=False)
 
 
 def _check_addresses(clusters: Sequence[LLMClusterInfo], also_local: bool = False) -> None:

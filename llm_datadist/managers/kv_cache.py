@@ -113,7 +113,7 @@ class KvCacheManager(ManagerBase):
             LLM_DEVICE_OUT_OF_MEMORY: the pool has no room. Nothing was taken.
         """
         check_isinstance("cache_desc", cache_desc, CacheDesc)
-        check_isinstance("cache_keys", cache_keys, [list, tuple], CacheKey)
+        check_isinstance("cache_keys", cache_keys, (list, tuple), CacheKey)
         if cache_keys:
             self._require_role("allocate_cache with keys", LLMRole.PROMPT)
         return self._new_cache(cache_desc, lambda: key_specs(cache_desc, cache_keys), False)

@@ -83,7 +83,7 @@ class CacheMemory(ManagerBase):
             LLM_OUT_OF_MEMORY: the pool has no room. Nothing was taken.
         """
         check_isinstance("cache_desc", cache_desc, CacheDesc)
-        check_isinstance("cache_keys", cache_keys, [list, tuple], CacheKey)
+        check_isinstance("cache_keys", cache_keys, (list, tuple), CacheKey)
         check_desc(cache_desc)
         if cache_key_lease_ms is not None:
             check_uint32("cache_key_lease_ms", cache_key_lease_ms)
@@ -242,7 +242,7 @@ class CacheMemory(ManagerBase):
             more keys than slots, or ``remote_accessible=True`` after ``link``.
         """
         check_isinstance("cache_desc", cache_desc, CacheDesc)
-        check_isinstance("cache_keys", cache_keys, [list, tuple], CacheKey, allow_none=False)
+        check_isinstance("cache_keys", cache_keys, (list, tuple), CacheKey, allow_none=False)
         return self._register(cache_desc, addrs, lambda: key_specs(cache_desc, cache_keys), remote_accessible, False)
 
     @public_call

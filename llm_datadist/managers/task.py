@@ -489,7 +489,7 @@ def transfer_cache_async(
 
 def _check_blocks(src: Optional[Blocks], dst: Optional[Blocks], block_bytes: Optional[int]) -> None:
     for name, blocks in (("src_block_indices", src), ("dst_block_indices", dst)):
-        check_isinstance(name, blocks, [list, tuple], int)
+        check_isinstance(name, blocks, (list, tuple), int)
         for index, block in enumerate(blocks or ()):
             check_uint64(f"{name}[{index}]", block)
     if block_bytes is not None:
@@ -504,6 +504,6 @@ def _check_blocks(src: Optional[Blocks], dst: Optional[Blocks], block_bytes: Opt
 
 
 def _check_types(configs: Sequence[AnyConfig], config_types: Sequence[Type[AnyConfig]]) -> None:
-    check_isinstance("transfer_configs", configs, [list, tuple], config_types, allow_none=False)
+    check_isinstance("transfer_configs", configs, (list, tuple), config_types, allow_none=False)
     if not any(all(isinstance(config, kind) for config in configs) for kind in config_types):
         raise TypeError("transfer_configs inner type only support one kind of config at a time, but got both")

@@ -155,7 +155,7 @@ class TransferConfig:
 
     @dst_addrs.setter
     def dst_addrs(self, dst_addrs: Sequence[int]) -> None:
-        check_isinstance("dst_addrs", dst_addrs, [list, tuple], allow_none=False)
+        check_isinstance("dst_addrs", dst_addrs, (list, tuple), allow_none=False)
         self._dst_addrs = check_list_uint64("dst_addrs", dst_addrs)
 
     @property

@@ -5,7 +5,7 @@ when they are added up to addresses. Each checker returns the value it has check
 """
 from __future__ import annotations
 
-from typing import Any, Dict, Iterable, NoReturn, Optional, Sequence, Type, TypeVar, Union
+from typing import Any, Dict, Iterable, NoReturn, Optional, Sequence, Tuple, Type, TypeVar, Union
 
 __all__ = [
     "check_isinstance", "check_dict", "check_inner", "check_type", "check_uint8", "check_uint16", "check_uint32",
@@ -17,12 +17,13 @@ _T = TypeVar("_T")
 _Classes = Union[Type[Any], Sequence[Type[Any]]]
 
 
-def _as_tuple(classes: _Classes) -> Sequence[Type[Any]]:
-    return (classes,) if isinstance(classes, type) else tuple(classes)
+def _allowed(classes: _Classes) -> Union[Type[Any], Tuple[Type[Any], ...]]:
+    """What `isinstance` takes; a tuple passes as it is, as checks are on the way of every call."""
+    return classes if isinstance(classes, (type, tuple)) else tuple(classes)
 
 
-def _names(classes: Sequence[Type[Any]]) -> str:
-    return " or ".join(cls.__name__ for cls in classes)
+def _names(classes: Union[Type[Any], Tuple[Type[Any], ...]]) -> str:
+    return " or ".join(cls.__name__ for cls in (classes if isinstance(classes, tuple) else (classes,)))
 
 
 def check_isinstance(
@@ -55,8 +56,8 @@ def check_isinstance(
         return arg_value
     if type(arg_value) is classes and inner_class is None:      # the usual case, on the way of every call
         return arg_value
-    allowed = _as_tuple(classes)
-    if not isinstance(arg_value, tuple(allowed)):
+    allowed = _allowed(classes)
+    if not isinstance(arg_value, allowed):
         raise TypeError(
             f"{arg_name} only support type {_names(allowed)}{extra_fmt}, but got {type(arg_value).__name__}")
     if inner_class is not None:
@@ -81,7 +82,7 @@ def check_inner(arg_name: str, arg_value: Iterable[Any], inner_class: _Classes) 
     TypeError
         The text names the first element that is something else.
     """
-    allowed = tuple(_as_tuple(inner_class))
+    allowed = _allowed(inner_class)
     for index, element in enumerate(arg_value):
         if not isinstance(element, allowed):
             raise TypeError(f"{arg_name} inner type only support {_names(allowed)}, "
