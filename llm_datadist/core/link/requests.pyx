@@ -326,14 +326,24 @@ cdef void _note_paths(ldd_link* link) noexcept nogil:
                     and strcmp(text, b"tcp") == 0)
 
 
+cdef ldd_status _not_ready(ldd_link* link, ldd_status status, const ldd_detail* detail) noexcept nogil:
+    if link.opening == NULL:                    # otherwise the next transfer may have the client
+        ldd_link_break(link, detail.text)
+    return status
+
+
 cdef ldd_status ldd_link_ready(ldd_link* link, uint64_t region_epoch, int64_t deadline_ns,
                                ldd_detail* detail) noexcept nogil:
-    cdef ldd_status status
+    cdef ldd_status status = LDD_OK
     cdef CommMem* regions
     cdef char** tags
-    cdef uint32_t count
+    cdef uint32_t count, left_ms
     cdef aclrtContext before
-    cdef uint32_t left_ms = _left_ms(deadline_ns)
+    if link.opening != NULL:
+        status = ldd_background_open(link, deadline_ns, detail)
+        if status < 0:
+            return _not_ready(link, status, detail)
+    left_ms = _left_ms(deadline_ns)
     if link.client != NULL and not ldd_regions_are_known(&link.node.regions, link.own_memory):
         ldd_background_destroy(link)            # it was connected before there was all of the memory we have now
     if link.client == NULL:
@@ -348,8 +358,7 @@ cdef ldd_status ldd_link_ready(ldd_link* link, uint64_t region_epoch, int64_t de
     else:
         return LDD_OK
     if status < 0:
-        ldd_link_break(link, detail.text)
-        return status
+        return _not_ready(link, status, detail)
     _note_paths(link)
     if region_epoch:
         link.seen_epoch = region_epoch
