@@ -9,7 +9,7 @@ from llm_datadist.core.link.links cimport ldd_link, ldd_node
 cdef ldd_status ldd_background_serve(ldd_link* link, const char* ip, uint32_t* port, int64_t deadline_ns,
                                      ldd_detail* detail) noexcept nogil
 # Make link.client, or wait for the one that an earlier transfer left to be made. LDD_E_TIMEOUT when the deadline passed
-# first; then link.opening says whether the next transfer may have it. LDD_E_INTERRUPTED for a signal handler that raised.
+# first: the next transfer may have it if there is a link.opening then. LDD_E_INTERRUPTED when a signal handler raised.
 cdef ldd_status ldd_background_open(ldd_link* link, int64_t deadline_ns, ldd_detail* detail) noexcept nogil
 # Submit link.descs; the handle is to be waited for.
 cdef ldd_status ldd_background_submit(ldd_link* link, bint put, int64_t deadline_ns, CompleteHandle* out,

@@ -29,9 +29,10 @@ from llm_datadist.core.base.sync cimport (
     ldd_cond, ldd_cond_broadcast, ldd_cond_destroy, ldd_cond_init, ldd_cond_wait_until, ldd_lock, ldd_lock_until,
     ldd_mutex, ldd_mutex_destroy, ldd_mutex_init, ldd_now_ns, ldd_unlock,
 )
+from llm_datadist.core.base.thread cimport ldd_spawn
 from llm_datadist.core.base.wait cimport ldd_hixl_result
 from llm_datadist.core.link.client cimport (
-    ldd_client_connect, ldd_client_create, ldd_client_destroy, ldd_client_withdraw, ldd_spawn,
+    ldd_client_connect, ldd_client_create, ldd_client_destroy, ldd_client_withdraw,
 )
 from llm_datadist.core.link.links cimport (
     LINK_ACTIVE, LINK_OPENING, ldd_link_break, ldd_link_end, ldd_link_hold, ldd_link_keep, ldd_link_let_go,

@@ -14,7 +14,5 @@ cdef ldd_status ldd_client_connect(ldd_node* node, HixlClientHandle client, uint
 cdef void ldd_client_destroy(ldd_node* node, HixlClientHandle client) noexcept nogil
 # The same, elsewhere if it may take long. It counts as an operation, so that the end of the node waits for it.
 cdef void ldd_client_end(ldd_node* node, HixlClientHandle client) noexcept nogil
-# Start a thread that nobody joins and no signal is delivered to; 0, or an error number.
-cdef int ldd_spawn(void* (*main)(void*) noexcept nogil, void* argument) noexcept nogil
 # The client of the link, if it has one, forgets a range of ours; needs link.lock.
 cdef void ldd_client_withdraw(ldd_link* link, uint64_t addr, uint64_t nbytes) noexcept nogil

@@ -15,37 +15,13 @@ from llm_datadist.core.base.provider cimport (
 )
 from llm_datadist.core.base.status cimport LDD_OK
 from llm_datadist.core.base.sync cimport ldd_cond_broadcast, ldd_lock, ldd_unlock
+from llm_datadist.core.base.thread cimport ldd_spawn
 from llm_datadist.core.base.wait cimport ldd_hixl_result
 from llm_datadist.core.link.region cimport ldd_client_memory, ldd_regions_register_client
-
-cdef extern from * nogil:
-    """
-    #include <pthread.h>
-    #include <signal.h>
-
-    static int ldd_start_thread(void *(*main)(void *), void *argument) {
-        sigset_t all, before;
-        pthread_attr_t attributes;
-        pthread_t thread;
-        sigfillset(&all);
-        pthread_sigmask(SIG_SETMASK, &all, &before);
-        pthread_attr_init(&attributes);
-        pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
-        int error = pthread_create(&thread, &attributes, main, argument);
-        pthread_attr_destroy(&attributes);
-        pthread_sigmask(SIG_SETMASK, &before, NULL);
-        return error;
-    }
-    """
-    int ldd_start_thread(void* (*main)(void*) noexcept nogil, void* argument)
 
 ctypedef struct ldd_ending:
     ldd_node* node
     HixlClientHandle client
-
-
-cdef int ldd_spawn(void* (*main)(void*) noexcept nogil, void* argument) noexcept nogil:
-    return ldd_start_thread(main, argument)
 
 
 cdef ldd_status ldd_client_create(ldd_link* link, HixlClientHandle* out, ldd_detail* detail) noexcept nogil:
