@@ -185,5 +185,8 @@ cdef uint32_t ldd_links_drop(ldd_node* node, int origin, int64_t comm_id, bint a
 cdef void ldd_links_drop_stale(ldd_node* node, uint64_t cluster_id, const uint8_t* instance) noexcept nogil
 # An operation on a link that is already known; False when it is no longer active.
 cdef bint ldd_link_resume(ldd_link* link) noexcept nogil
+# Something of the engine's that is no link's runs; False when the engine is being finalized, which waits for the end.
+cdef bint ldd_node_begin(ldd_node* node) noexcept nogil
+cdef void ldd_node_end(ldd_node* node) noexcept nogil
 # Drop all links, take in no new ones, and wait until no operation runs, also on links that were dropped earlier.
 cdef ldd_status ldd_node_close(ldd_node* node, int64_t deadline_ns) noexcept nogil

@@ -237,6 +237,18 @@ cdef void ldd_link_keep(ldd_link* link) noexcept nogil:
 cdef void ldd_link_let_go(ldd_link* link) noexcept nogil:
     cdef ldd_node* node = link.node
     ldd_link_unref(link)                        # this may end its client, which ldd_node_close has to wait for
+    ldd_node_end(node)
+
+
+cdef bint ldd_node_begin(ldd_node* node) noexcept nogil:
+    ldd_lock(&node.lock)
+    cdef bint is_open = not node.closing
+    node.num_ops += is_open
+    ldd_unlock(&node.lock)
+    return is_open
+
+
+cdef void ldd_node_end(ldd_node* node) noexcept nogil:
     ldd_lock(&node.lock)
     node.num_ops -= 1
     if node.num_ops == 0:
