@@ -210,11 +210,11 @@ cdef int _preference(CommProtocol protocol) noexcept nogil:
     """The order in which protocols are tried, from 0; -1 for one that nothing is known of."""
     if protocol == COMM_PROTOCOL_UBC_CTP:
         return 0
-    if protocol == COMM_PROTOCOL_UBG:
+    if protocol == COMM_PROTOCOL_HCCS:
         return 1
     if protocol == COMM_PROTOCOL_UBOE:
         return 2
-    if protocol == COMM_PROTOCOL_HCCS:
+    if protocol == COMM_PROTOCOL_UBG:
         return 3
     return 4 if protocol == COMM_PROTOCOL_ROCE else -1
 
@@ -241,7 +241,8 @@ cdef int _rank_pair(const ldd_endpoint_record* ours, const ldd_endpoint_record* 
     if (preference < 0 or here.protocol != there.protocol or here.commAddr.type != there.commAddr.type
             or strncmp(ours.plane, theirs.plane, sizeof(ours.plane)) != 0):
         return -1
-    if (here.protocol == COMM_PROTOCOL_HCCS and ours.net_instance[0] != 0 and theirs.net_instance[0] != 0
+    if ((here.protocol == COMM_PROTOCOL_HCCS or here.protocol == COMM_PROTOCOL_UBC_CTP)
+            and ours.net_instance[0] != 0 and theirs.net_instance[0] != 0
             and strncmp(ours.net_instance, theirs.net_instance, sizeof(ours.net_instance)) != 0):
         return -1                               # another super node
     return 4 * preference + 2 * (here.loc.locType == ENDPOINT_LOC_TYPE_HOST) + (
