@@ -271,8 +271,8 @@ cdef ldd_status ldd_regions_serve(ldd_regions* regions, const char* ip, uint32_t
     if s and regions.port_is_fixed:
         ldd_unlock(&regions.lock)
         return ldd_fail(detail, LDD_E_NOT_ENABLED,
-                        b"no data server at %s: there is one at %s, and the listen_port of global_resource_config is for one "
-                        b"alone. Leave it out, or have all peers come by one local address", ip,
+                        b"no data server at %s: there is one at %s, and the listen_port of global_resource_config is "
+                        b"for one alone. Leave it out, or have all peers come by one local address", ip,
                         regions.servers[0].ip)
     memset(&regions.servers[s], 0, sizeof(ldd_data_server))
     memcpy(regions.servers[s].ip, ip, strlen(ip))
