@@ -128,9 +128,9 @@ def at(child, ip):
     return ip, child.address[1]
 
 
-def wildcard(machines, cluster_id, resources="", **env):
+def wildcard(machines, cluster_id, resources="", timeout_ms=10000, **env):
     """A process that makes its servers when peers come."""
-    options = engine_options(llm_listenIpInfo="0.0.0.0:0", llm_GlobalResourceConfig=resources)
+    options = engine_options(timeout_ms=timeout_ms, llm_listenIpInfo="0.0.0.0:0", llm_GlobalResourceConfig=resources)
     return machines.start(cluster_id, options=options, LLM_DATADIST_OPEN="1", **env)
 
 
@@ -199,6 +199,18 @@ def test_finalize_waits_for_a_server_that_is_made(machines):
     assert owner.call(server_calls) == [0]
     assert left(owner) == {}
     coming.join()
+
+
+def test_finalize_waits_for_a_server_no_longer_than_it_may(machines):
+    owner = wildcard(machines, 1, timeout_ms=500, LDD_STRICT_SERVER_MS="8000")
+    peer = machines.start(2)
+    coming = threading.Thread(target=linked_by, args=(machines, peer, owner, "127.0.0.1"))
+    coming.start()
+    assert owner.call(until_server_calls, -1)
+    owner.finalize()
+    assert owner.call(server_calls) == [-1]
+    coming.join()
+    assert owner.call(until_server_calls, 0)
 
 
 def test_one_listen_port_is_for_one_local_address(machines):

@@ -6,6 +6,7 @@ from support.peer import engine_options
 from support.strict import Strict
 
 CREATE_MS, TIMEOUT_MS = 1500, 500
+_kept = []
 
 
 def slow_owner(machines, create_ms=CREATE_MS, **env):
@@ -164,6 +165,22 @@ def test_finalize_waits_for_a_client_nobody_took(machines, taken):
     assert here.call(called, "HixlCSClientCreate") == [0]
     assert left(here) == {}
     there.call(steps.deallocate, "source")
+
+
+def keep_a_push(node, cluster_id, name):
+    """Begin a push by layers, and never end it."""
+    from llm_datadist.core.engine.layer_push import LayerPush
+    _kept.append(LayerPush(node.dist._require_engine(), cluster_id, node.kept[name][0].cache_id))
+
+
+def test_a_push_that_outlives_its_engine_keeps_no_client_that_nobody_took(machines):
+    here, there = slow_owner(machines)
+    here.call(keep_a_push, 2, "target")
+    assert here.call(steps.pull_error, 2, "target")[0] == "LLM_TIMEOUT"
+    assert here.call(until_returned, "HixlCSClientConnect") == [0]
+    there.call(steps.deallocate, "source")
+    here.finalize()
+    assert here.call(steps.strict_noted, "clients") == 0
 
 
 def test_finalize_does_not_wait_longer_than_it_may(machines):

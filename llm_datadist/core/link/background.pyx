@@ -281,9 +281,7 @@ cdef ldd_status ldd_background_serve(ldd_link* link, const char* ip, uint32_t* p
 
 cdef void _adopt(ldd_link* link, ldd_call* call) noexcept nogil:
     """Take over what a call that ended has made."""
-    if link.opening != NULL:
-        link.opening = NULL
-        link.seen_epoch = 0                     # it connected at some earlier time: the peer's list is to be read again
+    link.opening = NULL
     free(link.own_memory)
     link.client = call.client
     link.own_memory = call.memory

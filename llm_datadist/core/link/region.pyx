@@ -354,10 +354,11 @@ cdef void ldd_regions_drop_peer(ldd_regions* regions, const uint8_t* token) noex
 
 cdef void ldd_regions_end_fetches(ldd_regions* regions) noexcept nogil:
     cdef uint32_t s
+    if not regions.provider.caps & LDD_CAP_FETCH:
+        return
     ldd_lock(&regions.lock)
     for s in range(regions.num_servers):
-        if regions.provider.caps & LDD_CAP_FETCH:
-            regions.provider.ext.LddServerSetFetch(regions.servers[s].handle, NULL, NULL)
+        regions.provider.ext.LddServerSetFetch(regions.servers[s].handle, NULL, NULL)
     ldd_unlock(&regions.lock)
 
 
