@@ -156,22 +156,24 @@ def test_without_any_endpoint_init_says_what_to_set(machines):
         machines.start(2, None, HCCL_INTRA_ROCE_ENABLE="1", LLM_DATADIST_HCCN_CONF="/nowhere")
 
 
-def listed(*entries):
-    return {**engine_options(), "llm.LocalCommRes": json.dumps({"version": "1.3", "endpoint_list": list(entries)})}
+def listed(*entries, **more):
+    resources = {"version": "1.3", "endpoint_list": list(entries), **more}
+    return {**engine_options(), "llm.LocalCommRes": json.dumps(resources)}
 
 
 def entry(protocol, placement="device", **more):
-    address = {"hccs": str(PHYSICAL), "roce": "127.0.0.1"}.get(protocol, "00" * 16)
+    address = {"hccs": str(PHYSICAL), "roce": "127.0.0.1", "uboe": "127.0.0.1"}.get(protocol, "00" * 16)
     return {"protocol": protocol, "comm_id": address, "placement": placement, **more}
 
 
 def linked(machines, ours, theirs):
-    processes = []
-    for cluster_id, options in ((2, listed(*ours)), (1, listed(*theirs))):
-        process = machines.peers.child(machines.env())
-        process.open(cluster_id, options, machines_role())
-        processes.append(process)
-    return processes
+    return [with_options(machines, 2, listed(*ours)), with_options(machines, 1, listed(*theirs))]
+
+
+def with_options(machines, cluster_id, options):
+    process = machines.peers.child(machines.env())
+    process.open(cluster_id, options, machines_role())
+    return process
 
 
 @pytest.mark.parametrize(("ours", "theirs", "protocol", "location"), [
@@ -179,6 +181,9 @@ def linked(machines, ours, theirs):
     ([entry("roce", "host"), entry("roce")], [entry("roce"), entry("roce", "host")], 1, 0),
     ([entry("hccs"), entry("ub_ctp", plane="1")], [entry("ub_ctp", plane="2"), entry("hccs")], 0, 0),
     ([entry("hccs"), entry("ub_ctp", plane="1")], [entry("ub_ctp", plane="1"), entry("hccs")], 4, 0),
+    ([entry("ub_rtp"), entry("uboe"), entry("hccs")], [entry("uboe"), entry("ub_rtp"), entry("hccs")], 0, 0),
+    ([entry("roce"), entry("ub_rtp"), entry("uboe")], [entry("roce"), entry("ub_rtp"), entry("uboe")], 7, 0),
+    ([entry("roce"), entry("ub_rtp"), entry("hccs")], [entry("roce"), entry("ub_rtp"), entry("uboe")], 9, 0),
 ])
 def test_of_all_pairs_the_best_is_taken(machines, ours, theirs, protocol, location):
     here, there = linked(machines, ours, theirs)
@@ -192,6 +197,14 @@ def test_of_all_pairs_the_best_is_taken(machines, ours, theirs, protocol, locati
     assert there.call(steps.strict_noted, "protocol") == protocol
     here.call(withdraw)
     there.call(withdraw)
+
+
+def test_what_ends_with_a_super_node_is_not_taken_to_another(machines):
+    networks = entry("ub_ctp"), entry("hccs"), entry("ub_rtp")
+    here, there = (with_options(machines, cluster_id, listed(*networks, net_instance_id=name))
+                   for cluster_id, name in ((2, "one"), (1, "two")))
+    machines.peers.link(here, there)
+    assert here.call(steps.strict_noted, "protocol") == 9
 
 
 def test_no_pair_at_all(machines):

@@ -121,3 +121,106 @@ def test_a_push_that_outlives_its_engine_keeps_no_client(machines, unlinked_befo
         machines.peers.unlink(here, there)
     here.finalize()
     assert here.call(steps.strict_noted, "clients") == 0
+
+
+def at(child, ip):
+    """Where a process that listens at the wildcard address is reached by this one."""
+    return ip, child.address[1]
+
+
+def wildcard(machines, cluster_id, resources="", timeout_ms=10000, **env):
+    """A process that makes its servers when peers come."""
+    options = engine_options(timeout_ms=timeout_ms, llm_listenIpInfo="0.0.0.0:0", llm_GlobalResourceConfig=resources)
+    return machines.start(cluster_id, options=options, LLM_DATADIST_OPEN="1", **env)
+
+
+def linked_by(machines, here, there, ip, timeout_ms=10000):
+    code, log = here.call(steps.link_error, there.cluster_id, at(there, ip), timeout_ms)
+    return code if code == "LLM_SUCCESS" else log
+
+
+def server_calls(node):
+    return [call.code for call in Strict().calls() if call.function == "HixlCSServerCreate"]
+
+
+def until_server_calls(node, *codes):
+    return until(lambda: server_calls(node) == list(codes), 20.0)
+
+
+def test_a_server_that_is_slow_to_be_made_holds_up_no_other_peer(machines):
+    env = {**ASKED, "LLM_DATADIST_SECRET": "known-to-all-of-these"}
+    owner = wildcard(machines, 1, LDD_STRICT_SERVER_MS="3000", **env)
+    near, far, late = (machines.start(number, **env) for number in (2, 3, 4))
+    source = owner.call(steps.allocate, "source", 7)
+    near.call(steps.allocate, "target", 0)
+    assert linked_by(machines, near, owner, "127.0.0.1") == "LLM_SUCCESS"
+    coming = [threading.Thread(target=lambda peer=peer: results.append(linked_by(machines, peer, owner, "127.0.0.2")))
+              for peer in (far, late)]
+    results = []
+    for thread in coming:
+        thread.start()
+    assert owner.call(until_server_calls, 0, -1)
+    assert near.call(steps.pull, 1, "target", source) == {7}
+    assert owner.call(server_calls) == [0, -1]                  # it is made still
+    for thread in coming:
+        thread.join()
+    assert results == ["LLM_SUCCESS", "LLM_SUCCESS"]
+    assert owner.call(server_calls) == [0, 0]                   # both had the one
+    far.call(steps.allocate, "target", 0)
+    assert far.call(steps.pull, 1, "target", source) == {7}
+    for peer in (near, far):
+        peer.call(steps.deallocate, "target")
+    owner.call(steps.deallocate, "source")
+
+
+def test_a_server_nobody_waits_for_any_more_is_there_for_the_next_try(machines):
+    owner = wildcard(machines, 1, LDD_STRICT_SERVER_MS="1500")
+    peer = machines.start(2)
+    assert "127.0.0.1" in linked_by(machines, peer, owner, "127.0.0.1", timeout_ms=300)
+    assert owner.call(until_server_calls, 0)
+    assert linked_by(machines, peer, owner, "127.0.0.1") == "LLM_SUCCESS"
+    assert owner.call(server_calls) == [0]
+
+
+def test_why_there_is_no_server_is_told_and_it_is_tried_again(machines):
+    owner = wildcard(machines, 1, LDD_STRICT_FAIL="HixlCSServerCreate:1:207005")
+    peer = machines.start(2)
+    assert "create a data server: HIXL status 207005" in linked_by(machines, peer, owner, "127.0.0.1")
+    assert linked_by(machines, peer, owner, "127.0.0.1") == "LLM_SUCCESS"
+
+
+def test_finalize_waits_for_a_server_that_is_made(machines):
+    owner = wildcard(machines, 1, LDD_STRICT_SERVER_MS="1500")
+    peer = machines.start(2)
+    coming = threading.Thread(target=linked_by, args=(machines, peer, owner, "127.0.0.1"))
+    coming.start()
+    assert owner.call(until_server_calls, -1)
+    owner.finalize()
+    assert owner.call(server_calls) == [0]
+    assert left(owner) == {}
+    coming.join()
+
+
+def test_finalize_waits_for_a_server_no_longer_than_it_may(machines):
+    owner = wildcard(machines, 1, timeout_ms=500, LDD_STRICT_SERVER_MS="8000")
+    peer = machines.start(2)
+    coming = threading.Thread(target=linked_by, args=(machines, peer, owner, "127.0.0.1"))
+    coming.start()
+    assert owner.call(until_server_calls, -1)
+    owner.finalize()
+    assert owner.call(server_calls) == [-1]
+    coming.join()
+    assert owner.call(until_server_calls, 0)
+
+
+def test_one_listen_port_is_for_one_local_address(machines):
+    config = '{"comm_resource_config.listen_port": 16666}'
+    owner = wildcard(machines, 1, config)
+    near, far = (machines.start(number) for number in (2, 3))
+    owner.call(offer)
+    assert linked_by(machines, near, owner, "127.0.0.1") == "LLM_SUCCESS"
+    log = linked_by(machines, far, owner, "127.0.0.2")
+    assert "no data server at 127.0.0.2: there is one at 127.0.0.1, and the listen_port of" in log
+    assert near.call(fetch, 1)
+    assert linked_by(machines, far, owner, "127.0.0.1") == "LLM_SUCCESS"
+    owner.call(withdraw)

@@ -11,7 +11,7 @@ from observe.steps import DESC, drop, ping, publish, pull, pull_in_vain
 from support.link_steps import cluster
 from support.peer import engine_options
 
-from llm_datadist import BlocksCacheKey, CacheDesc, DataType, HeldBlocksKey, LLMRole, LLMStatusCode
+from llm_datadist import BlocksCacheKey, CacheDesc, DataType, HeldBlocksKey, LLMException, LLMRole, LLMStatusCode
 from llm_datadist.observe import layout
 from llm_datadist.observe.records import find_records, folder_records
 from llm_datadist.observe.timeline import Recording, clock_offsets, write_trace
@@ -201,6 +201,15 @@ def test_a_folder_keeps_the_events_of_a_process_that_was_killed(peers, tmp_path)
     with record:
         events, lost = record.events()
         assert lost == 0 and layout.EVENTS.index("key_gone") in events["kind"]
+
+
+@pytest.mark.parametrize("part", ["folder", "file"])
+def test_a_folder_that_cannot_be_written_to_is_named_by_init(peers, tmp_path, part):
+    (tmp_path / "taken").write_text("", encoding="ascii")
+    folder = str(tmp_path / "taken" / "traces") if part == "folder" else "/proc"
+    with pytest.raises(LLMException, match=rf"LLM_DATADIST_TRACE: no {part} for the trace: .*: {folder}") as caught:
+        peers.start(2, env={"LLM_DATADIST_TRACE": folder})
+    assert caught.value.status_code == LLMStatusCode.LLM_FAILED
 
 
 def test_nothing_is_recorded_unless_it_is_asked_for(peers):

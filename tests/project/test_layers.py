@@ -193,7 +193,7 @@ def test_the_core_calls_the_provider_through_its_table_alone(path):
 # The tests of modules that are tested by what they are for, with the processes that this takes.
 TESTED_BY = {
     "base/device_context": "cann/test_rules.py", "link/background": "cann/test_rules.py",
-    "link/client": "cann/test_rules.py",
+    "link/client": "cann/test_rules.py", "link/serve": "cann/test_slow_calls.py",
     "base/interrupt": "transfers/test_cancel.py",
     "base/sockets": "links/test_namespaces.py", "base/status": "facade/test_status.py",
     "link/access": "transfers/test_refusals.py",

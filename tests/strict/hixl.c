@@ -36,6 +36,7 @@ typedef struct peer_end {
     void *real;
     bool is_client, connected, on_host, poisoned;
     int32_t device, users;
+    long listen_port; /* of a server, 0: whichever is free */
     range_set local, remote;
     batch *batches;
     uint32_t num_unqueried;
@@ -113,15 +114,18 @@ static const char *bad_endpoint(const EndpointDesc *endpoint, bool is_own) {
     return NULL;
 }
 
-static bool number_is_bad(const char *json, const char *key, long min, long max) {
-    const char *at = strstr(json, key);
-    long value;
+static long number_of(const char *json, const char *key, long without) {
+    const char *at = json != NULL ? strstr(json, key) : NULL;
     if (at == NULL) {
-        return false;
+        return without;
     }
     at += strlen(key);
     at += strspn(at, " \t\r\n\":");
-    value = strtol(at, NULL, 10);
+    return strtol(at, NULL, 10);
+}
+
+static bool number_is_bad(const char *json, const char *key, long min, long max) {
+    long value = number_of(json, key, min);
     return value < min || value > max;
 }
 
@@ -171,6 +175,17 @@ static peer_end *add_end(void *real, bool is_client, bool on_host) {
     ends = end;
     pthread_mutex_unlock(&lock);
     return end;
+}
+
+static bool port_is_taken(long port) {
+    const peer_end *end;
+    bool taken = false;
+    pthread_mutex_lock(&lock);
+    for (end = ends; end != NULL && port != 0; end = end->next) {
+        taken |= end->listen_port == port;
+    }
+    pthread_mutex_unlock(&lock);
+    return taken;
 }
 
 /* Begin a call on a server or client: the context must be of the device it was created on. NULL: refused with *code. */
@@ -320,7 +335,9 @@ EXPORT HixlStatus HixlCSServerCreate(const HixlServerDesc *desc, const HixlServe
     HixlStatus status;
     const char *wrong;
     void *real = NULL;
+    peer_end *end;
     uint32_t i;
+    long port;
     int code;
     why[0] = '\0';
     if (strict_enter(__func__, NULL, &code)) {
@@ -342,6 +359,10 @@ EXPORT HixlStatus HixlCSServerCreate(const HixlServerDesc *desc, const HixlServe
     if (wrong != NULL) {
         return refuse(HIXL_PARAM_INVALID, __func__, wrong);
     }
+    port = number_of(config->global_resource_config, "listen_port\"", 0);
+    if (port_is_taken(port)) {
+        return refuse(HIXL_FAILED, __func__, "another server has the listen_port");
+    }
     note_config("server_config", config->global_resource_config);
     strict_note("server_endpoints", desc->endpoint_list_num);
     strict_note("super_device", desc->endpoint_list[0].loc.device.superDevId);
@@ -349,7 +370,8 @@ EXPORT HixlStatus HixlCSServerCreate(const HixlServerDesc *desc, const HixlServe
     strict_sleep_ms(strict_ms("LDD_STRICT_SERVER_MS"));
     status = strict_real->hixl.HixlCSServerCreate(desc, config, &real);
     if (status == HIXL_SUCCESS) {
-        *out = add_end(real, false, false);
+        *out = end = add_end(real, false, false);
+        end->listen_port = port;
         strict_add("servers", 1);
     }
     return (HixlStatus)strict_leave((int)status);

@@ -176,11 +176,17 @@ cdef class EngineCore:
         cdef ldd_detail detail
         cdef ldd_status status
         cdef ldd_record* record = &self.node.record
-        cdef bytes path = None
+        cdef bytes path = None, reason
         cdef const char* c_path = NULL
         start_detail(&detail)
         if options.trace_folder:
-            os.makedirs(options.trace_folder, mode=0o700, exist_ok=True)
+            try:
+                os.makedirs(options.trace_folder, mode=0o700, exist_ok=True)
+            except OSError as error:
+                path, reason = os.fsencode(options.trace_folder), (error.strerror or str(error)).encode()
+                status = ldd_fail(&detail, LDD_E_FAILED, b"LLM_DATADIST_TRACE: no folder for the trace: %s: %s",
+                                  <const char*>reason, <const char*>path)
+                self.raise_for(status, &detail, b"init")
             name = f"{getpid()}-{self.node.instance[:16].hex()}.ldd-record"
             path = os.fsencode(os.path.join(options.trace_folder, name))
             c_path = path

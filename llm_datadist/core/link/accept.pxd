@@ -6,7 +6,7 @@ from llm_datadist.core.link.service_conn cimport ldd_conn, ldd_service
 from llm_datadist.core.link.wire cimport ldd_frame_header
 
 # Answer a HELLO, or the PROOF that it asked for; False when the connection is to be closed. May hand the
-# socket over and forget `conn`.
+# socket over and forget `conn`. When `conn` waits afterwards, the same is to be called again later.
 cdef bint ldd_accept_hello(ldd_service* service, ldd_conn* conn, const ldd_frame_header* header,
                            const uint8_t* payload) noexcept nogil
 

@@ -25,8 +25,9 @@ from llm_datadist.core.link.links cimport (
     ldd_link_state_of, ldd_link_unref, ldd_links_drop_stale, ldd_node,
 )
 from llm_datadist.core.link.refusals cimport ldd_tell_refusal
-from llm_datadist.core.link.region cimport ldd_regions_admit_peer, ldd_regions_own_endpoint, ldd_regions_serve
+from llm_datadist.core.link.region cimport ldd_regions_admit_peer, ldd_regions_own_endpoint
 from llm_datadist.core.link.secret cimport ldd_random, ldd_secret_confirm, ldd_secret_of
+from llm_datadist.core.link.serve cimport ldd_serve
 from llm_datadist.core.link.service_conn cimport (
     CONN_PROVING, CONN_SERVING, MAX_USED_TOKENS, ldd_conn_forget, ldd_conn_reply, ldd_greeting, ldd_pending,
 )
@@ -211,7 +212,7 @@ cdef ldd_status _accept_forward(ldd_service* service, ldd_conn* conn, const ldd_
         if status < 0:
             return status
     ldd_socket_local_ip(conn.fd, local_ip, sizeof(local_ip))
-    status = ldd_regions_serve(&node.regions, local_ip, &port, detail)
+    status = ldd_serve(service, conn, local_ip, &port, detail)
     if status < 0:
         return status
     link = ldd_link_new(node, hello.cluster_id, ORIGIN_COMM if for_comm else ORIGIN_PEER)
@@ -373,6 +374,8 @@ cdef bint ldd_accept_hello(ldd_service* service, ldd_conn* conn, const ldd_frame
     if status == LDD_OK:
         if hello.direction == LDD_HELLO_FORWARD:
             status = _accept_forward(service, conn, &hello, &answer, &detail)
+            if conn.waits:
+                return True
         else:
             status = _activate(service, conn, &hello, &activated, &detail)
     answer.status = status

@@ -15,41 +15,16 @@ from llm_datadist.core.base.provider cimport (
 )
 from llm_datadist.core.base.status cimport LDD_OK
 from llm_datadist.core.base.sync cimport ldd_cond_broadcast, ldd_lock, ldd_unlock
+from llm_datadist.core.base.thread cimport ldd_spawn
 from llm_datadist.core.base.wait cimport ldd_hixl_result
 from llm_datadist.core.link.region cimport ldd_client_memory, ldd_regions_register_client
-
-cdef extern from * nogil:
-    """
-    #include <pthread.h>
-    #include <signal.h>
-
-    static int ldd_start_thread(void *(*main)(void *), void *argument) {
-        sigset_t all, before;
-        pthread_attr_t attributes;
-        pthread_t thread;
-        sigfillset(&all);
-        pthread_sigmask(SIG_SETMASK, &all, &before);
-        pthread_attr_init(&attributes);
-        pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
-        int error = pthread_create(&thread, &attributes, main, argument);
-        pthread_attr_destroy(&attributes);
-        pthread_sigmask(SIG_SETMASK, &before, NULL);
-        return error;
-    }
-    """
-    int ldd_start_thread(void* (*main)(void*) noexcept nogil, void* argument)
 
 ctypedef struct ldd_ending:
     ldd_node* node
     HixlClientHandle client
 
 
-cdef int ldd_spawn(void* (*main)(void*) noexcept nogil, void* argument) noexcept nogil:
-    return ldd_start_thread(main, argument)
-
-
-cdef ldd_status ldd_client_open(ldd_link* link, uint32_t timeout_ms, HixlClientHandle* out,
-                                ldd_detail* detail) noexcept nogil:
+cdef ldd_status ldd_client_create(ldd_link* link, HixlClientHandle* out, ldd_detail* detail) noexcept nogil:
     cdef ldd_node* node = link.node
     cdef HixlClientDesc desc
     cdef HixlClientConfig config
@@ -78,17 +53,23 @@ cdef ldd_status ldd_client_open(ldd_link* link, uint32_t timeout_ms, HixlClientH
     before = ldd_device_enter(node.provider, node.context)
     status = ldd_hixl_result(node.provider, node.provider.hixl.HixlCSClientCreate(&desc, &config, &client),
                              b"create the data client", detail)
-    if status == LDD_OK:
-        free(link.own_memory)
-        link.own_memory = NULL
-        status = ldd_regions_register_client(&node.regions, client, &link.own_memory, detail)
-        if status == LDD_OK:
-            status = ldd_hixl_result(node.provider, node.provider.hixl.HixlCSClientConnect(client, timeout_ms),
-                                     b"connect the data path", detail)
-        if status < 0:
-            node.provider.hixl.HixlCSClientDestroy(client)
     ldd_device_leave(node.provider, node.context, before)
     out[0] = client if status == LDD_OK else NULL
+    return status
+
+
+cdef ldd_status ldd_client_connect(ldd_node* node, HixlClientHandle client, uint32_t timeout_ms,
+                                   ldd_client_memory** known, ldd_detail* detail) noexcept nogil:
+    cdef aclrtContext before = ldd_device_enter(node.provider, node.context)
+    cdef ldd_status status = ldd_regions_register_client(&node.regions, client, known, detail)
+    if status == LDD_OK:
+        status = ldd_hixl_result(node.provider, node.provider.hixl.HixlCSClientConnect(client, timeout_ms),
+                                 b"connect the data path", detail)
+    if status < 0:
+        node.provider.hixl.HixlCSClientDestroy(client)
+        free(known[0])
+        known[0] = NULL
+    ldd_device_leave(node.provider, node.context, before)
     return status
 
 

@@ -18,7 +18,7 @@ from llm_datadist.core.base.status cimport LDD_E_INTERRUPTED, LDD_E_NOT_LINKED, 
 from llm_datadist.core.base.sync cimport (
     ldd_cond_broadcast, ldd_cond_wait_until, ldd_lock, ldd_now_ns, ldd_unlock,
 )
-from llm_datadist.core.link.client cimport ldd_spawn
+from llm_datadist.core.base.thread cimport ldd_spawn
 from llm_datadist.core.link.links cimport (
     LINK_ACTIVE, LINK_BROKEN, ORIGIN_COMM, ORIGIN_LOCAL, ldd_link_begin, ldd_link_state_of, ldd_past,
 )

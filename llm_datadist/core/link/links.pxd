@@ -73,6 +73,8 @@ ctypedef struct ldd_link:
     const void* own_endpoint                    # ours, of the pair that was chosen; NULL before that
     bint submits_slowly                         # a batch is moved within the call that submits it
     ldd_client_memory* own_memory               # what the client knows of our memory
+    void* opening                               # a client that is made for the next transfer, see background.pyx
+    void (*take_opening)(ldd_link* link) noexcept nogil     # set with it: it becomes `client`, or is left to its thread
     ldd_pin pin                                 # of the local cache of the transfer that runs, if `pinned`
     bint pinned
     uint64_t seen_epoch                         # of the peer's regions
@@ -159,6 +161,9 @@ cdef ldd_status ldd_link_begin(ldd_node* node, uint64_t cluster_id, ldd_link** o
 cdef void ldd_link_end(ldd_link* link) noexcept nogil
 # One more operation on a link somebody uses, whatever its state; ends with ldd_link_end.
 cdef void ldd_link_hold(ldd_link* link) noexcept nogil
+# The link and its node outlive the link's end, until ldd_link_let_go: for who only reads what the link was made with.
+cdef void ldd_link_keep(ldd_link* link) noexcept nogil
+cdef void ldd_link_let_go(ldd_link* link) noexcept nogil
 # No new operation starts on it; kept in the set.
 cdef void ldd_link_break(ldd_link* link, const char* reason) noexcept nogil
 # Take it out of the set.
@@ -180,5 +185,8 @@ cdef uint32_t ldd_links_drop(ldd_node* node, int origin, int64_t comm_id, bint a
 cdef void ldd_links_drop_stale(ldd_node* node, uint64_t cluster_id, const uint8_t* instance) noexcept nogil
 # An operation on a link that is already known; False when it is no longer active.
 cdef bint ldd_link_resume(ldd_link* link) noexcept nogil
+# Something of the engine's that is no link's runs; False when the engine is being finalized, which waits for the end.
+cdef bint ldd_node_begin(ldd_node* node) noexcept nogil
+cdef void ldd_node_end(ldd_node* node) noexcept nogil
 # Drop all links, take in no new ones, and wait until no operation runs, also on links that were dropped earlier.
 cdef ldd_status ldd_node_close(ldd_node* node, int64_t deadline_ns) noexcept nogil

@@ -70,6 +70,8 @@ cdef ldd_link* ldd_link_new(ldd_node* node, uint64_t cluster_id, ldd_link_origin
 
 
 cdef void _destroy(ldd_link* link) noexcept nogil:
+    if link.opening != NULL:
+        link.take_opening(link)
     if link.client != NULL:
         ldd_client_end(link.node, link.client)
     free(link.own_memory)
@@ -222,7 +224,31 @@ cdef void ldd_link_end(ldd_link* link) noexcept nogil:
     if link.ops == 0 and ldd_link_state_of(link) != LINK_ACTIVE:
         _hang_up(link)
     ldd_unlock(&node.lock)
+    ldd_link_let_go(link)
+
+
+cdef void ldd_link_keep(ldd_link* link) noexcept nogil:
+    ldd_lock(&link.node.lock)
+    link.refs += 1
+    link.node.num_ops += 1
+    ldd_unlock(&link.node.lock)
+
+
+cdef void ldd_link_let_go(ldd_link* link) noexcept nogil:
+    cdef ldd_node* node = link.node
     ldd_link_unref(link)                        # this may end its client, which ldd_node_close has to wait for
+    ldd_node_end(node)
+
+
+cdef bint ldd_node_begin(ldd_node* node) noexcept nogil:
+    ldd_lock(&node.lock)
+    cdef bint is_open = not node.closing
+    node.num_ops += is_open
+    ldd_unlock(&node.lock)
+    return is_open
+
+
+cdef void ldd_node_end(ldd_node* node) noexcept nogil:
     ldd_lock(&node.lock)
     node.num_ops -= 1
     if node.num_ops == 0:
@@ -390,6 +416,8 @@ cdef ldd_status ldd_node_close(ldd_node* node, int64_t deadline_ns) noexcept nog
     link = dropped
     while link != NULL and status == LDD_OK:    # whoever keeps one of them must not keep its client beyond the provider
         ldd_lock(&link.lock)
+        if link.opening != NULL:
+            link.take_opening(link)
         if link.client != NULL:
             ldd_client_destroy(node, link.client)
             link.client = NULL

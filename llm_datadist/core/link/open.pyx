@@ -323,8 +323,7 @@ cdef ldd_status ldd_link_close(ldd_node* node, const char* ip, int port, uint64_
             return status
         status = LDD_OK
         if ldd_link_state_of(link) == LINK_ACTIVE:
-            if link.client != NULL:             # before the peer hears of the end: what it confirms last arrives first
-                ldd_background_destroy(link)
+            ldd_background_destroy(link)        # before the peer hears of the end: what it confirms last arrives first
             status = ldd_request_unlink(link, deadline_ns, detail)
         elif not _link_closed(link):
             status = _tell_listener(ip, port, deadline_ns, detail)

@@ -48,6 +48,7 @@ ctypedef struct ldd_regions:
     uint32_t num_endpoints
     ldd_endpoint_list offers                    # the same, as peers are told
     char* resource_config                       # JSON for servers and clients, NULL without
+    bint port_is_fixed                          # by resource_config: there is but one server
     uint8_t traffic_class
     uint8_t service_level
     uint64_t added                              # counts ranges that were added; atomic
@@ -65,6 +66,8 @@ cdef ldd_status ldd_regions_add(ldd_regions* regions, uint64_t addr, uint64_t nb
 # Withdraw one registration of exactly this range; True when it was the last, and no server touches it any more.
 cdef bint ldd_regions_remove(ldd_regions* regions, uint64_t addr, uint64_t nbytes) noexcept nogil
 
+# Whether there is a data server at this local address, and its port. Without the lock.
+cdef bint ldd_regions_find_server(const ldd_regions* regions, const char* ip, uint32_t* port) noexcept nogil
 # The port of the data server at this local address, which is started when there is none.
 cdef ldd_status ldd_regions_serve(ldd_regions* regions, const char* ip, uint32_t* port,
                                   ldd_detail* detail) noexcept nogil

@@ -7,7 +7,7 @@ peers that come in by an address where there is a server, do without it.
 """
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
-from libc.string cimport memcpy, memset, strcmp, strdup, strlen
+from libc.string cimport memcpy, memset, strcmp, strdup, strlen, strstr
 
 from llm_datadist.core.base.atomic cimport ldd_load32, ldd_store32
 from llm_datadist.core.base.device_context cimport ldd_device_enter, ldd_device_leave
@@ -197,7 +197,7 @@ cdef bint ldd_regions_remove(ldd_regions* regions, uint64_t addr, uint64_t nbyte
     return is_gone
 
 
-cdef bint _find_server(const ldd_regions* regions, const char* ip, uint32_t* port) noexcept nogil:
+cdef bint ldd_regions_find_server(const ldd_regions* regions, const char* ip, uint32_t* port) noexcept nogil:
     cdef uint32_t s
     for s in range(ldd_load32(&regions.num_servers)):
         if strcmp(regions.servers[s].ip, ip) == 0:
@@ -257,10 +257,10 @@ cdef ldd_status ldd_regions_serve(ldd_regions* regions, const char* ip, uint32_t
     cdef uint32_t s
     cdef ldd_status status
     cdef aclrtContext before
-    if _find_server(regions, ip, port):
+    if ldd_regions_find_server(regions, ip, port):
         return LDD_OK
     ldd_lock(&regions.lock)
-    if _find_server(regions, ip, port):         # another thread was faster
+    if ldd_regions_find_server(regions, ip, port):         # another thread was faster
         ldd_unlock(&regions.lock)
         return LDD_OK
     s = regions.num_servers
@@ -268,6 +268,12 @@ cdef ldd_status ldd_regions_serve(ldd_regions* regions, const char* ip, uint32_t
         ldd_unlock(&regions.lock)
         return ldd_fail(detail, LDD_E_NOT_ENABLED, b"no data server at %s: at most %d local addresses", ip,
                         <int>MAX_DATA_SERVERS)
+    if s and regions.port_is_fixed:
+        ldd_unlock(&regions.lock)
+        return ldd_fail(detail, LDD_E_NOT_ENABLED,
+                        b"no data server at %s: there is one at %s, and the listen_port of global_resource_config is "
+                        b"for one alone. Leave it out, or have all peers come by one local address", ip,
+                        regions.servers[0].ip)
     memset(&regions.servers[s], 0, sizeof(ldd_data_server))
     memcpy(regions.servers[s].ip, ip, strlen(ip))
     before = ldd_device_enter(regions.provider, regions.context)
@@ -348,10 +354,11 @@ cdef void ldd_regions_drop_peer(ldd_regions* regions, const uint8_t* token) noex
 
 cdef void ldd_regions_end_fetches(ldd_regions* regions) noexcept nogil:
     cdef uint32_t s
+    if not regions.provider.caps & LDD_CAP_FETCH:
+        return
     ldd_lock(&regions.lock)
     for s in range(regions.num_servers):
-        if regions.provider.caps & LDD_CAP_FETCH:
-            regions.provider.ext.LddServerSetFetch(regions.servers[s].handle, NULL, NULL)
+        regions.provider.ext.LddServerSetFetch(regions.servers[s].handle, NULL, NULL)
     ldd_unlock(&regions.lock)
 
 
@@ -366,6 +373,7 @@ cdef ldd_status ldd_regions_configure(ldd_regions* regions, const void* records,
     regions.offers.count = regions.num_endpoints = count
     regions.traffic_class = traffic_class
     regions.service_level = service_level
+    regions.port_is_fixed = strstr(resource_config, b'listen_port"') != NULL
     if resource_config[0] != 0:
         regions.resource_config = strdup(resource_config)
         if regions.resource_config == NULL:

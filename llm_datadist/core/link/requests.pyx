@@ -210,11 +210,11 @@ cdef int _preference(CommProtocol protocol) noexcept nogil:
     """The order in which protocols are tried, from 0; -1 for one that nothing is known of."""
     if protocol == COMM_PROTOCOL_UBC_CTP:
         return 0
-    if protocol == COMM_PROTOCOL_UBG:
+    if protocol == COMM_PROTOCOL_HCCS:
         return 1
     if protocol == COMM_PROTOCOL_UBOE:
         return 2
-    if protocol == COMM_PROTOCOL_HCCS:
+    if protocol == COMM_PROTOCOL_UBG:
         return 3
     return 4 if protocol == COMM_PROTOCOL_ROCE else -1
 
@@ -241,7 +241,8 @@ cdef int _rank_pair(const ldd_endpoint_record* ours, const ldd_endpoint_record* 
     if (preference < 0 or here.protocol != there.protocol or here.commAddr.type != there.commAddr.type
             or strncmp(ours.plane, theirs.plane, sizeof(ours.plane)) != 0):
         return -1
-    if (here.protocol == COMM_PROTOCOL_HCCS and ours.net_instance[0] != 0 and theirs.net_instance[0] != 0
+    if ((here.protocol == COMM_PROTOCOL_HCCS or here.protocol == COMM_PROTOCOL_UBC_CTP)
+            and ours.net_instance[0] != 0 and theirs.net_instance[0] != 0
             and strncmp(ours.net_instance, theirs.net_instance, sizeof(ours.net_instance)) != 0):
         return -1                               # another super node
     return 4 * preference + 2 * (here.loc.locType == ENDPOINT_LOC_TYPE_HOST) + (
@@ -326,14 +327,24 @@ cdef void _note_paths(ldd_link* link) noexcept nogil:
                     and strcmp(text, b"tcp") == 0)
 
 
+cdef ldd_status _not_ready(ldd_link* link, ldd_status status, const ldd_detail* detail) noexcept nogil:
+    if link.opening == NULL:                    # otherwise the next transfer may have the client
+        ldd_link_break(link, detail.text)
+    return status
+
+
 cdef ldd_status ldd_link_ready(ldd_link* link, uint64_t region_epoch, int64_t deadline_ns,
                                ldd_detail* detail) noexcept nogil:
-    cdef ldd_status status
+    cdef ldd_status status = LDD_OK
     cdef CommMem* regions
     cdef char** tags
-    cdef uint32_t count
+    cdef uint32_t count, left_ms
     cdef aclrtContext before
-    cdef uint32_t left_ms = _left_ms(deadline_ns)
+    if link.opening != NULL:
+        status = ldd_background_open(link, deadline_ns, detail)
+        if status < 0:
+            return _not_ready(link, status, detail)
+    left_ms = _left_ms(deadline_ns)
     if link.client != NULL and not ldd_regions_are_known(&link.node.regions, link.own_memory):
         ldd_background_destroy(link)            # it was connected before there was all of the memory we have now
     if link.client == NULL:
@@ -348,8 +359,7 @@ cdef ldd_status ldd_link_ready(ldd_link* link, uint64_t region_epoch, int64_t de
     else:
         return LDD_OK
     if status < 0:
-        ldd_link_break(link, detail.text)
-        return status
+        return _not_ready(link, status, detail)
     _note_paths(link)
     if region_epoch:
         link.seen_epoch = region_epoch

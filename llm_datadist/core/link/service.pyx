@@ -24,6 +24,7 @@ from llm_datadist.core.link.fork cimport ldd_fork_forget, ldd_fork_watch
 from llm_datadist.core.link.links cimport MAX_LINKS, ldd_link_break, ldd_link_unref
 from llm_datadist.core.link.region cimport ldd_regions_drop_peer
 from llm_datadist.core.link.replies cimport ldd_reply, ldd_reply_end_leases, ldd_reply_ended
+from llm_datadist.core.link.serve cimport ldd_serve_ended
 from llm_datadist.core.link.service_conn cimport (
     COMMAND_LISTEN, COMMAND_SERVE, COMMAND_STOP, COMMAND_UNLISTEN, CONN_HANDSHAKE, CONN_LISTENER, CONN_PROVING,
     CONN_SERVING, ldd_bytes_append, ldd_bytes_consume, ldd_command, ldd_command_kind, ldd_conn, ldd_conn_add,
@@ -114,6 +115,12 @@ cdef enum:
     READS_PER_TURN = 16
 
 
+cdef enum ldd_outcome:
+    CONN_GOES_ON
+    CONN_IS_OVER                                # and not yet forgotten
+    CONN_IS_GONE
+
+
 cdef bint _frame_fits(const ldd_conn* conn, const ldd_frame_header* header) noexcept nogil:
     """Whether such a frame may come now; checked before memory is taken for its payload."""
     if header.magic != LDD_WIRE_MAGIC:
@@ -131,49 +138,75 @@ cdef bint _frame_fits(const ldd_conn* conn, const ldd_frame_header* header) noex
     return header.length <= MAX_SMALL_REQUEST
 
 
+cdef ldd_outcome _take_frames(ldd_service* service, ldd_conn* conn) noexcept nogil:
+    """Answer the frames that are in the inbox as a whole."""
+    cdef ldd_frame_header header
+    cdef size_t at = 0
+    cdef bint was_handshake
+    while conn.inbox.length - at >= sizeof(header):
+        memcpy(&header, conn.inbox.data + at, sizeof(header))
+        if not _frame_fits(conn, &header):
+            ldd_add64(&service.num_rejected_frames, 1)
+            return CONN_IS_OVER
+        if conn.inbox.length - at < sizeof(header) + header.length:
+            break
+        was_handshake = conn.kind == CONN_HANDSHAKE or conn.kind == CONN_PROVING
+        if was_handshake:
+            if not ldd_accept_hello(service, conn, &header, conn.inbox.data + at + sizeof(header)):
+                return CONN_IS_OVER
+            if header.version != LDD_WIRE_VERSION:
+                ldd_add64(&service.num_rejected_frames, 1)
+            elif not ldd_conn_is_listed(service, conn):
+                return CONN_IS_GONE                 # the connection is the link's now
+            elif conn.waits:
+                break
+        elif (conn.outbox.length > MAX_UNREAD_BYTES         # it asks on and on, and reads nothing
+                or not ldd_reply(service, conn, &header, conn.inbox.data + at + sizeof(header))):
+            ldd_add64(&service.num_rejected_frames, 1)
+            return CONN_IS_OVER
+        at += sizeof(header) + header.length
+    ldd_bytes_consume(&conn.inbox, at)
+    return CONN_GOES_ON if ldd_conn_flush(service, conn) else CONN_IS_OVER
+
+
 cdef bint _on_readable(ldd_service* service, ldd_conn* conn) noexcept nogil:
     """Read and answer what has come; False when the connection is over (and then not yet forgotten)."""
     cdef uint8_t chunk[READ_BYTES]
-    cdef ldd_frame_header header
     cdef ssize_t count
-    cdef size_t at
-    cdef bint was_handshake
+    cdef ldd_outcome outcome
     cdef int _turn
     for _turn in range(READS_PER_TURN):
         count = recv(conn.fd, chunk, sizeof(chunk), 0)
         if count == 0:
-            if conn.inbox.length:
+            if conn.inbox.length and not conn.waits:
                 ldd_add64(&service.num_rejected_frames, 1)        # it ends in the middle of a frame
             return False
         if count < 0:
             return errno == EAGAIN or errno == EINTR
+        if conn.waits:                              # nothing is to come before it was answered
+            ldd_add64(&service.num_rejected_frames, 1)
+            return False
         if ldd_bytes_append(&conn.inbox, chunk, <size_t>count) < 0:
             return False
-        at = 0
-        while conn.inbox.length - at >= sizeof(header):
-            memcpy(&header, conn.inbox.data + at, sizeof(header))
-            if not _frame_fits(conn, &header):
-                ldd_add64(&service.num_rejected_frames, 1)
-                return False
-            if conn.inbox.length - at < sizeof(header) + header.length:
-                break
-            was_handshake = conn.kind == CONN_HANDSHAKE or conn.kind == CONN_PROVING
-            if was_handshake:
-                if not ldd_accept_hello(service, conn, &header, conn.inbox.data + at + sizeof(header)):
-                    return False
-                if header.version != LDD_WIRE_VERSION:
-                    ldd_add64(&service.num_rejected_frames, 1)
-                elif not ldd_conn_is_listed(service, conn):
-                    return True                 # the connection is the link's now, and `conn` is gone
-            elif (conn.outbox.length > MAX_UNREAD_BYTES         # it asks on and on, and reads nothing
-                    or not ldd_reply(service, conn, &header, conn.inbox.data + at + sizeof(header))):
-                ldd_add64(&service.num_rejected_frames, 1)
-                return False
-            at += sizeof(header) + header.length
-        ldd_bytes_consume(&conn.inbox, at)
-        if not ldd_conn_flush(service, conn):
-            return False
+        outcome = _take_frames(service, conn)
+        if outcome != CONN_GOES_ON:
+            return outcome == CONN_IS_GONE
     return True                                     # epoll reports it again, after the others had their turn
+
+
+cdef void _let_waiting_on(ldd_service* service) noexcept nogil:
+    """A data server was made, or could not be: those who waited for it, or for the thread that made it, go on."""
+    cdef ldd_conn* conn = service.conns
+    cdef ldd_conn* following
+    while conn != NULL:
+        following = conn.next
+        if conn.waits:
+            conn.waits = False
+            if _take_frames(service, conn) == CONN_IS_OVER:
+                _end_conn(service, conn)
+        conn = following
+    if not service.makes_server:
+        service.server_status = LDD_OK              # why it could not has been told
 
 
 cdef void _end_conn(ldd_service* service, ldd_conn* conn) noexcept nogil:
@@ -313,6 +346,8 @@ cdef void* _service_main(void* argument) noexcept nogil:
                 _end_conn(service, conn)
         if woken and not _run_commands(service):
             break
+        if woken and ldd_serve_ended(service):
+            _let_waiting_on(service)
         if service.ending != NULL:
             ldd_reply_end_leases(service)       # some of them, after others had their turn
         if service.num_handshakes and ldd_now_ns() > next_sweep_ns:

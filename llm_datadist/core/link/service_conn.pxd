@@ -2,7 +2,7 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
-from llm_datadist.core.base.status cimport ldd_status
+from llm_datadist.core.base.status cimport ldd_detail, ldd_status
 from llm_datadist.core.base.sync cimport ldd_cond, ldd_mutex
 from llm_datadist.core.link.links cimport ldd_link, ldd_node
 from llm_datadist.core.link.wire cimport ldd_hello, ldd_welcome
@@ -41,6 +41,7 @@ ctypedef struct ldd_conn:
     ldd_bytes inbox
     ldd_bytes outbox
     bint closing                                # once the outbox is empty
+    bint waits                                  # for a data server, with its hello in the inbox; see serve.pyx
     bint wants_write
 
 # Both ends called link() for this communicator; filled in when the peer of higher rank has come.
@@ -82,6 +83,7 @@ ctypedef struct ldd_service:
     bint stopping
     ldd_cond done
     ldd_command* commands
+    bint server_ended                           # the thread that makes a server
     ldd_pending* pending
     uint32_t num_pending
     uint32_t pending_capacity
@@ -89,6 +91,11 @@ ctypedef struct ldd_service:
     uint64_t num_requests
     uint64_t num_rejected_frames
     uint64_t num_refused                        # hellos, whatever the reason
+    # the service thread alone, and the last three the thread that makes a server while there is one
+    bint makes_server
+    char server_ip[64]
+    ldd_status server_status
+    ldd_detail server_detail
     # the service thread alone
     int64_t told_refusal_ns                     # when one was last logged
     uint64_t num_untold                         # refused since

@@ -118,7 +118,8 @@ cdef ldd_status ldd_record_create(ldd_record* record, const char* path, ldd_deta
     if path != NULL:
         at = ldd_record_file(path, record.bytes, &record.fd)
         if at == NULL:
-            return ldd_fail(detail, LDD_E_FAILED, b"cannot make %s for the trace: %s", path, strerror(errno))
+            return ldd_fail(detail, LDD_E_FAILED, b"LLM_DATADIST_TRACE: no file for the trace: %s: %s", strerror(errno),
+                            path)
     else:
         at = ldd_record_memory(record.bytes, &record.fd)
         if at == NULL:                          # nobody else sees it then
