@@ -20,8 +20,8 @@ def trace_context(traceparent: Optional[str]) -> Iterator[None]:
     Parameters
     ----------
     traceparent : str, optional
-        ``"00-<trace id>-<parent id>-<flags>"``, the header of W3C trace context. None: no trace, so that the header of a
-        request can be handed on as it is.
+        ``"00-<trace id>-<parent id>-<flags>"``, the header of W3C trace context. None: no trace, so that the header
+        of a request can be handed on as it is.
 
     Raises
     ------
@@ -32,9 +32,9 @@ def trace_context(traceparent: Optional[str]) -> Iterator[None]:
 
     Notes
     -----
-    Holds for the thread or asyncio task that it is in, and for tasks that are made within; blocks may be nested. Costs a
-    transfer nothing unless events are recorded: option ``llm.Trace``, `LLMDataDist.trace`, ``llm-datadist trace``. The
-    flags are not looked at.
+    Holds for the thread or asyncio task that it is in, and for tasks that are made within; blocks may be nested. A
+    transfer looks at it only where events are recorded: option ``llm.Trace``, `LLMDataDist.trace`, ``llm-datadist
+    trace``. The flags are not looked at.
     """
     from llm_datadist.core.record.record import trace_context as current
 

@@ -5,15 +5,13 @@ docs/observability.md describes the file.
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_datadist import __version__
-from llm_datadist.data_type import DataType, element_size
+from llm_datadist import CacheDesc, DataType, LLMException, __version__
 from llm_datadist.observe.calls import SUFFIX
 
 FORMAT, VERSION = "llm-datadist calls", 1
@@ -180,8 +178,10 @@ def _lines(path: Path) -> list[Json]:
 
 def tensor_bytes(desc: Json) -> int:
     """Bytes of one tensor of a descriptor; 0 for one that has no size."""
-    size = element_size(DataType[desc["data_type"]]) if desc["data_type"] else 0
-    return size * math.prod(desc["shape"])
+    try:
+        return CacheDesc(1, desc["shape"], desc["data_type"] and DataType[desc["data_type"]]).size
+    except LLMException:
+        return 0
 
 
 def sizes_of(recording: Recording) -> list[int]:

@@ -41,7 +41,7 @@ from llm_datadist.core.transfer.local_copy cimport (
 from llm_datadist.core.transfer.steps cimport ldd_transfer_run
 
 from llm_datadist import status as _public
-from llm_datadist.core.record.record import trace_context
+from llm_datadist.core.record.record import trace_context as _trace_context
 
 KEY_REQ, KEY_PREFIX, KEY_BLOCKS, KEY_BY_ID = _REQ, _PREFIX, _BLOCKS, _BY_ID
 
@@ -307,7 +307,7 @@ cdef class Engine(EngineBlockKeys):
         progress.num_tensors = 0
         what.progress = &progress
         if ldd_tracing(&self.node.record):
-            context = trace_context.get()
+            context = _trace_context.get()
             if context is not None:
                 what.context[0], what.context[1], what.context[2] = context
         with nogil:
