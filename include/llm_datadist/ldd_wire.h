@@ -115,8 +115,8 @@ typedef struct {
 /*
  * A pull in one exchange, over the data path (LddClientFetchAsync): what the owner is to look up, and where in each of
  * its tensors the bytes lie that it is to send. num_runs of ldd_fetch_run follow, and, where the peer records events
- * and was given one, LDD_FETCH_CONTEXT_BYTES of the trace it belongs to: three words, as of ldd_trace_context. The bytes
- * go over tensor by tensor.
+ * and was given one, LDD_FETCH_CONTEXT_BYTES of the trace that it belongs to: three words, see ldd_trace_context.
+ * The bytes go over tensor by tensor.
  */
 enum {
     LDD_FETCH_TAKE = 1u << 0,    /* the key goes to the peer, once that has the bytes */

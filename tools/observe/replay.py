@@ -20,6 +20,7 @@ from typing import Any
 from llm_datadist import __version__
 from llm_datadist.tools.observe.recording import Recording, host_facts, read, sizes_of
 from llm_datadist.tools.observe.replay_plan import is_replayable, plans
+from llm_datadist.tools.tables import show
 
 _START_DELAY_NS = 20_000_000            # from the last engine that is ready to the first call
 # The modules that this process has, wherever it was started.
@@ -217,10 +218,7 @@ def _print(compared: Json) -> None:
         row["op"], str(row["recorded"]["count"]), *_cells(row["recorded"]), *_cells(row["replayed"]),
         *("-" if row[name] is None else f"{row[name]:.2f}" for name in ("ratio", "rate_ratio")))
         for row in compared["operations"]]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) if place == 0 else cell.rjust(width)
-                        for place, (cell, width) in enumerate(zip(row, widths))).rstrip())
+    show(rows)
     if not compared["differences"]:
         print("every call ended as recorded")
     for each in compared["differences"][:_SHOWN]:

@@ -27,7 +27,7 @@ from llm_datadist.core.base.atomic cimport ldd_get64, ldd_set32, ldd_set64
 from llm_datadist.core.base.status cimport LDD_E_FAILED, LDD_OK, ldd_fail
 from llm_datadist.core.base.sync cimport ldd_lock, ldd_mutex_destroy, ldd_mutex_init, ldd_now_ns, ldd_unlock
 
-# The trace that the caller of a transfer works for: its id, high and low, and the caller's span; see observe/context.py.
+# The trace that the caller of a transfer works for: its id, high and low, and the span of the caller.
 trace_context = ContextVar("llm_datadist.trace_context", default=None)
 
 cdef extern from * nogil:

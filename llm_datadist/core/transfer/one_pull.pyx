@@ -18,8 +18,8 @@ from llm_datadist.core.base.status cimport LDD_OK, ldd_fail
 from llm_datadist.core.base.wait cimport ldd_hixl_result
 from llm_datadist.core.link.requests cimport ldd_reply_room
 from llm_datadist.core.link.wire cimport (
-    LDD_ACCESS_READ, LDD_FETCH_ASK, LDD_FETCH_BLOCKS, LDD_FETCH_CONTEXT_BYTES, LDD_FETCH_MAX_SEGMENTS, LDD_FETCH_RESHAPE,
-    LDD_FETCH_TAKE, LDD_FETCH_TO_HOST, ldd_fetch_request, ldd_fetch_run,
+    LDD_ACCESS_READ, LDD_FETCH_ASK, LDD_FETCH_BLOCKS, LDD_FETCH_CONTEXT_BYTES, LDD_FETCH_MAX_SEGMENTS,
+    LDD_FETCH_RESHAPE, LDD_FETCH_TAKE, LDD_FETCH_TO_HOST, ldd_fetch_request, ldd_fetch_run,
 )
 from llm_datadist.core.transfer.batch cimport ldd_batch_count, ldd_batch_finish
 from llm_datadist.core.transfer.fitting cimport (
