@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from llm_datadist.managers.cache_task import CacheTask
     from llm_datadist.managers.cancel import CancelScope as CancelScope
     from llm_datadist.managers.kv_cache import KvCacheManager
+    from llm_datadist.observe.context import trace_context as trace_context
 
     __version__: str
 
@@ -69,6 +70,7 @@ _LAZY = {
     "__version__": "llm_datadist.utils.version",
     "Tensor": "llm_datadist.caches.tensor",
     "TensorDesc": "llm_datadist.caches.tensor",
+    "trace_context": "llm_datadist.observe.context",
 }
 
 __getattr__ = lazy_attributes(globals(), _LAZY)

@@ -4,6 +4,7 @@ from __future__ import annotations
 import atexit
 import sys
 import threading
+import time
 import warnings
 from types import TracebackType
 from typing import TYPE_CHECKING, Dict, List, Optional, Tuple, Type, Union
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from llm_datadist.core.engine.engine import Engine
     from llm_datadist.managers.cache import CacheManager
     from llm_datadist.managers.kv_cache import KvCacheManager
+    from llm_datadist.observe.calls import CallRecorder
 
 __all__ = ["LLMDataDist"]
 
@@ -71,6 +73,7 @@ class LLMDataDist(EngineReports):
         self._linker: Optional[ClusterLinker] = None
         self._rendezvous: Optional[Rendezvous] = None
         self._options: Optional[EngineOptions] = None
+        self._calls: "Optional[CallRecorder]" = None    # writes them down, where that is wanted
 
     # ---------------------------------------------------------------------------------------------- life cycle
 
@@ -109,8 +112,11 @@ class LLMDataDist(EngineReports):
                                    f"is initialized {where}.", status_code=LLMStatusCode.LLM_FAILED, operation="init",
                                    hint=hint)
             parsed = EngineOptions.parse(options, self._role, self._cluster_id)
+            start_ns = time.monotonic_ns()
             self._open(parsed)
             LLMDataDist.llm_engine_instance = self
+            if parsed.record_folder:
+                self._record_calls(parsed, options, start_ns)
         log.info("cluster %s is initialized, role %s", self._cluster_id, self._role)
 
     def _open(self, options: EngineOptions) -> None:
@@ -129,6 +135,16 @@ class LLMDataDist(EngineReports):
         self._linker = ClusterLinker(engine)
         self._rendezvous = Rendezvous(engine, self._cluster_id, options.link_base_port)
         self._engine = engine
+
+    def _record_calls(self, parsed: EngineOptions, given: Dict[str, str], start_ns: int) -> None:
+        from llm_datadist.observe.calls import CallRecorder
+
+        assert self._engine is not None
+        facts = {"role": self._role.name, "cluster_id": self._cluster_id, "record_fd": self._engine.record_fd()}
+        try:
+            self._calls = CallRecorder(self, self._manager, parsed, given, facts, start_ns)
+        except OSError as error:
+            log.error("calls of cluster %s are not recorded: %s", self._cluster_id, error)
 
     def finalize(self, drain_ms: Optional[int] = None) -> None:
         """Unlink everything, free the pools, stop listening. Without `init` it does nothing; `init` may follow.
@@ -172,6 +188,7 @@ class LLMDataDist(EngineReports):
             engine, manager, rendezvous = self._engine, self._manager, self._rendezvous
             if engine is None or manager is None or rendezvous is None:
                 return None
+            calls, self._calls, start_ns = self._calls, None, time.monotonic_ns()
             left = leftovers(engine) if warns else None
             self._engine = self._manager = self._linker = self._rendezvous = None
             if LLMDataDist.llm_engine_instance is self:
@@ -179,6 +196,8 @@ class LLMDataDist(EngineReports):
             manager._finalize()
             rendezvous.close()
             engine.close()
+            if calls is not None:
+                calls.close(start_ns)
         log.info("cluster %s is finalized", self._cluster_id)
         return left and f"cluster {self._cluster_id} was finalized with {left}"
 

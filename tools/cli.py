@@ -22,6 +22,8 @@ COMMANDS = {
     "leaks": ("llm_datadist.tools.observe.leaks", "list caches and keys that are held for long, and who can pull them"),
     "metrics": ("llm_datadist.tools.observe.metrics", "export what engines count, for Prometheus"),
     "ping": ("llm_datadist.tools.ping", "say whether a cluster answers at an address, and how soon"),
+    "record": ("llm_datadist.tools.observe.record", "run a command and write down the calls of its engines"),
+    "replay": ("llm_datadist.tools.observe.replay", "perform recorded calls again, and compare outcomes and times"),
     "top": ("llm_datadist.tools.observe.top", "watch the engines of this host: links, rates, latencies, caches, keys"),
     "trace": ("llm_datadist.tools.observe.trace", "run a command and write what its engines did for Perfetto"),
     "vllm-demo": ("llm_datadist.tools.vllm.command", "let two vLLM servers share requests through this package"),

@@ -66,6 +66,8 @@ enum {
     LDD_EVENT_FREE,     /* its memory is free again; bytes, and duration since ALLOCATE */
     LDD_EVENT_KEY_GONE, /* a key was pulled or removed; duration since its cache was allocated */
     LDD_EVENT_LAYER,    /* a layer of an asynchronous push was ready; id is its index */
+    LDD_EVENT_CONTEXT,  /* of the PULL, PUSH or SERVE of this thread, peer and start: id and model_id are the trace's,
+                           bytes is its caller's span (W3C trace context) */
 };
 
 typedef struct {
@@ -236,6 +238,13 @@ static inline void ldd_trace_span(ldd_record *record, int kind, int64_t start_ns
                           .kind = (uint8_t)kind,
                           .key_kind = (uint8_t)key_kind};
         ldd_record_event(record, &what);
+    }
+}
+
+/* The trace that what began at `start_ns` belongs to: its id, high and low, and the span of the caller. */
+static inline void ldd_trace_context(ldd_record *record, int64_t start_ns, uint64_t peer, const uint64_t context[3]) {
+    if (context[0] | context[1]) {
+        ldd_trace_span(record, LDD_EVENT_CONTEXT, start_ns, peer, 0, context[0], context[1], context[2], 0);
     }
 }
 

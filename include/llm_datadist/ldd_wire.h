@@ -114,7 +114,9 @@ typedef struct {
 
 /*
  * A pull in one exchange, over the data path (LddClientFetchAsync): what the owner is to look up, and where in each of
- * its tensors the bytes lie that it is to send. num_runs of ldd_fetch_run follow. The bytes go over tensor by tensor.
+ * its tensors the bytes lie that it is to send. num_runs of ldd_fetch_run follow, and, where the peer records events
+ * and was given one, LDD_FETCH_CONTEXT_BYTES of the trace that it belongs to: three words, see ldd_trace_context.
+ * The bytes go over tensor by tensor.
  */
 enum {
     LDD_FETCH_TAKE = 1u << 0,    /* the key goes to the peer, once that has the bytes */
@@ -126,7 +128,7 @@ enum {
  * The owner's answer when only the steps can tell what is wrong, or do it: resolve, get, release. Any positive number
  * is taken for it, so it may be that of a server that has nobody to ask (LDD_FETCH_NOT_HERE).
  */
-enum { LDD_FETCH_ASK = 1, LDD_FETCH_MAX_SEGMENTS = 1 << 16 };
+enum { LDD_FETCH_ASK = 1, LDD_FETCH_MAX_SEGMENTS = 1 << 16, LDD_FETCH_CONTEXT_BYTES = 24 };
 
 typedef struct {
     ldd_resolve key;

@@ -25,6 +25,7 @@ from llm_datadist.utils.utils import check_int64, check_isinstance, check_uint32
 
 if TYPE_CHECKING:
     from llm_datadist.core.engine.engine import Engine
+    from llm_datadist.observe.places import Places
 
 __all__ = ["ManagerBase", "PullBlocksOptions", "PullOptions", "PullSlotOptions"]
 
@@ -311,6 +312,9 @@ class ManagerBase:
         self._initialized = True
         self._has_pool = llm_engine.has_pool()
         self._strict = bool(llm_engine.options.strict)
+        self._places: "Optional[Places]" = None         # where caches were allocated, once events are recorded
+        if llm_engine.options.trace:
+            self._keep_places()
 
     @staticmethod
     def check_cache_key(cache_key: CacheKey) -> None:
@@ -346,6 +350,15 @@ class ManagerBase:
         """Called when the engine is closed."""
         self._initialized = False
         self._lease_log.close()
+        if self._places is not None:
+            self._places.close()
+
+    def _keep_places(self) -> None:
+        """Note from now on where caches are allocated."""
+        from llm_datadist.observe.places import Places
+
+        if self._places is None:
+            self._places = Places(self._llm_engine)
 
     def _require_initialized(self) -> None:
         if not self._initialized:
@@ -363,8 +376,11 @@ class ManagerBase:
         lease_ms = self._lease_ms if lease_ms is None else lease_ms
         if lease_ms:
             self._lease_log.begin()
-        return self._llm_engine.allocate(
+        cache_id, addrs = self._llm_engine.allocate(
             cache_desc.num_tensors, cache_desc.shape[0], cache_desc.size, host, is_blocks, specs, lease_ms)
+        if self._places is not None:
+            self._places.note(cache_id)
+        return cache_id, addrs
 
     def _deallocate_here(self, cache: Union[Cache, KvCache]) -> None:
         """Give the handle of a cache back to the engine, and empty it."""

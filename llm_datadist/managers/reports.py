@@ -12,6 +12,8 @@ from llm_datadist.utils.utils import check_int32, check_uint32, check_uint64
 
 if TYPE_CHECKING:
     from llm_datadist.core.engine.engine import Engine
+    from llm_datadist.managers.cache import CacheManager
+    from llm_datadist.managers.kv_cache import KvCacheManager
     from llm_datadist.observe.session import Trace
 
 __all__ = ["EngineReports"]
@@ -21,6 +23,8 @@ class EngineReports:
     """The part of `LLMDataDist` that changes nothing: counts, caches, links, a sign of life, a trace."""
 
     if TYPE_CHECKING:
+        _manager: Union[CacheManager, KvCacheManager, None]
+
         def _require_engine(self) -> "Engine": ...
 
     def stats(self) -> Dict[str, Any]:
@@ -64,14 +68,20 @@ class EngineReports:
         Returns
         -------
         list of dict
-            As of `held`, with ``peers``: cluster ids that are linked just now, any of which could pull its keys.
+            As of `held`, with ``peers``: cluster ids that are linked just now, any of which could pull its keys; and
+            ``place``, file and line that allocated it, where events were recorded then (option ``llm.Trace``, or after
+            `trace` was called), otherwise None.
 
         Raises
         ------
         LLMException
             Before `init`, or after `finalize`.
         """
-        return leaks(self._require_engine(), min_age_s)
+        return self._with_places(leaks(self._require_engine(), min_age_s))
+
+    def _with_places(self, rows: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+        places = self._manager._places if self._manager is not None else None
+        return [{**row, "place": places.of(row["cache_id"]) if places is not None else None} for row in rows]
 
     def drain(self, timeout_in_millis: int) -> List[Dict[str, Any]]:
         """Wait until no transfer runs, here or of a peer, and no request key or held block waits to be pulled.
@@ -99,7 +109,7 @@ class EngineReports:
         pull takes it.
         """
         check_uint32("timeout_in_millis", timeout_in_millis)
-        return drain(self._require_engine(), timeout_in_millis / 1000)
+        return self._with_places(drain(self._require_engine(), timeout_in_millis / 1000))
 
     def links(self) -> List[Dict[str, Any]]:
         """One dict per link: cluster id, state, who asked for it, bytes moved, and why it broke.
@@ -176,4 +186,7 @@ class EngineReports:
         """
         from llm_datadist.observe.session import Trace
 
-        return Trace(self._require_engine(), path)
+        session = Trace(self._require_engine(), path)
+        assert self._manager is not None
+        self._manager._keep_places()
+        return session

@@ -12,7 +12,7 @@ MAGIC = 0x0001647272646C6C
 NUM_BUCKETS = 253
 OPERATIONS = ("pull", "push", "resolve", "release", "ping", "link", "answer", "serve")
 EVENTS = ("", "pull", "push", "turn", "resolve", "plan", "move", "release", "ask", "answer", "serve", "refuse", "link",
-          "accept", "break", "unlink", "allocate", "free", "key_gone", "layer")
+          "accept", "break", "unlink", "allocate", "free", "key_gone", "layer", "context")
 KEY_KINDS = ("req", "prefix", "blocks", "id", "hold")
 LINK_STATES = ("opening", "active", "broken", "closed")
 # Of the frames of the control protocol, for requests and answers in a trace.

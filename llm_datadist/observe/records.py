@@ -15,6 +15,7 @@ import numpy as np
 
 from llm_datadist.observe import layout
 from llm_datadist.observe.layout import text
+from llm_datadist.observe.places import read_places
 
 __all__ = ["Cache", "Operation", "Peer", "Record", "find_records", "folder_records"]
 
@@ -64,7 +65,8 @@ class Cache:
     """A cache that an engine holds, with the keys that lead to it.
 
     `is_pulled`: a reader on this host has taken the last key, and the memory is free as soon as the engine looks at its
-    table again, which it does before it allocates. Keys that were taken so are not listed.
+    table again, which it does before it allocates. Keys that were taken so are not listed. `place`: file and line that
+    allocated it, where events were recorded then.
     """
 
     cache_id: int
@@ -76,6 +78,7 @@ class Cache:
     host: bool
     is_blocks: bool
     is_pulled: bool = False
+    place: Optional[str] = None
     keys: List[Dict[str, Any]] = field(default_factory=list)
 
 
@@ -208,8 +211,10 @@ class Record:
                 else:
                     cache.keys.append({"kind": layout.KEY_KINDS[int(row["kind"])], "id": int(row["id"]),
                                        "model_id": int(row["model_id"])})
+        places = read_places(self.pid) if self.pid is not None else {}
         for cache in found.values():
             cache.is_pulled = cache.is_pulled and not cache.keys
+            cache.place = places.get(cache.cache_id)
         return sorted(found.values(), key=lambda cache: cache.cache_id)
 
     def _open_shared(self, name: str) -> int:

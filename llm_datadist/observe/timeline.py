@@ -10,7 +10,7 @@ import gzip
 import json
 import os
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
@@ -20,8 +20,8 @@ from llm_datadist.observe.records import Record
 
 __all__ = ["Recording", "clock_offsets", "trace_events", "write_trace"]
 
-_PULL, _PUSH, _TURN, _ASK, _ANSWER, _SERVE, _KEY_GONE = layout.names_of(
-    ["pull", "push", "turn", "ask", "answer", "serve", "key_gone"])
+_PULL, _PUSH, _TURN, _ASK, _ANSWER, _SERVE, _KEY_GONE, _CONTEXT = layout.names_of(
+    ["pull", "push", "turn", "ask", "answer", "serve", "key_gone", "context"])
 _INSTANTS = set(layout.names_of(["refuse", "accept", "break", "unlink", "allocate", "layer", "key_gone", "free"]))
 _SERVICE_THREAD = set(layout.names_of(["answer", "accept"]))
 
@@ -135,14 +135,46 @@ def trace_events(recordings: Sequence[Recording]) -> Iterator[Dict[str, Any]]:
     starts = [int(each.events["start_ns"].min()) + offset
               for each, offset in zip(recordings, offsets) if len(each.events)]
     origin = min(starts) if starts else 0
-    slices: List[List[Dict[str, Any]]] = []
+    contexts = [_contexts(recording) for recording in recordings]
+    recordings = [replace(each, events=each.events[each.events["kind"] != _CONTEXT]) for each in recordings]
+    slices = [[_slice(index, event, offset - origin) for event in recording.events]
+              for index, (recording, offset) in enumerate(zip(recordings, offsets))]
+    for recording, own, known in zip(recordings, slices, contexts):
+        _add_contexts(recording, own, known)
+    flows = list(_flows(recordings, slices))
     for index, (recording, offset) in enumerate(zip(recordings, offsets)):
         yield from _names(index, recording)
-        own = [_slice(index, event, offset - origin) for event in recording.events]
-        slices.append(own)
-        yield from own
+        yield from slices[index]
         yield from _lives(index, recording, offset - origin)
-    yield from _flows(recordings, slices)
+    yield from flows
+
+
+def _contexts(recording: Recording) -> Dict[Tuple[int, int, int], Dict[str, str]]:
+    """The trace of what began at that time, by thread, start and peer."""
+    return {(int(event["thread"]), int(event["start_ns"]), int(event["peer"])):
+            {"trace_id": f"{int(event['id']):016x}{int(event['model_id']):016x}",
+             "parent_id": f"{int(event['bytes']):016x}"}
+            for event in recording.events[recording.events["kind"] == _CONTEXT]}
+
+
+def _add_contexts(recording: Recording, own: List[Dict[str, Any]],
+                  known: Dict[Tuple[int, int, int], Dict[str, str]]) -> None:
+    """Name the trace of each transfer that has one, and of what its thread did within it."""
+    if not known:
+        return
+    within: Dict[int, Tuple[int, Dict[str, str]]] = {}      # thread -> end of its transfer, and the trace
+    for event, entry in sorted(zip(recording.events, own), key=lambda each: (
+            int(each[0]["start_ns"]), -int(each[0]["duration_ns"]))):
+        thread, start_ns = int(event["thread"]), int(event["start_ns"])
+        trace = known.get((thread, start_ns, int(event["peer"])))
+        end_ns, outer = within.get(thread, (0, {}))
+        if trace is not None and int(event["kind"]) in (_PULL, _PUSH, _SERVE):
+            within[thread] = start_ns + int(event["duration_ns"]), trace
+        elif start_ns <= end_ns:
+            trace = outer
+        else:
+            continue
+        entry["args"].update(trace)
 
 
 def _names(index: int, recording: Recording) -> Iterator[Dict[str, Any]]:
@@ -236,6 +268,10 @@ def _flows(recordings: Sequence[Recording], slices: List[List[Dict[str, Any]]]) 
                 target = _after(found, entry["ts"], entry["ts"] + entry["dur"] if end == _ANSWER else None)
                 if target is not None:
                     number += 1
+                    # An owner whose memory was read was not asked: that a key went is all it knows, and whose pull it
+                    # was is known from the other side.
+                    target["args"].update({name: entry["args"][name] for name in ("trace_id", "parent_id")
+                                           if name in entry["args"]})
                     common = {"cat": "flow", "name": wanted[end], "id": number}
                     # Perfetto binds an end to the slice around it, and draws arrows forward in time.
                     yield {"ph": "s", "pid": entry["pid"], "tid": entry["tid"], "ts": entry["ts"], **common}

@@ -153,6 +153,8 @@ class EngineOptions:
         Whether events are recorded from the start.
     trace_folder : str
         Where the record is kept as a file; ``""`` keeps it in memory, and lets it go with the process.
+    record_folder : str
+        Where the calls are written down; ``""`` for nowhere.
     """
 
     generation: int = 2
@@ -184,6 +186,7 @@ class EngineOptions:
     strict: bool = True
     trace: bool = False
     trace_folder: str = ""
+    record_folder: str = ""
 
     def may_listen(self, ip: str) -> bool:
         """Whether there is a secret, or it was said that whoever reaches this address may link.
@@ -229,7 +232,7 @@ class EngineOptions:
         environ : mapping of str to str, optional
             Environment; default ``os.environ``. Read are ``LLM_DATADIST_PROVIDER``, ``LLM_DATADIST_LINK_BASE_PORT``,
             ``LLM_DATADIST_LINK_HEAL_MS``, ``LLM_DATADIST_LINK_SILENCE_MS``, ``LLM_DATADIST_CACHE_KEY_LEASE_MS``,
-            ``LLM_DATADIST_STRICT``, ``LLM_DATADIST_TRACE``, ``LLM_DATADIST_SECRET``,
+            ``LLM_DATADIST_STRICT``, ``LLM_DATADIST_TRACE``, ``LLM_DATADIST_RECORD``, ``LLM_DATADIST_SECRET``,
             ``LLM_DATADIST_SECRET_FILE``, ``LLM_DATADIST_OPEN``, ``HCCL_CONNECT_TIMEOUT``, ``HCCL_RDMA_TC`` and
             ``HCCL_RDMA_SL``; an option wins over its variable. The other variables of this package are checked.
 
@@ -347,7 +350,8 @@ class _Parser:
             link_base_port=self._option_or_variable(
                 LINK_BASE_PORT, "LLM_DATADIST_LINK_BASE_PORT", integer_in(1, 65535)) or DEFAULT_LINK_BASE_PORT,
             strict=self._option_or_variable(STRICT, "LLM_DATADIST_STRICT", one_of("0", "1")) != "0",
-            trace=self._trace(), trace_folder=self._environ.get("LLM_DATADIST_TRACE", ""))
+            trace=self._trace(), trace_folder=self._environ.get("LLM_DATADIST_TRACE", ""),
+            record_folder=self._environ.get("LLM_DATADIST_RECORD", ""))
 
     def _trace(self) -> bool:
         text = self._optional(TRACE, one_of("0", "1"))

@@ -1,4 +1,5 @@
 """What two linked processes record, read from outside while they run."""
+import asyncio
 import gzip
 import json
 import os
@@ -11,7 +12,18 @@ from observe.steps import DESC, drop, ping, publish, pull, pull_in_vain
 from support.link_steps import cluster
 from support.peer import engine_options
 
-from llm_datadist import BlocksCacheKey, CacheDesc, DataType, HeldBlocksKey, LLMException, LLMRole, LLMStatusCode
+from llm_datadist import (
+    BlocksCacheKey,
+    CacheDesc,
+    CacheKey,
+    DataType,
+    HeldBlocksKey,
+    LLMException,
+    LLMParamInvalidError,
+    LLMRole,
+    LLMStatusCode,
+    trace_context,
+)
 from llm_datadist.observe import layout
 from llm_datadist.observe.records import find_records, folder_records
 from llm_datadist.observe.timeline import Recording, clock_offsets, write_trace
@@ -279,6 +291,85 @@ def test_the_oldest_events_are_lost_and_counted(peers):
     assert events["seq"].min() >= 80_000 - 65_536 and events["seq"].max() == 80_000
     assert set(events["kind"].tolist()) == set(layout.names_of(["allocate", "free"]))
     assert set(events["bytes"].tolist()) == {2 * 4096} and len(set(events["thread"].tolist())) <= 4
+
+
+TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+
+
+def pull_for(node, first, count, traceparent):
+    with trace_context(traceparent):
+        pull(node, first, count)
+
+
+def pull_in_tasks(node, requests):
+    """One pull in each of several tasks, of which each has a trace of its own."""
+    cache = node.cache_manager.allocate_cache(DESC)
+
+    async def one(request):
+        with trace_context(f"00-{request:032x}-{PARENT}-01"):
+            await asyncio.sleep(0)
+            node.cache_manager.pull_cache(CacheKey(2, request), cache)
+
+    async def every():
+        await asyncio.gather(*(one(request) for request in requests))
+
+    asyncio.run(every())
+    node.cache_manager.deallocate_cache(cache)
+
+
+def test_a_trace_context_reaches_the_owner(pair, tmp_path, request):
+    """Over TCP the owner's own events name it; of shared memory, where it was not asked, the joined file does."""
+    decode, prefill = pair
+    prefill.call(publish, 60, 6)
+    decode.call(pull, 60, 1)
+    decode.call(pull_for, 61, 2, f"00-{TRACE}-{PARENT}-01")
+    decode.call(pull_for, 63, 1, None)
+    decode.call(pull_in_tasks, [64, 65])
+    prefill.settled()
+    found = records_of(decode, prefill)
+    recordings = [Recording.of(record) for record in found]
+    for record in found:
+        record.close()
+    path = tmp_path / "trace.json"
+    write_trace(path, recordings)
+    entries = json.loads(path.read_text())["traceEvents"]
+    slices = [entry for entry in entries if entry["ph"] == "X"]
+    assert "context" not in {entry["name"] for entry in slices}
+    wanted = {61: TRACE, 62: TRACE, 64: f"{64:032x}", 65: f"{65:032x}"}
+    for name in ("pull", "release key"):
+        traces = {entry["args"]["request_id"]: entry["args"].get("trace_id") for entry in slices
+                  if entry["name"] == name and entry["args"]["request_id"] >= 60}
+        assert traces == {60: None, 63: None, **wanted}, name
+    assert {entry["args"].get("parent_id") for entry in slices if "trace_id" in entry["args"]} == {PARENT}
+    moves = [entry["args"].get("trace_id") for entry in slices if entry["name"] == "move"][-6:]
+    assert sorted(moves, key=str) == sorted([None, None, *wanted.values()], key=str)
+    write_trace(path, recordings[1:])
+    own = [entry for entry in json.loads(path.read_text())["traceEvents"] if entry["name"] == "serve"]
+    traces = {entry["args"]["request_id"]: entry["args"].get("trace_id") for entry in own
+              if entry["args"]["request_id"] >= 60}
+    assert traces == ({60: None, 63: None, **wanted} if "tcp" in request.node.name else {})
+
+
+@pytest.mark.parametrize("traceparent", [
+    "", TRACE, f"00-{TRACE}-{PARENT}", f"00-{TRACE}-{PARENT}-01-more", f"ff-{TRACE}-{PARENT}-01",
+    f"00-{'0' * 32}-{PARENT}-01", f"00-{TRACE}-{'0' * 16}-01", f"00-{TRACE.upper()}-{PARENT}-01",
+    f"00-{TRACE}-{PARENT}-01\n"])
+def test_no_trace_context(traceparent):
+    with pytest.raises(LLMParamInvalidError, match="traceparent"), trace_context(traceparent):
+        pass
+
+
+def test_trace_contexts_nest_and_end():
+    from llm_datadist.core.record.record import trace_context as current
+
+    with pytest.raises(TypeError), trace_context(7):
+        pass
+    with trace_context(f"00-{TRACE}-{PARENT}-01"):
+        outer = current.get()
+        with trace_context(f"01-{PARENT * 2}-{PARENT}-00-more"):        # a later version may say more
+            assert current.get() == (int(PARENT, 16),) * 3
+        assert current.get() == outer == (int(TRACE[:16], 16), int(TRACE[16:], 16), int(PARENT, 16))
+    assert current.get() is None
 
 
 def link_in_vain(node, ids):

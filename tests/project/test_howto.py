@@ -72,6 +72,11 @@ def test_two_engines(examples, tmp_path):
             assert examples["oldest"](engine) == [f"cache {made.cache_id}: 32 bytes, open, keys req_id=5"]
             result = examples["traced"](engine, tmp_path / "run.json", lambda: examples["forget"](engine, key, made))
             assert result["engines"] == 1 and result["events"] >= 2 and (tmp_path / "run.json").stat().st_size
+            trace = "4bf92f3577b34da6a3ce929d0e0e4736"
+            headers = {"traceparent": f"00-{trace}-00f067aa0ba902b7-01"}
+            examples["traced"](engine, tmp_path / "run.json", lambda: examples["pull_for"](
+                headers, engine.cache_manager, BlocksCacheKey(2), cache, [2], [1]))
+            assert '"name":"pull"' in (text := (tmp_path / "run.json").read_text()) and trace in text
             examples["forget"](engine, key, made)
             assert engine.stats()["keys"] == 1                      # that of the blocks
             engine.cache_manager.unregister_cache(cache.cache_id)

@@ -31,7 +31,7 @@ SYMBOL = re.compile(r"\b(?:acl[A-Z]\w*|aclrt\w+|Hixl\w+|Hccl\w+|Hcomm\w+|Ldd[A-Z
 ROOMS = ["base", "record", "table", "plan", "link", "transfer", "engine"]
 # What of the core the facade calls.
 ENTRANCES = {"llm_datadist.core.base.interrupt", "llm_datadist.core.base.status", "llm_datadist.core.engine.engine",
-             "llm_datadist.core.engine.layer_push"}
+             "llm_datadist.core.engine.layer_push", "llm_datadist.core.record.record"}
 # What of the core tools/bench looks at behind the public API; its compiled modules see all of it.
 MEASURED = {"llm_datadist.core.engine.engine"}
 COMPILED_TOOLS = sorted((TOOLS / "bench" / "native").glob("*.pyx"))

@@ -23,7 +23,7 @@ def public_names():
 
 def test_every_public_name_is_in_the_reference():
     text = "\n".join(page.read_text(encoding="utf-8") for page in REFERENCE)
-    shown = re.findall(r"^\.\. (?:autoclass|autoexception|py:data):: llm_datadist\.(\w+)$", text, re.M)
+    shown = re.findall(r"^\.\. (?:autoclass|autoexception|autofunction|py:data):: llm_datadist\.(\w+)$", text, re.M)
     assert len(shown) == len(set(shown)) and set(shown) == public_names()
 
 

@@ -9,10 +9,10 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from observe.steps import drop, publish, pull, pull_in_vain
+from observe.steps import DESC, drop, publish, pull, pull_in_vain
 from support.peer import engine_options
 
-from llm_datadist import LLMRole
+from llm_datadist import CacheKey, LLMRole
 from llm_datadist.tools.observe import extra
 from llm_datadist.tools.observe.metrics import BOUNDS_NS, cumulative
 
@@ -82,6 +82,33 @@ def test_leaks(pair):
     done = run_tool("leaks", "--older-than", "0.05", "--limit", "1")
     assert done.returncode == 1 and "req 20" in done.stdout and "can pull: 1" in done.stdout
     assert run_tool("leaks", "--older-than", "soon").returncode == 2
+
+
+def keep(node):
+    """Hold one cache by a key and one by its handle; the lines that did so."""
+    cache = node.cache_manager.allocate_cache(DESC, [CacheKey(2, 30)])
+    node.kept["open"] = node.cache_manager.allocate_blocks_cache(DESC)
+    node.cache_manager.deallocate_cache(cache)
+    return keep.__code__.co_firstlineno + 2, [row["place"] for row in node.dist.leaks()]
+
+
+def let_go(node):
+    node.cache_manager.remove_cache_key(CacheKey(2, 30))
+    node.cache_manager.deallocate_blocks_cache(node.kept.pop("open"))
+
+
+@pytest.mark.parametrize("traced", [True, False])
+def test_leaks_name_the_place_that_allocated(peers, traced):
+    prefill = peers.start(2, {**engine_options(), "llm.Trace": str(int(traced))}, role=LLMRole.PROMPT)
+    line, places = prefill.call(keep)
+    wanted = [f"{__file__}:{line}", f"{__file__}:{line + 1}"] if traced else [None, None]
+    assert places == wanted
+    done = run_tool("leaks", "--older-than", "0", "--open", "--json")
+    assert done.returncode == 1, done.stderr
+    assert [cache["place"] for cache in of(json.loads(done.stdout), prefill)["held"]] == wanted
+    done = run_tool("leaks", "--older-than", "0", "--cluster", "2")
+    assert (f"{Path(__file__).name}:{line}" in done.stdout.replace("\n", "")) == traced
+    prefill.call(let_go)
 
 
 def value_of(families, name, **labels):

@@ -1,11 +1,12 @@
-"""Pictures of a result: an SVG drawn here, for the report, and a PNG by matplotlib where that is installed."""
+"""Pictures of a result: by plotly for the report, and a PNG by matplotlib."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
 
-WIDTH = 960
-_LABEL_WIDTH, _BAR_HEIGHT, _GAP, _TOP, _RIGHT = 430, 16, 8, 34, 70
+_TITLE = "llm-datadist bench: rate of each row beside the bound of its path"
+_UNIT = "GB/s; the line marks what the machine does itself"
 _COLOURS = {"shm": "#2b6cb0", "cma": "#2f855a", "tcp": "#b7791f"}
 
 
@@ -13,44 +14,50 @@ class ChartError(RuntimeError):
     """There is nothing to draw with; the text says what to install."""
 
 
-def svg(rows: Sequence[Mapping]) -> str:
-    """Return a bar per row, in GB/s, with a mark at the machine's own rate. Empty without rows."""
-    if not rows:
-        return ""
-    most = max(max(row["gb_per_s"], reference_rate(row)) for row in rows)
-    scale = (WIDTH - _LABEL_WIDTH - _RIGHT) / most
-    height = _TOP + len(rows) * (_BAR_HEIGHT + _GAP)
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" '
-        'font-family="system-ui, sans-serif" font-size="12">',
-        f'<text x="{_LABEL_WIDTH}" y="14" fill="currentColor">GB/s; the line marks what the machine does itself</text>',
-    ]
-    for tick in _ticks(most):
-        x = _LABEL_WIDTH + tick * scale
-        parts.append(f'<line x1="{x:.1f}" y1="{_TOP - 6}" x2="{x:.1f}" y2="{height}" stroke="#8884"/>')
-        parts.append(f'<text x="{x:.1f}" y="{_TOP - 8}" text-anchor="middle" fill="#888">{tick:g}</text>')
-    for index, row in enumerate(rows):
-        y = _TOP + index * (_BAR_HEIGHT + _GAP)
-        length, middle = row["gb_per_s"] * scale, y + _BAR_HEIGHT - 4
-        fraction = f" ({row['fraction']:.2f})" if row.get("fraction") is not None else ""
-        parts.append(
-            f'<text x="{_LABEL_WIDTH - 8}" y="{middle}" text-anchor="end" fill="currentColor">{escape(row["label"])}'
-            f'</text><rect x="{_LABEL_WIDTH}" y="{y}" width="{length:.1f}" height="{_BAR_HEIGHT}" '
-            f'fill="{_COLOURS.get(row["path"], "#666")}"/>')
-        end = length
-        if reference_rate(row):
-            x = _LABEL_WIDTH + reference_rate(row) * scale
-            end = max(end, x - _LABEL_WIDTH)
-            parts.append(f'<line x1="{x:.1f}" y1="{y - 2}" x2="{x:.1f}" y2="{y + _BAR_HEIGHT + 2}" '
-                         'stroke="#c53030" stroke-width="2"/>')
-        parts.append(f'<text x="{_LABEL_WIDTH + end + 5:.1f}" y="{middle}" fill="currentColor">'
-                     f'{row["gb_per_s"]:.1f}{fraction}</text>')
-    return "\n".join([*parts, "</svg>"])
+def div(rows: Sequence[Mapping]) -> str:
+    """Return `figure` for a page that loads nothing, with the script that draws it."""
+    return figure(rows).to_html(full_html=False, include_plotlyjs=True, config={"displaylogo": False})
+
+
+def figure(rows: Sequence[Mapping]) -> Any:
+    """Return a chart of plotly: a bar per row, and a mark at the machine's own rate.
+
+    Raises
+    ------
+    ChartError
+        Plotly is not installed.
+    """
+    require_plotly()
+    from plotly import graph_objects
+
+    labels = [escape(row["label"]) for row in rows]
+    fractions = [f"{row['gb_per_s']:.1f}" + (f" ({row['fraction']:.2f})" if row.get("fraction") is not None else "")
+                 for row in rows]
+    bars = graph_objects.Bar(
+        x=[row["gb_per_s"] for row in rows], y=labels, orientation="h", text=fractions, textposition="auto",
+        marker_color=[_COLOURS.get(row["path"], "#666") for row in rows], name="measured")
+    bound = [(reference_rate(row), label) for row, label in zip(rows, labels) if reference_rate(row)]
+    marks = graph_objects.Scatter(
+        x=[rate for rate, _ in bound], y=[label for _, label in bound], mode="markers", name="bound of its path",
+        marker={"symbol": "line-ns-open", "size": 16, "color": "#c53030", "line": {"width": 3}})
+    drawn = graph_objects.Figure([bars, marks])
+    drawn.update_layout(
+        title=_TITLE, xaxis_title=_UNIT, height=140 + 26 * len(rows), template="plotly_white",
+        yaxis={"autorange": "reversed", "automargin": True}, legend={"orientation": "h", "y": -0.15})
+    return drawn
 
 
 def reference_rate(row: Mapping) -> float:
     """Return the rate of the row's reference, GB/s; 0 without one."""
     return row["references"][row["reference"]] if row.get("reference") else 0.0
+
+
+def require_plotly() -> None:
+    """Raise ChartError without what draws for a page."""
+    try:
+        import plotly  # noqa: F401
+    except ImportError:
+        raise ChartError("a chart needs plotly: pip install 'llm-datadist[tools]'") from None
 
 
 def require() -> None:
@@ -62,7 +69,7 @@ def require() -> None:
 
 
 def write_png(path: str, rows: Sequence[Mapping]) -> None:
-    """Write the picture of `svg` as PNG; raises ChartError without matplotlib."""
+    """Write the same picture as PNG; raises ChartError without matplotlib."""
     require()
     import matplotlib
     from matplotlib.figure import Figure
@@ -79,19 +86,11 @@ def write_png(path: str, rows: Sequence[Mapping]) -> None:
     axes.set_yticks(list(places), [row["label"] for row in rows])
     axes.margins(y=0.02)
     axes.invert_yaxis()
-    axes.set_title("llm-datadist bench: rate of each row beside the bound of its path")
-    axes.set_xlabel("GB/s; the line marks what the machine does itself")
+    axes.set_title(_TITLE)
+    axes.set_xlabel(_UNIT)
     for place, row in zip(places, rows):
         fraction = f" ({row['fraction']:.2f})" if row.get("fraction") is not None else ""
         end = max(row["gb_per_s"], reference_rate(row))
         axes.annotate(f" {row['gb_per_s']:.1f}{fraction}", (end, place), va="center")
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=110)
-
-
-def _ticks(most: float) -> list[float]:
-    """Round numbers from 0 to about `most`, four to eight of them."""
-    step = 10.0 ** -3
-    while most / step > 8:
-        step *= 2.5 if f"{step:e}".startswith("2") else 2
-    return [index * step for index in range(int(most / step) + 1)]

@@ -10,8 +10,10 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from llm_datadist.tools.tables import columns
+
 from .statistics import change, median, spread
-from .table import columns, number
+from .table import number
 
 DEFAULT_THRESHOLD = 0.05
 

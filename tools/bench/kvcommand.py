@@ -51,10 +51,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _measure(args: argparse.Namespace) -> int:
     require()
+    from llm_datadist.tools.tables import show
+
     from . import output
     from .progress import Progress
     from .run import Runner
-    from .table import columns
 
     output.check(args)
     plan, requests = _plan(args)
@@ -68,7 +69,7 @@ def _measure(args: argparse.Namespace) -> int:
         {**row, "model": model, "tokens": tokens, "label": f"{model}, {tokens} tokens, {row['path']}"}
         for row in result["rows"] for model, tokens in requests[row["key"]]]
     table += [_cells(row) for row in result["rows"]]
-    print("\n".join(columns(table)))
+    show(table)
     written = output.write(args, result)
     return 0 if written and not runner.failures and not any(row["wrong_bytes"] for row in result["rows"]) else 1
 

@@ -11,7 +11,7 @@ from . import chart, report, results
 _WRITERS = {
     "--json": (results.write_json, "everything, samples included"),
     "--csv": (results.write_csv, "one line per row and per value"),
-    "--html": (report.write_html, "one self-contained report"),
+    "--html": (report.write_html, "one self-contained report; needs plotly"),
     "--markdown": (report.write_markdown, "tables; a file with marker comments keeps what is around them"),
     "--png": (lambda path, result: chart.write_png(path, result["rows"]), "bars of all rows; needs matplotlib"),
 }
@@ -42,11 +42,12 @@ def check(args: argparse.Namespace) -> int:
             raise ValueError(f"{option} {path}: there is no folder {folder}")
         if not os.access(path if os.path.exists(path) else folder, os.W_OK):
             raise ValueError(f"{option} {path}: permission denied")
-    if "--png" in wanted:
-        try:
-            chart.require()
-        except chart.ChartError as error:
-            raise ValueError(f"--png: {error}") from None
+    for option, require in (("--png", chart.require), ("--html", chart.require_plotly)):
+        if option in wanted:
+            try:
+                require()
+            except chart.ChartError as error:
+                raise ValueError(f"{option}: {error}") from None
     return len(wanted)
 
 

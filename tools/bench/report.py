@@ -14,7 +14,7 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em; }
 table { border-collapse: collapse; width: 100%; font-size: 13px; } td, th { padding: 3px 8px; text-align: right; }
 td:first-child, th:first-child { text-align: left; } tr { border-bottom: 1px solid #8884; }
-.missed { color: #c53030; font-weight: 600; } .met { color: #2f855a; } svg { width: 100%; height: auto; }
+.missed { color: #c53030; font-weight: 600; } .met { color: #2f855a; }
 @media (prefers-color-scheme: dark) { body { background: #16181d; color: #e6e6e6; } }
 """
 
@@ -32,7 +32,7 @@ def write_html(path: str, result: Mapping) -> None:
         parts.append(_html_table(("what", "goal", "measured", ""), [
             (goal["text"], goal["goal"], goal["measured"], reached_text(goal)) for goal in goals]))
     if result["rows"]:
-        parts += ["<h2>Transfers</h2>", chart.svg(result["rows"]), _html_table(_ROW_TITLES, _row_cells(result["rows"]))]
+        parts += ["<h2>Transfers</h2>", chart.div(result["rows"]), _html_table(_ROW_TITLES, _row_cells(result["rows"]))]
     if result["figures"]:
         parts.append("<h2>Figures</h2>")
     for figure in result["figures"]:

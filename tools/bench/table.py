@@ -57,13 +57,3 @@ def number(value: float) -> str:
     if abs(value) >= 100:
         return f"{value:.1f}"
     return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}"
-
-
-def columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Align texts in columns, two spaces apart; the first is flush left."""
-    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
-    return [
-        "  ".join(f"{text:<{width}}" if index == 0 else f"{text:>{width}}"
-                  for index, (text, width) in enumerate(zip(row, widths))).rstrip()
-        for row in rows
-    ]

@@ -60,7 +60,7 @@ def leaks_of(sample: Sample, older_than_s: float, by: str = "age", with_open: bo
         "pullers": [peer.cluster_id for peer in sample.peers if peer.num_links and peer.cluster_id is not None],
         "bytes": sum(cache.bytes for cache in held),
         "held": [{"cache_id": cache.cache_id, "bytes": cache.bytes, "age_s": cache.age_s, "open": cache.is_open,
-                  "keys": cache.keys} for cache in held],
+                  "keys": cache.keys, "place": cache.place} for cache in held],
     }
 
 
@@ -76,13 +76,15 @@ def _print(found: list[dict[str, Any]], args: argparse.Namespace) -> None:
         out.print(f"cluster {engine['cluster_id']} (pid {engine['pid']}): {len(engine['held'])} caches, "
                   f"{megabytes(engine['bytes'])}; can pull: {pullers}", highlight=False)
         table = make()
-        for name in ("cache", "age", "size", "handle", "keys"):
+        has_places = any(row["place"] for row in rows)      # where events are recorded
+        for name in ("cache", "age", "size", "handle", "keys", *(["allocated at"] if has_places else [])):
             table.add_column(name, justify="right" if name in ("cache", "age", "size") else "left")
         for row in rows:
             keys = ", ".join(f"{key['kind']} {key['id']}" + (f" of model {key['model_id']}" if key["model_id"] else "")
                              for key in row["keys"])
             table.add_row(str(row["cache_id"]), duration(row["age_s"]), megabytes(row["bytes"]),
-                          "open" if row["open"] else "deallocated", keys or "-")
+                          "open" if row["open"] else "deallocated", keys or "-",
+                          *([row["place"] or "-"] if has_places else []))
         out.print(table)
         if len(rows) < len(engine["held"]):
             out.print(f"... and {len(engine['held']) - len(rows)} more: --limit 0 shows them")

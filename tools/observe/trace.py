@@ -12,6 +12,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from llm_datadist.observe.records import folder_records
 from llm_datadist.observe.timeline import Recording, write_trace
@@ -53,22 +55,30 @@ def run(args: argparse.Namespace) -> int:
         print(f"trace: --output {args.output}: {error.strerror}", file=sys.stderr)
         return 2
     status = 0
-    own = tempfile.mkdtemp(prefix="llm-datadist-trace-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
-    try:
+    with own_folder("trace") as own:
         if command:
-            status = _run(command, own)
+            status = run_command("trace", command, _VARIABLE, own)
             if status == 127:
                 return status
         return _write(args.output, [own, *args.folder]) or status
+
+
+@contextmanager
+def own_folder(tool: str) -> Iterator[str]:
+    """A folder for what engines write meanwhile, in memory where that is to be had; gone afterwards."""
+    own = tempfile.mkdtemp(prefix=f"llm-datadist-{tool}-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
+    try:
+        yield own
     finally:
         shutil.rmtree(own, ignore_errors=True)
 
 
-def _run(command: list[str], folder: str) -> int:
+def run_command(tool: str, command: list[str], variable: str, folder: str) -> int:
+    """Run a command with `variable` set to `folder`, and return its exit status; 127 where there is no such command."""
     try:
-        process = subprocess.Popen(command, env={**os.environ, _VARIABLE: folder})
+        process = subprocess.Popen(command, env={**os.environ, variable: folder})
     except OSError as error:
-        print(f"trace: {command[0]}: {error.strerror}", file=sys.stderr)
+        print(f"{tool}: {command[0]}: {error.strerror}", file=sys.stderr)
         return 127
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)       # the terminal tells the command as well: its end counts
     try:

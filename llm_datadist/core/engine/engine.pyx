@@ -22,6 +22,7 @@ from llm_datadist.core.base.wait cimport ldd_lock_interruptible
 from llm_datadist.core.link.background cimport ldd_links_withdraw
 from llm_datadist.core.link.region cimport ldd_regions_add, ldd_regions_epoch, ldd_regions_remove
 from llm_datadist.core.link.wire cimport LDD_MODE_REMOTE_ACCESSIBLE
+from llm_datadist.core.record.record cimport ldd_tracing
 from llm_datadist.core.table.cache_table cimport (
     LDD_CACHE_BLOCKS, LDD_CACHE_HOST, LDD_CACHE_LAST_KEY_WINS, LDD_CACHE_REMOTE, ldd_cache_view, ldd_key_spec,
     ldd_table, ldd_table_allocate, ldd_table_deallocate, ldd_table_pin_local, ldd_table_register, ldd_table_remove_key,
@@ -40,6 +41,7 @@ from llm_datadist.core.transfer.local_copy cimport (
 from llm_datadist.core.transfer.steps cimport ldd_transfer_run
 
 from llm_datadist import status as _public
+from llm_datadist.core.record.record import trace_context as _trace_context
 
 KEY_REQ, KEY_PREFIX, KEY_BLOCKS, KEY_BY_ID = _REQ, _PREFIX, _BLOCKS, _BY_ID
 
@@ -304,6 +306,10 @@ cdef class Engine(EngineBlockKeys):
         progress.stage = NULL
         progress.num_tensors = 0
         what.progress = &progress
+        if ldd_tracing(&self.node.record):
+            context = _trace_context.get()
+            if context is not None:
+                what.context[0], what.context[1], what.context[2] = context
         with nogil:
             status = ldd_transfer_run(&self.node, what, &detail)
         if status >= 0:

@@ -40,6 +40,7 @@ cdef extern from "llm_datadist/ldd_wire.h" nogil:
         LDD_FETCH_RESHAPE
         LDD_FETCH_ASK
         LDD_FETCH_MAX_SEGMENTS
+        LDD_FETCH_CONTEXT_BYTES
         LDD_DESC_BLOCKS
         LDD_DESC_HOST
         LDD_DESC_OWNED

@@ -120,6 +120,7 @@ cdef extern from "llm_datadist/ldd_record.h" nogil:
     void ldd_trace(ldd_record* record, int kind, uint64_t peer, uint64_t id, uint64_t num_bytes, int status)
     void ldd_trace_span(ldd_record* record, int kind, int64_t start_ns, uint64_t peer, int key_kind, uint64_t id,
                         uint64_t model_id, uint64_t num_bytes, int status)
+    void ldd_trace_context(ldd_record* record, int64_t start_ns, uint64_t peer, const uint64_t* context)
     void ldd_trace_lap(ldd_record* record, int kind, int64_t* at_ns, uint64_t peer, uint64_t num_bytes, int status)
 
 # A record in memory, or in a new file of this name (not NULL), which outlives the process.

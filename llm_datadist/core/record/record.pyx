@@ -16,6 +16,8 @@ of a process that was killed are not lost. Whoever gave the folder removes it.
 
 A record holds no bytes of caches and no token: ids of clusters, requests and caches, addresses of peers, numbers.
 """
+from contextvars import ContextVar
+
 from libc.errno cimport errno
 from libc.stddef cimport size_t
 from libc.stdint cimport uint64_t
@@ -24,6 +26,9 @@ from libc.string cimport memset, strerror, strncpy
 from llm_datadist.core.base.atomic cimport ldd_get64, ldd_set32, ldd_set64
 from llm_datadist.core.base.status cimport LDD_E_FAILED, LDD_OK, ldd_fail
 from llm_datadist.core.base.sync cimport ldd_lock, ldd_mutex_destroy, ldd_mutex_init, ldd_now_ns, ldd_unlock
+
+# The trace that the caller of a transfer works for: its id, high and low, and the span of the caller.
+trace_context = ContextVar("llm_datadist.trace_context", default=None)
 
 cdef extern from * nogil:
     """

@@ -41,6 +41,7 @@ ctypedef struct ldd_transfer:
     const int64_t* local_blocks
     size_t num_blocks                           # length of both lists, of the local one for a pull of a slot
     ldd_progress* progress
+    uint64_t[3] context                         # the trace it belongs to; all zero: none, or events are not recorded
 
 # What the rules need to know of one end.
 ctypedef struct ldd_end:

@@ -18,8 +18,8 @@ from llm_datadist.core.base.status cimport LDD_OK, ldd_fail
 from llm_datadist.core.base.wait cimport ldd_hixl_result
 from llm_datadist.core.link.requests cimport ldd_reply_room
 from llm_datadist.core.link.wire cimport (
-    LDD_ACCESS_READ, LDD_FETCH_ASK, LDD_FETCH_BLOCKS, LDD_FETCH_MAX_SEGMENTS, LDD_FETCH_RESHAPE, LDD_FETCH_TAKE,
-    LDD_FETCH_TO_HOST, ldd_fetch_request, ldd_fetch_run,
+    LDD_ACCESS_READ, LDD_FETCH_ASK, LDD_FETCH_BLOCKS, LDD_FETCH_CONTEXT_BYTES, LDD_FETCH_MAX_SEGMENTS,
+    LDD_FETCH_RESHAPE, LDD_FETCH_TAKE, LDD_FETCH_TO_HOST, ldd_fetch_request, ldd_fetch_run,
 )
 from llm_datadist.core.transfer.batch cimport ldd_batch_count, ldd_batch_finish
 from llm_datadist.core.transfer.fitting cimport (
@@ -55,6 +55,8 @@ cdef uint32_t _write_request(ldd_link* link, const ldd_transfer* what, const ldd
     cdef size_t nbytes = sizeof(ldd_fetch_request) + link.descs.num_runs * sizeof(ldd_fetch_run), i
     cdef ldd_fetch_request request
     cdef ldd_fetch_run* runs
+    cdef bint has_context = what.context[0] | what.context[1]
+    nbytes += LDD_FETCH_CONTEXT_BYTES if has_context else 0
     if (link.descs.num_runs > LDD_FETCH_MAX_SEGMENTS // count or nbytes > LDD_FETCH_MAX_REQUEST_BYTES
             or ldd_reply_room(link, nbytes) < 0):
         return 0
@@ -77,6 +79,8 @@ cdef uint32_t _write_request(ldd_link* link, const ldd_transfer* what, const ldd
     for i in range(link.descs.num_runs):
         runs[i].offset = link.descs.runs[i].src
         runs[i].bytes = link.descs.runs[i].length
+    if has_context:
+        memcpy(runs + link.descs.num_runs, what.context, LDD_FETCH_CONTEXT_BYTES)
     return <uint32_t>nbytes
 
 

@@ -22,11 +22,12 @@ from llm_datadist.core.base.sync cimport ldd_lock, ldd_now_ns, ldd_unlock
 from llm_datadist.core.link.links cimport LINK_ACTIVE, ldd_link, ldd_link_state_of, ldd_node
 from llm_datadist.core.link.replies cimport ldd_reply_find
 from llm_datadist.core.link.wire cimport (
-    LDD_ACCESS_READ, LDD_FETCH_ASK, LDD_FETCH_BLOCKS, LDD_FETCH_MAX_SEGMENTS, LDD_FETCH_RESHAPE, LDD_FETCH_TAKE,
-    LDD_FETCH_TO_HOST, ldd_fetch_request, ldd_fetch_run, ldd_resolve,
+    LDD_ACCESS_READ, LDD_FETCH_ASK, LDD_FETCH_BLOCKS, LDD_FETCH_CONTEXT_BYTES, LDD_FETCH_MAX_SEGMENTS,
+    LDD_FETCH_RESHAPE, LDD_FETCH_TAKE, LDD_FETCH_TO_HOST, ldd_fetch_request, ldd_fetch_run, ldd_resolve,
 )
 from llm_datadist.core.record.record cimport (
-    LDD_EVENT_REFUSE, LDD_EVENT_SERVE, LDD_OP_SERVE, ldd_peer_record, ldd_record_count, ldd_trace_span,
+    LDD_EVENT_REFUSE, LDD_EVENT_SERVE, LDD_OP_SERVE, ldd_peer_record, ldd_record_count, ldd_trace_context,
+    ldd_trace_span,
 )
 from llm_datadist.core.table.cache_table cimport ldd_cache_view, ldd_table_settle, ldd_table_unpin
 from llm_datadist.core.table.key_index cimport LDD_NO_KEY
@@ -47,6 +48,7 @@ ctypedef struct ldd_served:
     uint64_t cluster_id
     ldd_resolve asked
     uint64_t num_bytes
+    uint64_t[3] context             # the trace that it belongs to; all zero: none
 
 
 cdef bint _is_linked(ldd_node* node, const uint8_t* token, ldd_served* served) noexcept nogil:
@@ -127,18 +129,22 @@ cdef int32_t _on_begin(void* context, const uint8_t* token, const void* words, s
     cdef ldd_served* served
     cdef ldd_detail detail
     cdef ldd_status status
+    cdef size_t context_at
     detail.text[0] = 0
     if num_words_bytes < sizeof(request):
         return LDD_FETCH_ASK
     memcpy(&request, words, sizeof(request))
-    if (request.num_runs == 0 or request.num_runs > LDD_FETCH_MAX_SEGMENTS or request.key.access != LDD_ACCESS_READ
-            or num_words_bytes != sizeof(request) + request.num_runs * sizeof(ldd_fetch_run)):
+    if request.num_runs == 0 or request.num_runs > LDD_FETCH_MAX_SEGMENTS or request.key.access != LDD_ACCESS_READ:
+        return LDD_FETCH_ASK
+    context_at = sizeof(request) + request.num_runs * sizeof(ldd_fetch_run)
+    if num_words_bytes != context_at and num_words_bytes != context_at + LDD_FETCH_CONTEXT_BYTES:
         return LDD_FETCH_ASK
     served = <ldd_served*>calloc(1, sizeof(ldd_served))
     if served != NULL:
         served.start_ns = ldd_now_ns()
         served.asked = request.key
         served.num_bytes = num_bytes
+        memcpy(served.context, <const uint8_t*>words + context_at, num_words_bytes - context_at)
     if served == NULL:
         status = ldd_fail(&detail, LDD_E_NO_MEMORY, b"no memory for a delivery")
     elif not _is_linked(node, token, served):
@@ -176,6 +182,7 @@ cdef void _on_end(void* context, void* ticket, int32_t confirmed) noexcept nogil
                      not confirmed)
     ldd_trace_span(&node.record, LDD_EVENT_SERVE, served.start_ns, served.cluster_id, served.asked.kind,
                    served.asked.id, served.asked.model_id, served.num_bytes, LDD_OK if confirmed else LDD_E_FAILED)
+    ldd_trace_context(&node.record, served.start_ns, served.cluster_id, served.context)
     ldd_table_settle(node.table, served.slot, served.generation,
                      served.key_index if confirmed else LDD_NO_KEY, served.key_generation)
     free(served.segments)

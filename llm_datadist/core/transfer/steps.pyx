@@ -28,7 +28,8 @@ from llm_datadist.core.link.shared_reader cimport (
 from llm_datadist.core.link.wire cimport LDD_FETCH_ASK, LDD_MODE_REMOTE_ACCESSIBLE
 from llm_datadist.core.record.record cimport (
     LDD_EVENT_MOVE, LDD_EVENT_PLAN, LDD_EVENT_PULL, LDD_EVENT_PUSH, LDD_EVENT_RELEASE, LDD_EVENT_RESOLVE,
-    LDD_EVENT_TURN, LDD_OP_PULL, LDD_OP_PUSH, ldd_peer_record, ldd_record_count, ldd_trace_lap, ldd_trace_span,
+    LDD_EVENT_TURN, LDD_OP_PULL, LDD_OP_PUSH, ldd_peer_record, ldd_record_count, ldd_trace_context, ldd_trace_lap,
+    ldd_trace_span,
 )
 from llm_datadist.core.table.cache_table cimport ldd_cache_view, ldd_table_pin_local, ldd_table_unpin
 from llm_datadist.core.table.holds cimport KEY_HOLD
@@ -191,4 +192,5 @@ cdef ldd_status ldd_transfer_run(ldd_node* node, const ldd_transfer* what, ldd_d
     ldd_record_count(peer, LDD_OP_PUSH if what.put else LDD_OP_PULL, ldd_now_ns() - start_ns, moved, status < 0)
     ldd_trace_span(&node.record, LDD_EVENT_PUSH if what.put else LDD_EVENT_PULL, start_ns, what.cluster_id, what.kind,
                    what.id, what.model_id, moved, status)
+    ldd_trace_context(&node.record, start_ns, what.cluster_id, what.context)
     return status

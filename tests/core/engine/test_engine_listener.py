@@ -26,5 +26,5 @@ def test_a_listener_without_a_data_server_is_closed_again(peers):
     with pytest.raises(LLMException, match="at most 16 local addresses"):
         engine.set_listener(("127.0.0.100", port))
     assert engine.listener is None
-    assert open_fds() == before
+    assert open_fds() <= before                 # one of an earlier test may have gone meanwhile
     socket.create_server(("127.0.0.100", port)).close()
