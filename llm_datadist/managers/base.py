@@ -153,6 +153,12 @@ def lazy_addresses(addrs: Sequence[int]) -> Any:
     return addrs if isinstance(addrs, list) else partial(list, addrs)
 
 
+def described(cache_desc: CacheDesc) -> Tuple[int, Sequence[int]]:
+    """Number of the data type, -1 where there is none, and shape of the tensors: what peers are told."""
+    data_type = cache_desc.data_type
+    return (-1 if data_type is None else data_type.value), cache_desc.shape
+
+
 # ----------------------------------------------------------------------------------------------------- layers
 
 def check_tensors_per_layer(tensors_per_layer: int) -> int:
@@ -364,7 +370,8 @@ class ManagerBase:
         if lease_ms:
             self._lease_log.begin()
         return self._llm_engine.allocate(
-            cache_desc.num_tensors, cache_desc.shape[0], cache_desc.size, host, is_blocks, specs, lease_ms)
+            cache_desc.num_tensors, cache_desc.shape[0], cache_desc.size, host, is_blocks, specs, lease_ms,
+            *described(cache_desc))
 
     def _deallocate_here(self, cache: Union[Cache, KvCache]) -> None:
         """Give the handle of a cache back to the engine, and empty it."""

@@ -8,7 +8,7 @@ cimport cython
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 from posix.unistd cimport getpid
 
 from llm_datadist.core.base.provider cimport aclrtContext
@@ -25,7 +25,10 @@ from llm_datadist.core.link.links cimport (
 from llm_datadist.core.link.requests cimport (
     ldd_link_ready, ldd_remote_cache, ldd_request_ranges, ldd_request_release, ldd_request_resolve,
 )
-from llm_datadist.core.link.wire cimport LDD_DESC_BLOCKS, LDD_MODE_REMOTE_ACCESSIBLE, LDD_WIRE_MAX_RANGES, ldd_range
+from llm_datadist.core.link.wire cimport (
+    LDD_DESC_BLOCKS, LDD_MODE_REMOTE_ACCESSIBLE, LDD_WIRE_MAX_RANGES, ldd_lease_reply, ldd_range,
+    ldd_ranges,
+)
 from llm_datadist.core.plan.block_plan cimport (
     ldd_desc_list_clear, ldd_plan_blocks, ldd_plan_contiguous, ldd_plan_slot_to_blocks,
 )
@@ -36,6 +39,7 @@ from llm_datadist.core.record.record cimport (
 from llm_datadist.core.table.cache_table cimport ldd_cache_view, ldd_table_pin_local, ldd_table_unpin
 from llm_datadist.core.table.key_index cimport KEY_BY_ID
 from llm_datadist.core.transfer.batch cimport ldd_batch_run, ldd_context_enter, ldd_context_leave, ldd_link_lock
+from llm_datadist.core.transfer.fitting cimport ldd_end, ldd_end_here, ldd_end_there, ldd_fit_dtypes
 
 
 @cython.final
@@ -140,6 +144,7 @@ cdef class LayerPush:
     cdef ldd_status _resolve(self, uint32_t kind, uint64_t id_, uint64_t model_id, uint64_t batch_index,
                              ldd_detail* detail) noexcept nogil:
         cdef ldd_remote_cache remote
+        cdef ldd_end here, there
         cdef ldd_status status = ldd_request_resolve(
             self._link, kind, id_, model_id, batch_index, True,
             ldd_now_ns() + self._engine.node.sync_timeout_ns, &remote, detail)
@@ -152,6 +157,12 @@ cdef class LayerPush:
         self._batch_offset = remote.desc.batch_index * remote.desc.stride_bytes
         self._region_epoch = remote.desc.region_epoch
         self._is_blocks = (remote.desc.flags & LDD_DESC_BLOCKS) != 0
+        if self._engine.node.strict:
+            ldd_end_here(&self._local, 0, &here)
+            ldd_end_there(&remote, &there)
+            status = ldd_fit_dtypes(&here, &there, self._cluster_id, detail)
+            if status < 0:
+                return status
         self._addrs = <uint64_t*>malloc(self._num_tensors * sizeof(uint64_t))
         if self._addrs == NULL:
             return ldd_fail(detail, LDD_E_NO_MEMORY, b"no memory for %u addresses", self._num_tensors)
@@ -163,12 +174,13 @@ cdef class LayerPush:
         cdef ldd_detail detail
         cdef ldd_status status
         cdef uint32_t i, n = <uint32_t>len(addrs)
-        cdef ldd_range* ranges = <ldd_range*>malloc(max(n, 1) * sizeof(ldd_range))
+        cdef ldd_ranges* head = <ldd_ranges*>malloc(sizeof(ldd_ranges) + max(n, 1) * sizeof(ldd_range))
+        cdef ldd_range* ranges = <ldd_range*>(head + 1)
         detail.provider_code = 0
         detail.text[0] = 0
         self._addrs = <uint64_t*>malloc(max(n, 1) * sizeof(uint64_t))
         try:
-            if ranges == NULL or self._addrs == NULL:
+            if head == NULL or self._addrs == NULL:
                 raise_status(LDD_E_NO_MEMORY, NULL, b"transfer_cache_async", False)
             for i in range(n):
                 self._addrs[i] = addrs[i]
@@ -187,13 +199,31 @@ cdef class LayerPush:
             with nogil:
                 status = self._begin(&detail)
                 if status == LDD_OK:
-                    status = ldd_request_ranges(self._link, ranges, n,
-                                            ldd_now_ns() + self._engine.node.sync_timeout_ns, &self._lease,
-                                            &self._region_epoch, &detail)
+                    head.dtype = self._local.described.dtype
+                    status = self._lease_ranges(head, n, &detail)
                     self._end()
             self._raise_for(status, &detail, b"resolve")
         finally:
-            free(ranges)
+            free(head)
+
+    cdef ldd_status _lease_ranges(self, const ldd_ranges* head, uint32_t num_ranges,
+                                  ldd_detail* detail) noexcept nogil:
+        cdef ldd_lease_reply answer
+        cdef ldd_end here, there
+        cdef ldd_status status = ldd_request_ranges(
+            self._link, head, num_ranges, ldd_now_ns() + self._engine.node.sync_timeout_ns, &answer, detail)
+        if status < 0:
+            return status
+        self._lease = answer.lease
+        self._region_epoch = answer.region_epoch
+        if not self._engine.node.strict:
+            return LDD_OK
+        ldd_end_here(&self._local, 0, &here)
+        memset(&there, 0, sizeof(there))
+        there.cache_id = answer.cache_id
+        there.num_tensors = answer.num_tensors
+        there.described = &answer.tensor
+        return ldd_fit_dtypes(&here, &there, self._cluster_id, detail)
 
     # -------------------------------------------------------------------------------------------------- steps
 

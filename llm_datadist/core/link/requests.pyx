@@ -27,7 +27,7 @@ from llm_datadist.core.link.wire cimport (
     LDD_ACCESS_READ, LDD_ACCESS_WRITE, LDD_DESC_EVEN, LDD_FRAME_ACK, LDD_FRAME_DESCRIPTOR, LDD_FRAME_ENDPOINT_LIST,
     LDD_FRAME_ENDPOINTS, LDD_FRAME_LEASE, LDD_FRAME_PING, LDD_FRAME_RANGES, LDD_FRAME_RELEASE, LDD_FRAME_RESOLVE,
     LDD_FRAME_UNLINK, LDD_MAX_ENDPOINTS, LDD_RELEASE_TAKE, LDD_WIRE_MAGIC, LDD_WIRE_MAX_PAYLOAD, LDD_WIRE_VERSION,
-    ldd_ack, ldd_endpoint_list, ldd_endpoint_record, ldd_frame_header, ldd_lease_reply, ldd_range, ldd_release,
+    ldd_ack, ldd_endpoint_list, ldd_endpoint_record, ldd_frame_header, ldd_lease_reply, ldd_range, ldd_ranges, ldd_release,
     ldd_resolve,
 )
 from llm_datadist.core.record.record cimport (
@@ -157,19 +157,15 @@ cdef ldd_status ldd_request_resolve(ldd_link* link, uint32_t kind, uint64_t id, 
     return LDD_OK
 
 
-cdef ldd_status ldd_request_ranges(ldd_link* link, const ldd_range* ranges, uint32_t num_ranges, int64_t deadline_ns,
-                               uint32_t* lease, uint64_t* region_epoch, ldd_detail* detail) noexcept nogil:
-    cdef ldd_lease_reply reply
-    cdef ldd_status status
-    status = _ask(link, LDD_FRAME_RANGES, ranges, num_ranges * sizeof(ldd_range), LDD_FRAME_LEASE, &reply,
-                 sizeof(reply), False, NULL, deadline_ns, detail)
+cdef ldd_status ldd_request_ranges(ldd_link* link, const ldd_ranges* head, uint32_t num_ranges, int64_t deadline_ns,
+                               ldd_lease_reply* out, ldd_detail* detail) noexcept nogil:
+    cdef ldd_status status = _ask(link, LDD_FRAME_RANGES, head, sizeof(head[0]) + num_ranges * sizeof(ldd_range),
+                                  LDD_FRAME_LEASE, out, sizeof(out[0]), False, NULL, deadline_ns, detail)
     if status < 0:
         return status
-    if reply.status < 0:
-        reply.text[sizeof(reply.text) - 1] = 0
-        return ldd_fail(detail, reply.status, b"cluster %llu: %s", <unsigned long long>link.cluster_id, reply.text)
-    lease[0] = reply.lease
-    region_epoch[0] = reply.region_epoch
+    if out.status < 0:
+        out.text[sizeof(out.text) - 1] = 0
+        return ldd_fail(detail, out.status, b"cluster %llu: %s", <unsigned long long>link.cluster_id, out.text)
     return LDD_OK
 
 

@@ -86,7 +86,7 @@ cdef ldd_status _run_locked(ldd_node* node, const ldd_transfer* what, ldd_link* 
     status = LDD_READER_ASK
     if what.kind != KEY_HOLD and not (what.release and what.remote_first >= 0):
         status = ldd_reader_resolve(link, what.kind, what.id, what.model_id, what.batch_index, what.put, what.release,
-                                  &remote, detail)
+                                    local.described.dtype if what.same_dtype else 0, &remote, detail)
     peeked = status == LDD_OK
     if status == LDD_READER_ASK:
         if what.kind != KEY_HOLD:               # how such a pull ends matters to its owner and to us
