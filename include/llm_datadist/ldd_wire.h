@@ -205,7 +205,7 @@ typedef struct {
     uint32_t pin; /* which of the lease's caches: the place among the ranges it was taken for; 0 of a lease on a key */
 } ldd_checked_range;
 
-/* Head of CHECKSUMS; num_sums of uint32_t follow, CRC32C of each range, or none with a status below 0. */
+/* Head of CHECKSUMS; num_sums of uint32_t follow, CRC32C of each range; they mean nothing with a status below 0. */
 typedef struct {
     int32_t status;
     uint32_t num_sums;

@@ -115,18 +115,6 @@ def test_layered_pushes_are_refused(strict_pair, scene):
         scene.lose("same")
 
 
-@pytest.mark.parametrize("path", ["shm", "tcp"])
-def test_without_strictness_bytes_move_as_they_are(path):
-    with Peers() as peers:
-        pair = linked_pair(peers, False, path)
-        with pair.scene() as scene:
-            _, source = scene.make(pair.there, "slots", SLOTS._replace(keys=(CacheKey(1, 7),), seed=1))
-            _, target = scene.make(pair.here, "dst slots", wide(SLOTS))
-            pair.here.call(invoke, "pull_cache", CacheKey(pair.there.cluster_id, 7), Named("dst slots"))
-            reference.copy_slot(target, 0, source, 0, source.stride)
-            scene.check()
-
-
 def test_equal_types_of_other_shapes_go(strict_pair, scene):
     """Whatever the shapes: bytes of a slot decide, as before."""
     pair, peer = strict_pair, strict_pair.there.cluster_id

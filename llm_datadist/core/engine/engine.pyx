@@ -34,7 +34,9 @@ from llm_datadist.core.table.key_index cimport (
 from llm_datadist.core.table.leases cimport ldd_table_lease
 from llm_datadist.core.table.pool cimport ldd_pool
 from llm_datadist.core.transfer.batch cimport ldd_context_enter, ldd_context_leave
-from llm_datadist.core.transfer.fitting cimport SHAPE_BLOCKS, SHAPE_SLOT, SHAPE_SLOT_TO_BLOCKS, ldd_progress
+from llm_datadist.core.transfer.fitting cimport (
+    SHAPE_BLOCKS, SHAPE_SLOT, SHAPE_SLOT_TO_BLOCKS, ldd_faults, ldd_progress,
+)
 from llm_datadist.core.transfer.local_copy cimport (
     ldd_local_copy, ldd_op_list_clear, ldd_plan_copy_blocks, ldd_plan_copy_cache, ldd_plan_swap_blocks, ldd_slots,
 )
@@ -110,6 +112,16 @@ cdef int _describe(ldd_tensor_desc* out, int data_type, shape) except -1:
     out.rank = <uint16_t>min(len(shape), UINT16_MAX)
     for i in range(min(out.rank, <uint32_t>LDD_MAX_DIMS)):
         out.dims[i] = shape[i]
+    return 0
+
+
+cdef int ldd_tell_faults(error, const ldd_faults* faults, bint of_blocks) except -1:
+    """Have an exception list what differs, where anything was compared."""
+    cdef size_t i
+    if faults.count:
+        error._faulty_tensors = sorted({faults.items[i].tensor for i in range(faults.count)})
+        if of_blocks:
+            error._failed_blocks = sorted({faults.items[i].block for i in range(faults.count)})
     return 0
 
 
@@ -319,18 +331,22 @@ cdef class Engine(EngineBlockKeys):
             _set_range(src_tensors, &what.remote_first, &what.remote_stop)
             _set_range(dst_tensors, &what.local_first, &what.local_stop)
         what.same_dtype = self.node.strict
-        progress.stage = NULL
-        progress.num_tensors = 0
+        what.verify = self.node.verifies
+        memset(&progress, 0, sizeof(progress))
         what.progress = &progress
         with nogil:
             status = ldd_transfer_run(&self.node, what, &detail)
         if status >= 0:
+            free(progress.faults.items)
             return 0
         try:
             return self.raise_for_peer(status, &detail, name, what.cluster_id, progress.stage)
         except _public.LLMException as error:
             error._num_tensors = progress.num_tensors
+            ldd_tell_faults(error, &progress.faults, what.shape != SHAPE_SLOT)
             raise
+        finally:
+            free(progress.faults.items)
 
     def pull_cache(self, uint64_t cluster_id, key, int64_t cache_id, uint64_t batch_index=0, int64_t size=-1,
                    src_tensors=None, dst_tensors=None, uint64_t src_offset=0, uint64_t dst_offset=0,

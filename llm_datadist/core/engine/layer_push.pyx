@@ -13,7 +13,7 @@ from posix.unistd cimport getpid
 
 from llm_datadist.core.base.provider cimport aclrtContext
 from llm_datadist.core.base.status cimport (
-    LDD_E_INTERRUPTED, LDD_E_NOT_LINKED, LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_E_TIMEOUT, LDD_OK, ldd_detail, ldd_fail,
+    LDD_E_CHECKSUM, LDD_E_INTERRUPTED, LDD_E_NOT_LINKED, LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_E_TIMEOUT, LDD_OK, ldd_detail, ldd_fail,
     ldd_status, raise_status,
 )
 from llm_datadist.core.base.sync cimport ldd_now_ns, ldd_unlock
@@ -39,7 +39,10 @@ from llm_datadist.core.record.record cimport (
 from llm_datadist.core.table.cache_table cimport ldd_cache_view, ldd_table_pin_local, ldd_table_unpin
 from llm_datadist.core.table.key_index cimport KEY_BY_ID
 from llm_datadist.core.transfer.batch cimport ldd_batch_run, ldd_context_enter, ldd_context_leave, ldd_link_lock
-from llm_datadist.core.transfer.fitting cimport ldd_end, ldd_end_here, ldd_end_there, ldd_fit_dtypes
+from llm_datadist.core.transfer.fitting cimport (
+    ldd_end, ldd_end_here, ldd_end_there, ldd_faults, ldd_fit_dtypes,
+)
+from llm_datadist.core.transfer.verify cimport ldd_moved, ldd_say_faults, ldd_verify
 
 
 @cython.final
@@ -261,8 +264,28 @@ cdef class LayerPush:
         """How many blocks of a destination tensor may be written."""
         return self._num_slots if self._stride else self._reach // max(block_bytes, <uint64_t>1)
 
-    cdef ldd_status _move(self, ldd_status planned, ldd_detail* detail) noexcept nogil:
-        """Carry out the link's plan. The link is locked."""
+    cdef ldd_status _verify(self, uint32_t remote_first, uint64_t block_bytes, int64_t deadline_ns,
+                            ldd_detail* detail) noexcept nogil:
+        cdef ldd_moved moved
+        cdef ldd_faults faults
+        cdef ldd_status status
+        memset(&faults, 0, sizeof(faults))
+        moved.put = True
+        moved.lease = self._lease
+        moved.pin_by_tensor = self._stride == 0     # a lease on addresses has a pin for each
+        moved.first_pin = remote_first if moved.pin_by_tensor else 0
+        moved.addrs = self._addrs + remote_first
+        moved.first_tensor = remote_first
+        moved.block_bytes = block_bytes
+        status = ldd_verify(self._link, &moved, deadline_ns, &faults, detail)
+        if status == LDD_OK and faults.count:
+            status = ldd_say_faults(self._link, True, &faults, detail)
+        free(faults.items)
+        return status
+
+    cdef ldd_status _move(self, ldd_status planned, uint32_t remote_first, uint64_t block_bytes,
+                          ldd_detail* detail) noexcept nogil:
+        """Carry out the link's plan, which writes tensors from `remote_first` on. The link is locked."""
         cdef int64_t start_ns = ldd_now_ns(), deadline_ns = start_ns + self._engine.node.sync_timeout_ns
         cdef aclrtContext before
         cdef ldd_status status = planned
@@ -273,6 +296,8 @@ cdef class LayerPush:
                 self._link.pin.slot, self._link.pin.generation = self._local.slot, self._local.generation
                 self._link.pinned = True
                 status = ldd_batch_run(self._link, True, deadline_ns, detail)
+                if status == LDD_OK and self._engine.node.verifies:
+                    status = self._verify(remote_first, block_bytes, deadline_ns, detail)
                 self._link.pinned = False
             ldd_context_leave(&self._engine.node, before)
         ldd_record_count(self._link.record, LDD_OP_PUSH, ldd_now_ns() - start_ns,
@@ -308,9 +333,9 @@ cdef class LayerPush:
                         &self._link.descs, self._addrs + remote_first, self._batch_offset,
                         self._local.addrs + local_first, local_slot * self._local.stride, count, self._local.stride,
                         &detail)
-                    status = self._move(status, &detail)
+                    status = self._move(status, remote_first, self._local.stride, &detail)
                     self._end()
-        self._raise_for(status, &detail, b"plan" if status == LDD_E_PARAM else b"transfer")
+        self._raise_for(status, &detail, _stage_of(status))
 
     def put_slot_to_blocks(self, uint32_t local_first, uint32_t remote_first, uint32_t count, uint64_t local_slot,
                            IndexList dst_blocks, uint64_t block_bytes):
@@ -337,9 +362,9 @@ cdef class LayerPush:
                         &self._link.descs, self._local.addrs + local_first, local_slot * self._local.stride,
                         self._local.stride, self._addrs + remote_first, dst_blocks.data,
                         self._num_blocks(block_bytes), count, block_bytes, dst_blocks.length, True, &detail)
-                    status = self._move(status, &detail)
+                    status = self._move(status, remote_first, block_bytes, &detail)
                     self._end()
-        self._raise_for(status, &detail, b"plan" if status == LDD_E_PARAM else b"transfer")
+        self._raise_for(status, &detail, _stage_of(status))
 
     def put_blocks(self, uint32_t local_first, uint32_t remote_first, uint32_t count, IndexList src_blocks,
                    IndexList dst_blocks):
@@ -364,9 +389,9 @@ cdef class LayerPush:
                         self._num_blocks(self._local.stride), self._local.addrs + local_first, src_blocks.data,
                         self._local.num_slots, count,
                         self._local.stride, dst_blocks.length, True, &detail)
-                    status = self._move(status, &detail)
+                    status = self._move(status, remote_first, self._local.stride, &detail)
                     self._end()
-        self._raise_for(status, &detail, b"plan" if status == LDD_E_PARAM else b"transfer")
+        self._raise_for(status, &detail, _stage_of(status))
 
     def close(self, bint ends_hold=False):
         """End the lease and unpin the source. Idempotent; a peer that is gone has ended the lease itself.
@@ -395,6 +420,12 @@ cdef class LayerPush:
             ldd_table_unpin(self._engine.table, self._local.slot, self._local.generation)
         self._pinned = False
         self._raise_for(status, &detail, b"release")
+
+
+cdef const char* _stage_of(ldd_status status) noexcept nogil:
+    if status == LDD_E_CHECKSUM:
+        return b"verify"
+    return b"plan" if status == LDD_E_PARAM else b"transfer"
 
 
 def parse_indices(values, str name):

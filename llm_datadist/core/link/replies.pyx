@@ -14,6 +14,7 @@ from llm_datadist.core.base.status cimport (
 )
 from llm_datadist.core.base.sync cimport ldd_now_ns
 from llm_datadist.core.link.access cimport ldd_check_access
+from llm_datadist.core.link.checksums cimport ldd_reply_checksums
 from llm_datadist.core.link.links cimport (
     LINK_ACTIVE, ORIGIN_PEER, ldd_lease, ldd_link, ldd_link_break, ldd_link_drop, ldd_link_leave, ldd_link_lose,
     ldd_link_state_of, ldd_link_unref, ldd_node, ldd_pin,
@@ -22,7 +23,7 @@ from llm_datadist.core.link.region cimport ldd_regions_drop_peer, ldd_regions_ep
 from llm_datadist.core.link.service_conn cimport ldd_conn_forget, ldd_conn_reply
 from llm_datadist.core.link.wire cimport (
     LDD_ACCESS_WRITE, LDD_DESC_BLOCKS, LDD_DESC_EVEN, LDD_DESC_HOST, LDD_DESC_OWNED, LDD_DESC_REMOTE_ACCESSIBLE,
-    LDD_FRAME_ACK, LDD_FRAME_DESCRIPTOR, LDD_FRAME_ENDPOINT_LIST, LDD_FRAME_ENDPOINTS, LDD_FRAME_LEASE,
+    LDD_FRAME_ACK, LDD_FRAME_CHECKSUM, LDD_FRAME_DESCRIPTOR, LDD_FRAME_ENDPOINT_LIST, LDD_FRAME_ENDPOINTS, LDD_FRAME_LEASE,
     LDD_FRAME_LEAVE, LDD_FRAME_PING, LDD_FRAME_RANGES, LDD_FRAME_RELEASE, LDD_FRAME_RESOLVE, LDD_FRAME_UNLINK,
     LDD_MODE_REMOTE_ACCESSIBLE, LDD_RELEASE_TAKE, LDD_WIRE_MAX_RANGES, ldd_ack, ldd_descriptor, ldd_endpoint_list,
     ldd_frame_header, ldd_lease_reply, ldd_range, ldd_ranges, ldd_release, ldd_resolve,
@@ -346,6 +347,8 @@ cdef bint _answer(ldd_service* service, ldd_conn* conn, const ldd_frame_header* 
             and (header.length - sizeof(ldd_ranges)) % sizeof(ldd_range) == 0):
         return _on_ranges(service, conn, header.request_id, payload,
                          (header.length - <uint32_t>sizeof(ldd_ranges)) // <uint32_t>sizeof(ldd_range)) == LDD_OK
+    if header.type == LDD_FRAME_CHECKSUM:
+        return ldd_reply_checksums(service, conn, header, payload)
     if header.type == LDD_FRAME_ENDPOINTS and header.length == 0:
         return ldd_conn_reply(conn, header.request_id, LDD_FRAME_ENDPOINT_LIST, &service.node.regions.offers,
                               sizeof(ldd_endpoint_list), NULL, 0) == LDD_OK

@@ -3,7 +3,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from llm_datadist.core.base.status cimport ldd_detail, ldd_status
 from llm_datadist.core.link.links cimport ldd_link
-from llm_datadist.core.link.wire cimport ldd_descriptor, ldd_lease_reply, ldd_ranges
+from llm_datadist.core.link.wire cimport ldd_checked, ldd_checksums, ldd_descriptor, ldd_lease_reply, ldd_ranges
 
 # What the owner said about a cache: addrs live in the link's reply buffer until the next request.
 ctypedef struct ldd_remote_cache:
@@ -21,6 +21,12 @@ cdef ldd_status ldd_request_ranges(ldd_link* link, const ldd_ranges* head, uint3
 # `take` marks tensors of the leased key as taken.
 cdef ldd_status ldd_request_release(ldd_link* link, uint32_t lease, bint take, uint32_t first_tensor,
                                 uint32_t num_tensors, int64_t deadline_ns, ldd_detail* detail) noexcept nogil
+# Ask for the checksums of the ranges that follow this head, and take the answer, `num_sums` of which follow its head; in
+# between the caller computes its own.
+cdef ldd_status ldd_request_checksums(ldd_link* link, const ldd_checked* request, int64_t deadline_ns,
+                                      ldd_detail* detail) noexcept nogil
+cdef ldd_status ldd_take_checksums(ldd_link* link, ldd_checksums* out, uint32_t num_sums, int64_t deadline_ns,
+                                   ldd_detail* detail) noexcept nogil
 cdef ldd_status ldd_request_unlink(ldd_link* link, int64_t deadline_ns, ldd_detail* detail) noexcept nogil
 cdef ldd_status ldd_request_ping(ldd_link* link, int64_t deadline_ns, ldd_detail* detail) noexcept nogil
 

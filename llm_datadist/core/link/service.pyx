@@ -30,8 +30,9 @@ from llm_datadist.core.link.service_conn cimport (
     ldd_conn_flush, ldd_conn_forget, ldd_conn_is_listed, pthread_t,
 )
 from llm_datadist.core.link.wire cimport (
-    LDD_FRAME_HELLO, LDD_FRAME_PROOF, LDD_FRAME_RANGES, LDD_WIRE_MAGIC, LDD_WIRE_MAX_HELLO, LDD_WIRE_MAX_PAYLOAD,
-    LDD_WIRE_MAX_RANGES, LDD_WIRE_VERSION, ldd_frame_header, ldd_hello, ldd_proof, ldd_range,
+    LDD_CHECKED_MAX_RANGES, LDD_FRAME_CHECKSUM, LDD_FRAME_HELLO, LDD_FRAME_PROOF, LDD_FRAME_RANGES, LDD_WIRE_MAGIC,
+    LDD_WIRE_MAX_HELLO, LDD_WIRE_MAX_PAYLOAD, LDD_WIRE_MAX_RANGES, LDD_WIRE_VERSION, ldd_checked, ldd_checked_range,
+    ldd_frame_header, ldd_hello, ldd_proof, ldd_range, ldd_ranges,
 )
 from llm_datadist.core.table.leases cimport ldd_table_expire
 
@@ -109,7 +110,7 @@ cdef enum:
     MIN_LINKS = 8
     MAX_HANDSHAKES = 256                        # a flood of silent connections costs no more than this
     MAX_UNREAD_BYTES = LDD_WIRE_MAX_PAYLOAD     # of answers; a peer that has so many waiting is not answered any more
-    MAX_SMALL_REQUEST = 64                      # bytes of any request but RANGES and HELLO
+    MAX_SMALL_REQUEST = 64                      # bytes of any request but RANGES, CHECKSUM and HELLO
     READ_BYTES = 4096
     READS_PER_TURN = 16
 
@@ -127,7 +128,9 @@ cdef bint _frame_fits(const ldd_conn* conn, const ldd_frame_header* header) noex
     if conn.kind == CONN_PROVING:
         return header.type == LDD_FRAME_PROOF and header.length == sizeof(ldd_proof)
     if header.type == LDD_FRAME_RANGES:
-        return header.length <= LDD_WIRE_MAX_RANGES * sizeof(ldd_range)
+        return header.length <= sizeof(ldd_ranges) + LDD_WIRE_MAX_RANGES * sizeof(ldd_range)
+    if header.type == LDD_FRAME_CHECKSUM:
+        return header.length <= sizeof(ldd_checked) + LDD_CHECKED_MAX_RANGES * sizeof(ldd_checked_range)
     return header.length <= MAX_SMALL_REQUEST
 
 
@@ -137,7 +140,7 @@ cdef bint _on_readable(ldd_service* service, ldd_conn* conn) noexcept nogil:
     cdef ldd_frame_header header
     cdef ssize_t count
     cdef size_t at
-    cdef bint was_handshake
+    cdef bint was_handshake, takes_long = False
     cdef int _turn
     for _turn in range(READS_PER_TURN):
         count = recv(conn.fd, chunk, sizeof(chunk), 0)
@@ -157,6 +160,7 @@ cdef bint _on_readable(ldd_service* service, ldd_conn* conn) noexcept nogil:
                 return False
             if conn.inbox.length - at < sizeof(header) + header.length:
                 break
+            takes_long = header.type == LDD_FRAME_CHECKSUM
             was_handshake = conn.kind == CONN_HANDSHAKE or conn.kind == CONN_PROVING
             if was_handshake:
                 if not ldd_accept_hello(service, conn, &header, conn.inbox.data + at + sizeof(header)):
@@ -166,6 +170,7 @@ cdef bint _on_readable(ldd_service* service, ldd_conn* conn) noexcept nogil:
                 elif not ldd_conn_is_listed(service, conn):
                     return True                 # the connection is the link's now, and `conn` is gone
             elif (conn.outbox.length > MAX_UNREAD_BYTES         # it asks on and on, and reads nothing
+                    or (takes_long and conn.inbox.length - at != sizeof(header) + header.length)    # or does not wait
                     or not ldd_reply(service, conn, &header, conn.inbox.data + at + sizeof(header))):
                 ldd_add64(&service.num_rejected_frames, 1)
                 return False
@@ -173,6 +178,8 @@ cdef bint _on_readable(ldd_service* service, ldd_conn* conn) noexcept nogil:
         ldd_bytes_consume(&conn.inbox, at)
         if not ldd_conn_flush(service, conn):
             return False
+        if takes_long:
+            break
     return True                                     # epoll reports it again, after the others had their turn
 
 

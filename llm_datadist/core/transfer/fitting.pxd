@@ -13,10 +13,22 @@ cdef enum ldd_shape:
     SHAPE_BLOCKS                                # blocks to blocks
     SHAPE_SLOT_TO_BLOCKS                        # contiguous source, blocks destination
 
+# A piece of the destination that did not arrive as it left.
+ctypedef struct ldd_fault:
+    uint64_t block                              # or slot
+    uint32_t tensor
+
+# All zero: none. Whoever owns it frees the items.
+ctypedef struct ldd_faults:
+    ldd_fault* items
+    size_t count
+    size_t capacity
+
 # How far a transfer came, for whoever tells of its failure. All zero: it has not begun.
 ctypedef struct ldd_progress:
-    const char* stage                           # "link", "resolve", "plan", "transfer", "release"; NULL before
+    const char* stage                           # "link", "resolve", "plan", "transfer", "verify", "release"; NULL before
     uint32_t num_tensors                        # local tensors that are complete, in the order of the selection
+    ldd_faults faults
 
 # What is asked for. "remote" and "local" are ends; which is source and which destination follows from `put`.
 ctypedef struct ldd_transfer:
@@ -24,6 +36,7 @@ ctypedef struct ldd_transfer:
     bint put
     bint release                                # a pull that takes the key it came by
     bint same_dtype                             # refuse ends of different data types
+    bint verify                                 # hold what arrived against the source's checksums
     uint64_t cluster_id
     uint32_t kind                               # KEY_*
     uint64_t id

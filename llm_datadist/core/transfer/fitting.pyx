@@ -161,7 +161,7 @@ cdef ldd_status ldd_fit_plan(ldd_desc_list* out, const ldd_transfer* what, const
     cdef ldd_status status
     ldd_desc_list_clear(out)
     # A pool is one region, whereas every tensor of a registered cache is one, also where they follow each other.
-    out.by_tensor = not (local.owned and remote.owned)
+    out.by_tensor = what.verify or not (local.owned and remote.owned)
     if what.shape == SHAPE_SLOT:
         status = _slot_bytes(what, local, remote, &nbytes, detail)
         if status < 0:
