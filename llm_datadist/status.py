@@ -315,8 +315,8 @@ _RELINK = "unlink the peer, link it again, and repeat the call"
 _HEALS = "repeat the call: it makes the link anew if the peer is there"
 _LINK = "link the peer, or wait until its registration is OK"
 _REPEAT = "repeat the call, or give it more time with sync_kv_timeout"
-_MOVE_AGAIN = ("repeat the call, and look for programs that write to either end meanwhile; what differs again and again is "
-               "damaged by memory or network")
+_MOVE_AGAIN = ("repeat the call, and look for programs that write to either end meanwhile; what differs again and "
+               "again is damaged by memory or network")
 _FREE = "deallocate caches or remove keys that are no longer pulled, or configure a larger pool"
 
 # Code -> (exception class, recoverable, hint). A code without a row is an LLMException that is not recoverable.

@@ -9,6 +9,8 @@ import struct
 import pytest
 from support.control_frames import (
     ACK,
+    CHECKSUM,
+    CHECKSUMS,
     DESCRIPTOR,
     HEADER,
     HELLO,
@@ -178,6 +180,11 @@ LATER_FRAMES = {
     "a piece of a range": frame(RANGES, bytes(8 + 24)),
     "no range": frame(RANGES, bytes(8)),
     "less than no range": frame(RANGES),
+    "checksums of nothing": frame(CHECKSUM, struct.pack("<II", 1, 0)),
+    "checksums of more ranges than follow": frame(CHECKSUM, struct.pack("<II", 1, 2) + bytes(16)),
+    "checksums of too many ranges": frame(CHECKSUM, length=8 + 16 * 4097),
+    "checksums without a lease": frame(CHECKSUM, bytes(4)),
+    "checksums before the answer to others": 2 * frame(CHECKSUM, struct.pack("<II", 1, 1) + bytes(16)),
     "a lookup that is too short": frame(RESOLVE, bytes(23)),
     "a lookup that is too long": frame(RESOLVE, bytes(25)),
     "a release that is too short": frame(RELEASE, bytes(15)),
@@ -200,7 +207,9 @@ def test_a_bad_later_frame(owner, name):
 def test_half_a_link_gives_access_to_nothing(owner):
     with half_a_link(owner, b"half of a link  ") as sock:
         for request, answer_type in ((frame(RESOLVE, struct.pack("<BBHIQQ", 2, 0, 0, 0, 2**64 - 1, 0)), DESCRIPTOR),
-                                     (frame(RANGES, bytes(8) + struct.pack("<QQ", 4096, 4096)), LEASE), (frame(PING), ACK)):
+                                     (frame(RANGES, bytes(8) + struct.pack("<QQ", 4096, 4096)), LEASE),
+                                     (frame(CHECKSUM, struct.pack("<IIQII", 1, 1, 4096, 8, 0)), CHECKSUMS),
+                                     (frame(PING), ACK)):
             sock.sendall(request)
             type_, payload = read_frame(sock)
             assert type_ == answer_type and struct.unpack_from("<i", payload)[0] < 0

@@ -14,13 +14,13 @@ def crc32c(const uint8_t[::1] data, size_t start=0, bint by_table=False):
 def count_found_flips(uint8_t[::1] data, size_t block_bytes, uint32_t num_flips, uint64_t seed):
     """Flip one bit of one block at a time; of how many every checksum but that block's stayed, and its own did not."""
     cdef size_t num_blocks = data.shape[0] // block_bytes, at, block, other
-    cdef uint32_t i, found = 0
+    cdef uint32_t _i, found = 0
     cdef uint32_t sums[64]
     assert 2 <= num_blocks <= 64
     with nogil:
         for block in range(num_blocks):
             sums[block] = ldd_crc32c_of(&data[block * block_bytes], block_bytes, False)
-        for i in range(num_flips):
+        for _i in range(num_flips):
             seed ^= seed << 13
             seed ^= seed >> 7
             seed ^= seed << 17

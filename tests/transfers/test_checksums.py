@@ -65,7 +65,8 @@ class Damaged:
                                                      src_layers=range(1))),
             "cut slot": (("pull_blocks", slot, Named("my blocks"), [], [4, 2]), {}, "my blocks",
                          lambda: reference.cut_slot(my_blocks, [4, 2], slots, 1)),
-            "registered": (("pull_blocks", BlocksCacheKey(self.peer, 3), Named("my loose"), [1, 2, 0], [3, 4, 0]), {}, "my loose",
+            "registered": (("pull_blocks", BlocksCacheKey(self.peer, 3), Named("my loose"), [1, 2, 0], [3, 4, 0]), {},
+                           "my loose",
                            lambda: reference.copy_blocks(self.models["my loose"], [3, 4, 0], self.models["loose"],
                                                          [1, 2, 0])),
         }
@@ -290,7 +291,7 @@ def test_nothing_is_asked_where_it_is_off():
         pair = linked(peers, "shm")
         with pair.scene() as scene:
             scene.make(pair.there, "blocks", BLOCK_SPEC._replace(keys=(BlocksCacheKey(1),), seed=3))
-            _, target = scene.make(pair.here, "mine", BLOCK_SPEC)
+            scene.make(pair.here, "mine", BLOCK_SPEC)
             scene.lose("mine")
             call = ("pull_blocks", BlocksCacheKey(pair.there.cluster_id), Named("mine"), [0], [1])
             pair.here.call(invoke, *call)

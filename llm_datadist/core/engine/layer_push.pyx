@@ -13,8 +13,8 @@ from posix.unistd cimport getpid
 
 from llm_datadist.core.base.provider cimport aclrtContext
 from llm_datadist.core.base.status cimport (
-    LDD_E_CHECKSUM, LDD_E_INTERRUPTED, LDD_E_NOT_LINKED, LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_E_TIMEOUT, LDD_OK, ldd_detail, ldd_fail,
-    ldd_status, raise_status,
+    LDD_E_CHECKSUM, LDD_E_INTERRUPTED, LDD_E_NOT_LINKED, LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_E_TIMEOUT, LDD_OK,
+    ldd_detail, ldd_fail, ldd_status, raise_status,
 )
 from llm_datadist.core.base.sync cimport ldd_now_ns, ldd_unlock
 from llm_datadist.core.engine.engine cimport Engine

@@ -23,9 +23,9 @@ from llm_datadist.core.link.region cimport ldd_regions_drop_peer, ldd_regions_ep
 from llm_datadist.core.link.service_conn cimport ldd_conn_forget, ldd_conn_reply
 from llm_datadist.core.link.wire cimport (
     LDD_ACCESS_WRITE, LDD_DESC_BLOCKS, LDD_DESC_EVEN, LDD_DESC_HOST, LDD_DESC_OWNED, LDD_DESC_REMOTE_ACCESSIBLE,
-    LDD_FRAME_ACK, LDD_FRAME_CHECKSUM, LDD_FRAME_DESCRIPTOR, LDD_FRAME_ENDPOINT_LIST, LDD_FRAME_ENDPOINTS, LDD_FRAME_LEASE,
-    LDD_FRAME_LEAVE, LDD_FRAME_PING, LDD_FRAME_RANGES, LDD_FRAME_RELEASE, LDD_FRAME_RESOLVE, LDD_FRAME_UNLINK,
-    LDD_MODE_REMOTE_ACCESSIBLE, LDD_RELEASE_TAKE, LDD_WIRE_MAX_RANGES, ldd_ack, ldd_descriptor, ldd_endpoint_list,
+    LDD_FRAME_ACK, LDD_FRAME_CHECKSUM, LDD_FRAME_DESCRIPTOR, LDD_FRAME_ENDPOINT_LIST, LDD_FRAME_ENDPOINTS,
+    LDD_FRAME_LEASE, LDD_FRAME_LEAVE, LDD_FRAME_PING, LDD_FRAME_RANGES, LDD_FRAME_RELEASE, LDD_FRAME_RESOLVE,
+    LDD_FRAME_UNLINK, LDD_MODE_REMOTE_ACCESSIBLE, LDD_RELEASE_TAKE, LDD_WIRE_MAX_RANGES, ldd_ack, ldd_descriptor, ldd_endpoint_list,
     ldd_frame_header, ldd_lease_reply, ldd_range, ldd_ranges, ldd_release, ldd_resolve,
 )
 from llm_datadist.core.record.record cimport (
@@ -265,9 +265,11 @@ cdef ldd_status _on_release(ldd_service* service, ldd_conn* conn, uint32_t reque
     return ldd_conn_reply(conn, request_id, LDD_FRAME_ACK, &answer, sizeof(answer), NULL, 0)
 
 
-cdef void _describe_range(const ldd_cache_view* view, bint is_first, uint32_t dtype, ldd_lease_reply* out) noexcept nogil:
+cdef void _describe_range(const ldd_cache_view* view, bint is_first, uint32_t dtype,
+                          ldd_lease_reply* out) noexcept nogil:
     """Have the answer say what a cache holds: the first one, until there is one of another data type than is meant."""
-    if is_first or (out.tensor.dtype == dtype and view.described.dtype != dtype):
+    cdef uint32_t found = view.described.dtype
+    if is_first or (found != 0 and found != dtype and (out.tensor.dtype == dtype or out.tensor.dtype == 0)):
         out.tensor = view.described[0]
         out.cache_id = view.cache_id
         out.num_tensors = view.num_tensors

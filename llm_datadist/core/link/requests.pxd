@@ -21,8 +21,8 @@ cdef ldd_status ldd_request_ranges(ldd_link* link, const ldd_ranges* head, uint3
 # `take` marks tensors of the leased key as taken.
 cdef ldd_status ldd_request_release(ldd_link* link, uint32_t lease, bint take, uint32_t first_tensor,
                                 uint32_t num_tensors, int64_t deadline_ns, ldd_detail* detail) noexcept nogil
-# Ask for the checksums of the ranges that follow this head, and take the answer, `num_sums` of which follow its head; in
-# between the caller computes its own.
+# Ask for the checksums of the ranges that follow this head, and take the answer, whose head `num_sums` of them follow;
+# in between the caller computes its own.
 cdef ldd_status ldd_request_checksums(ldd_link* link, const ldd_checked* request, int64_t deadline_ns,
                                       ldd_detail* detail) noexcept nogil
 cdef ldd_status ldd_take_checksums(ldd_link* link, ldd_checksums* out, uint32_t num_sums, int64_t deadline_ns,

@@ -24,10 +24,11 @@ from llm_datadist.core.link.background cimport ldd_background_destroy, ldd_backg
 from llm_datadist.core.link.links cimport ldd_link_break
 from llm_datadist.core.link.region cimport ldd_regions, ldd_regions_are_known
 from llm_datadist.core.link.wire cimport (
-    LDD_ACCESS_READ, LDD_ACCESS_WRITE, LDD_DESC_EVEN, LDD_FRAME_ACK, LDD_FRAME_CHECKSUM,
-    LDD_FRAME_CHECKSUMS, LDD_FRAME_DESCRIPTOR, LDD_FRAME_ENDPOINT_LIST, LDD_FRAME_ENDPOINTS, LDD_FRAME_LEASE, LDD_FRAME_PING, LDD_FRAME_RANGES, LDD_FRAME_RELEASE, LDD_FRAME_RESOLVE,
-    LDD_FRAME_UNLINK, LDD_MAX_ENDPOINTS, LDD_RELEASE_TAKE, LDD_WIRE_MAGIC, LDD_WIRE_MAX_PAYLOAD, LDD_WIRE_VERSION,
-    ldd_ack, ldd_checked, ldd_checked_range, ldd_checksums, ldd_endpoint_list, ldd_endpoint_record, ldd_frame_header, ldd_lease_reply, ldd_range, ldd_ranges, ldd_release,
+    LDD_ACCESS_READ, LDD_ACCESS_WRITE, LDD_DESC_EVEN, LDD_FRAME_ACK, LDD_FRAME_CHECKSUM, LDD_FRAME_CHECKSUMS,
+    LDD_FRAME_DESCRIPTOR, LDD_FRAME_ENDPOINT_LIST, LDD_FRAME_ENDPOINTS, LDD_FRAME_LEASE, LDD_FRAME_PING,
+    LDD_FRAME_RANGES, LDD_FRAME_RELEASE, LDD_FRAME_RESOLVE, LDD_FRAME_UNLINK, LDD_MAX_ENDPOINTS, LDD_RELEASE_TAKE,
+    LDD_WIRE_MAGIC, LDD_WIRE_MAX_PAYLOAD, LDD_WIRE_VERSION, ldd_ack, ldd_checked, ldd_checked_range, ldd_checksums,
+    ldd_endpoint_list, ldd_endpoint_record, ldd_frame_header, ldd_lease_reply, ldd_range, ldd_ranges, ldd_release,
     ldd_resolve,
 )
 from llm_datadist.core.record.record cimport (

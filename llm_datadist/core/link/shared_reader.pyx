@@ -32,9 +32,9 @@ from llm_datadist.core.link.wire cimport (
 from llm_datadist.core.table.cache_life cimport ldd_kind_name
 from llm_datadist.core.table.key_index cimport KEY_BY_ID, KEY_REQ, LDD_NO_KEY, ldd_keys_find_shared
 from llm_datadist.core.table.shared_table cimport (
-    LDD_LANE_RING, LDD_MAX_CACHES, LDD_MAX_CELLS, LDD_SHOWN_BLOCKS, LDD_SHOWN_DTYPE_SHIFT,
-    LDD_SHOWN_HOST, LDD_SHOWN_OWNED, LDD_SHOWN_PUBLISHED, LDD_SHOWN_REMOTE_ACCESSIBLE, ldd_lane, ldd_lane_map, ldd_seq_read, ldd_seq_unchanged,
-    ldd_shared_cache, ldd_shared_cache_read, ldd_shared_key, ldd_shared_key_read, ldd_shared_reader,
+    LDD_LANE_RING, LDD_MAX_CACHES, LDD_MAX_CELLS, LDD_SHOWN_BLOCKS, LDD_SHOWN_DTYPE_SHIFT, LDD_SHOWN_HOST,
+    LDD_SHOWN_OWNED, LDD_SHOWN_PUBLISHED, LDD_SHOWN_REMOTE_ACCESSIBLE, ldd_lane, ldd_lane_map, ldd_seq_read,
+    ldd_seq_unchanged, ldd_shared_cache, ldd_shared_cache_read, ldd_shared_key, ldd_shared_key_read, ldd_shared_reader,
     ldd_shared_table_destroy, ldd_shared_table_map,
 )
 

@@ -29,8 +29,8 @@ from llm_datadist.core.table.key_index cimport (
 )
 from llm_datadist.core.table.pool cimport LDD_NO_PAGE, ldd_pool_free
 from llm_datadist.core.table.shared_table cimport (
-    LDD_MAX_CACHES, LDD_SHOWN_BLOCKS, LDD_SHOWN_DTYPE_SHIFT, LDD_SHOWN_HOST, LDD_SHOWN_OPEN, LDD_SHOWN_OWNED, LDD_SHOWN_PUBLISHED,
-    LDD_SHOWN_REMOTE_ACCESSIBLE, ldd_shared_cache, ldd_shared_cache_write,
+    LDD_MAX_CACHES, LDD_SHOWN_BLOCKS, LDD_SHOWN_DTYPE_SHIFT, LDD_SHOWN_HOST, LDD_SHOWN_OPEN, LDD_SHOWN_OWNED,
+    LDD_SHOWN_PUBLISHED, LDD_SHOWN_REMOTE_ACCESSIBLE, ldd_shared_cache, ldd_shared_cache_write,
 )
 
 cdef enum:

@@ -44,7 +44,8 @@ cdef ldd_status ldd_table_create(ldd_table** out, ldd_detail* detail) noexcept n
 # Frees all memory of the table itself; call ldd_table_clear first. NULL is allowed.
 cdef void ldd_table_destroy(ldd_table* table) noexcept nogil
 
-# New owned cache. addrs (num_tensors, may be NULL) receives a copy; `described` NULL says nothing of what it holds. On failure nothing is bound and nothing taken.
+# New owned cache. addrs (num_tensors, may be NULL) receives a copy; `described` NULL says nothing of what it holds. On
+# failure nothing is bound and nothing taken.
 # LDD_E_PARAM: no pool, zero sizes, slot outside the cache, equal keys in one call (unless LAST_KEY_WINS), a key bound
 # to another live cache. LDD_E_NO_MEMORY: the pool's text.
 cdef ldd_status ldd_table_allocate(ldd_table* table, ldd_pool* pool, uint32_t num_tensors, uint64_t num_slots,

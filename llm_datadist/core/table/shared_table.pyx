@@ -82,7 +82,7 @@ cdef enum:
 
 
 cdef uint64_t _layout() noexcept nogil:
-    """A hash of every size, offset and bit field that both sides must agree on, so that builds that differ do not meet."""
+    """A hash of every size, offset and bit field that both sides must agree on: builds that differ do not meet."""
     cdef ldd_shared_head head
     cdef ldd_shared_key key
     cdef ldd_shared_cache cache

@@ -26,7 +26,7 @@ ctypedef struct ldd_faults:
 
 # How far a transfer came, for whoever tells of its failure. All zero: it has not begun.
 ctypedef struct ldd_progress:
-    const char* stage                           # "link", "resolve", "plan", "transfer", "verify", "release"; NULL before
+    const char* stage                           # "link", "resolve", "plan", "transfer", "verify", "release"; NULL
     uint32_t num_tensors                        # local tensors that are complete, in the order of the selection
     ldd_faults faults
 

@@ -80,8 +80,8 @@ cdef ldd_status ldd_fit_dtypes(const ldd_end* local, const ldd_end* remote, uint
         return LDD_OK
     ldd_tensor_text(local.described, local.num_tensors, here, sizeof(here))
     ldd_tensor_text(remote.described, remote.num_tensors, there, sizeof(there))
-    return ldd_fail(detail, LDD_E_PARAM, b"local cache %lld has %s, but cache %lld of cluster %llu has %s: give both one "
-                    b"data type, or move bytes as they are with llm.Strict=0", <long long>local.cache_id,
+    return ldd_fail(detail, LDD_E_PARAM, b"local cache %lld has %s, but cache %lld of cluster %llu has %s: give both "
+                    b"one data type, or move bytes as they are with llm.Strict=0", <long long>local.cache_id,
                     <const char*>here, <long long>remote.cache_id, <unsigned long long>cluster_id, <const char*>there)
 
 

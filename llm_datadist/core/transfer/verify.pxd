@@ -11,7 +11,7 @@ ctypedef struct ldd_moved:
     uint32_t lease                              # the peer's caches are pinned under it
     uint32_t first_pin                          # the cache of the first tensor among those of the lease
     bint pin_by_tensor                          # each further tensor has the next one; otherwise all have the first
-    const uint64_t* addrs                       # where the destination's tensors begin, the first that was moved to first
+    const uint64_t* addrs                       # where tensors of the destination begin, from the first on
     uint32_t first_tensor                       # its number
     uint64_t block_bytes                        # of the destination, or bytes of a slot
 
