@@ -28,7 +28,7 @@ static pthread_once_t ldd_crc32c_once = PTHREAD_ONCE_INIT;
 
 /* Every function takes the register and returns it, without the inversions at both ends. */
 static inline uint32_t ldd_crc32c_by_table(uint32_t crc, const uint8_t *data, size_t nbytes) {
-    const uint32_t(*t)[256] = (const uint32_t(*)[256])ldd_crc32c_state.bytes;
+    const uint32_t (*t)[256] = (const uint32_t (*)[256])ldd_crc32c_state.bytes;
     uint64_t word;
     for (; nbytes >= 8; data += 8, nbytes -= 8) {
         memcpy(&word, data, 8);
@@ -36,12 +36,13 @@ static inline uint32_t ldd_crc32c_by_table(uint32_t crc, const uint8_t *data, si
         crc = t[7][word & 255] ^ t[6][word >> 8 & 255] ^ t[5][word >> 16 & 255] ^ t[4][word >> 24 & 255] ^
               t[3][word >> 32 & 255] ^ t[2][word >> 40 & 255] ^ t[1][word >> 48 & 255] ^ t[0][word >> 56];
     }
-    for (; nbytes; data++, nbytes--) crc = t[0][(crc ^ *data) & 255] ^ crc >> 8;
+    for (; nbytes; data++, nbytes--)
+        crc = t[0][(crc ^ *data) & 255] ^ crc >> 8;
     return crc;
 }
 
 static inline uint32_t ldd_crc32c_shift(uint32_t crc) {
-    const uint32_t(*t)[256] = (const uint32_t(*)[256])ldd_crc32c_state.shifts;
+    const uint32_t (*t)[256] = (const uint32_t (*)[256])ldd_crc32c_state.shifts;
     return t[0][crc & 255] ^ t[1][crc >> 8 & 255] ^ t[2][crc >> 16 & 255] ^ t[3][crc >> 24];
 }
 
@@ -77,7 +78,8 @@ LDD_CRC32C_TARGET static inline uint32_t ldd_crc32c_by_instruction(uint32_t crc,
         memcpy(&words[0], data, 8);
         LDD_CRC32C_WORD(crc, words[0]);
     }
-    for (; nbytes; data++, nbytes--) LDD_CRC32C_BYTE(crc, *data);
+    for (; nbytes; data++, nbytes--)
+        LDD_CRC32C_BYTE(crc, *data);
     return crc;
 }
 #endif
@@ -87,7 +89,8 @@ static inline void ldd_crc32c_prepare(void) {
     uint32_t crc, bits[32];
     int i, k;
     for (i = 0; i < 256; i++) {
-        for (crc = (uint32_t)i, k = 0; k < 8; k++) crc = crc >> 1 ^ (crc & 1 ? LDD_CRC32C_POLYNOMIAL : 0);
+        for (crc = (uint32_t)i, k = 0; k < 8; k++)
+            crc = crc >> 1 ^ (crc & 1 ? LDD_CRC32C_POLYNOMIAL : 0);
         ldd_crc32c_state.bytes[0][i] = crc;
     }
     for (k = 1; k < 8; k++)
@@ -95,7 +98,8 @@ static inline void ldd_crc32c_prepare(void) {
             crc = ldd_crc32c_state.bytes[k - 1][i];
             ldd_crc32c_state.bytes[k][i] = ldd_crc32c_state.bytes[0][crc & 255] ^ crc >> 8;
         }
-    for (k = 0; k < 32; k++) bits[k] = ldd_crc32c_by_table(UINT32_C(1) << k, zeros, sizeof zeros);
+    for (k = 0; k < 32; k++)
+        bits[k] = ldd_crc32c_by_table(UINT32_C(1) << k, zeros, sizeof zeros);
     for (k = 0; k < 4; k++)
         for (i = 1; i < 256; i++)
             ldd_crc32c_state.shifts[k][i] =

@@ -25,8 +25,9 @@ static_assert(sizeof(ldd_tensor_desc) == 72, "tensor");
 
 static inline const char *ldd_dtype_name(uint32_t dtype) {
     static const char *const names[] = {
-        "no said data type", "DT_FLOAT", "DT_FLOAT16", "DT_INT8", "DT_INT32", "DT_UINT8", NULL, "DT_INT16", "DT_UINT16",
-        "DT_UINT32", "DT_INT64", "DT_UINT64", "DT_DOUBLE", "DT_BOOL", "DT_STRING", [28] = "DT_BF16",
+        "no said data type", "DT_FLOAT",       "DT_FLOAT16", "DT_INT8",  "DT_INT32",  "DT_UINT8",  NULL,
+        "DT_INT16",          "DT_UINT16",      "DT_UINT32",  "DT_INT64", "DT_UINT64", "DT_DOUBLE", "DT_BOOL",
+        "DT_STRING",         [28] = "DT_BF16",
     };
     return dtype < sizeof names / sizeof names[0] && names[dtype] != NULL ? names[dtype] : "an unknown data type";
 }

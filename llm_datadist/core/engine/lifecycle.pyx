@@ -145,8 +145,8 @@ cdef class EngineCore:
         self.node.strict = options.strict
         self.node.verifies = options.checksum
         if options.checksum and not self._provider.table.caps & <unsigned int>LDD_CAP_ANY_LOCAL:
-            status = ldd_fail(&detail, LDD_E_NOT_ENABLED, b"option llm.Checksum is on, but the CPU cannot read memory of "
-                              b"this provider")
+            status = ldd_fail(&detail, LDD_E_NOT_ENABLED, b"option llm.Checksum is on, but the CPU cannot read memory "
+                              b"of this provider")
             self.raise_for(status, &detail, b"init")
         ldd_socket_set_silence(options.link_silence_ms)
         for secret in options.link_secrets:

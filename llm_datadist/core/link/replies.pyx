@@ -25,8 +25,8 @@ from llm_datadist.core.link.wire cimport (
     LDD_ACCESS_WRITE, LDD_DESC_BLOCKS, LDD_DESC_EVEN, LDD_DESC_HOST, LDD_DESC_OWNED, LDD_DESC_REMOTE_ACCESSIBLE,
     LDD_FRAME_ACK, LDD_FRAME_CHECKSUM, LDD_FRAME_DESCRIPTOR, LDD_FRAME_ENDPOINT_LIST, LDD_FRAME_ENDPOINTS,
     LDD_FRAME_LEASE, LDD_FRAME_LEAVE, LDD_FRAME_PING, LDD_FRAME_RANGES, LDD_FRAME_RELEASE, LDD_FRAME_RESOLVE,
-    LDD_FRAME_UNLINK, LDD_MODE_REMOTE_ACCESSIBLE, LDD_RELEASE_TAKE, LDD_WIRE_MAX_RANGES, ldd_ack, ldd_descriptor, ldd_endpoint_list,
-    ldd_frame_header, ldd_lease_reply, ldd_range, ldd_ranges, ldd_release, ldd_resolve,
+    LDD_FRAME_UNLINK, LDD_MODE_REMOTE_ACCESSIBLE, LDD_RELEASE_TAKE, LDD_WIRE_MAX_RANGES, ldd_ack, ldd_descriptor,
+    ldd_endpoint_list, ldd_frame_header, ldd_lease_reply, ldd_range, ldd_ranges, ldd_release, ldd_resolve,
 )
 from llm_datadist.core.record.record cimport (
     LDD_EVENT_ANSWER, LDD_EVENT_REFUSE, LDD_OP_ANSWER, ldd_record_count, ldd_trace_span,
