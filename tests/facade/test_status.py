@@ -148,7 +148,7 @@ def test_every_recoverable_code_has_a_hint():
 
 
 def test_classes_agree_with_the_internal_statuses():
-    """The list of the C header and the table of the facade must name one class for one code, but one that is narrower."""
+    """The list of the C header and the table of the facade name one class for one code, or one that is narrower."""
     header = (ROOT / "include" / "llm_datadist" / "ldd_status.h").read_text()
     rows = re.findall(r"^\s*X\((LDD_E_\w+), -?\d+, (\w+), (\w+), (\w+)\)", header, re.M)
     assert len(rows) >= 15
