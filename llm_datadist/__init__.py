@@ -14,6 +14,7 @@ from llm_datadist.caches.held_blocks import KeyEvent as KeyEvent
 from llm_datadist.caches.held_blocks import KeyOutcome as KeyOutcome
 from llm_datadist.configs import LLMClusterInfo, LLMConfig, LlmConfig, LLMRole
 from llm_datadist.data_type import DataType
+from llm_datadist.status import LLMChecksumError as LLMChecksumError
 from llm_datadist.status import LLMDeviceError as LLMDeviceError
 from llm_datadist.status import LLMException, LLMStatusCode, Status
 from llm_datadist.status import LLMLinkError as LLMLinkError

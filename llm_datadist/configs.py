@@ -358,6 +358,9 @@ class LlmConfig:
     cache_key_lease_ms = _Setting[int](
         _integer_in(0, 0x7FFFFFFF), 0, _number("llm.CacheKeyLeaseMs"),
         """How long request keys wait to be pulled before they release themselves, ms; 0: until they are pulled.""")
+    checksum = _Setting[bool](
+        _of_type(bool), False, _flag("llm.Checksum"),
+        """Whether what pulls and pushes of this process move is held against checksums of its source.""")
     link_heal_time = _Setting[int](
         _integer_in(0, 0x7FFFFFFF), 500, _number("llm.LinkHealTime"),
         """What a call may spend, of its time, on making a broken link anew, ms; 0: it stays broken until unlinked.""")

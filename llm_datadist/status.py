@@ -12,8 +12,8 @@ from llm_datadist.utils import log
 
 __all__ = [
     "LLMStatusCode", "Status", "LLMException", "LLMTimeoutError", "LLMParamInvalidError", "LLMNotFoundError",
-    "LLMMemoryError", "LLMLinkError", "LLMNotEnabledError", "LLMDeviceError", "code_2_status", "exception_for",
-    "handle_llm_status", "raise_if_false", "raise_if_true",
+    "LLMMemoryError", "LLMLinkError", "LLMNotEnabledError", "LLMDeviceError", "LLMChecksumError", "code_2_status",
+    "exception_for", "handle_llm_status", "raise_if_false", "raise_if_true",
 ]
 
 
@@ -116,7 +116,7 @@ class LLMException(RuntimeError):
         Cluster id or address of the other side.
     stage : str, optional
         How far the operation had come: ``"check"``, ``"link"``, ``"resolve"``, ``"plan"``, ``"transfer"``,
-        ``"release"``, or ``"ping"``.
+        ``"verify"``, ``"release"``, or ``"ping"``.
     provider_code : int, optional
         The number the memory or network provider returned: acl, HIXL or errno.
     recoverable : bool, optional
@@ -141,7 +141,8 @@ class LLMException(RuntimeError):
     _recoverable: Optional[bool] = None
     _hint: Optional[str] = None
     _failed_blocks: Optional[List[int]] = None
-    _failed_layers: Optional[range] = None
+    _failed_layers: Optional[Sequence[int]] = None
+    _faulty_tensors: Optional[List[int]] = None     # of the destination, whose bytes differ from their source's
     _num_tensors = 0                                # of the selection of a push that arrived before it failed
 
     def __init__(
@@ -169,7 +170,7 @@ class LLMException(RuntimeError):
     def _complete(
         self, *, operation: Optional[str] = None, peer: Union[int, str, None] = None, stage: Optional[str] = None,
         link: Optional[str] = None, hint: Optional[str] = None, blocks: Optional[Sequence[int]] = None,
-        layers: Optional[range] = None,
+        layers: Optional[Sequence[int]] = None,
     ) -> None:
         """Fill in what the raising site did not know. `link`: how the link to the peer is now."""
         self._operation = operation if self._operation is None else self._operation
@@ -209,12 +210,18 @@ class LLMException(RuntimeError):
 
     @property
     def failed_blocks(self) -> Optional[List[int]]:
-        """Destination blocks that the call was to fill and did not; None where it names no blocks."""
+        """Destination blocks that the call was to fill and did not; None where it names no blocks.
+
+        Of an `LLMChecksumError` those alone that differ from their source.
+        """
         return self._failed_blocks
 
     @property
-    def failed_layers(self) -> Optional[range]:
-        """Destination layers that were not completed; those before them of a push were. None where none are known."""
+    def failed_layers(self) -> Optional[Sequence[int]]:
+        """Destination layers that were not completed; those before them of a push were. None where none are known.
+
+        A range, but for an `LLMChecksumError` whose layers do not follow each other, which lists them.
+        """
         return self._failed_layers
 
     @property
@@ -278,6 +285,22 @@ class LLMDeviceError(LLMException):
     _own_code = LLMStatusCode.LLM_DEVICE_MEM_ERROR
 
 
+class LLMChecksumError(LLMException):
+    """Bytes arrived otherwise than they left, seen where `LLMConfig.checksum` is on; own code ``LLM_FAILED``."""
+
+    _own_code = LLMStatusCode.LLM_FAILED
+
+    @property
+    def recoverable(self) -> bool:
+        """True unless said otherwise: the source is as it was, and its key was not taken."""
+        return True if self._recoverable is None else self._recoverable
+
+    @property
+    def hint(self) -> Optional[str]:
+        """What to do about it."""
+        return _MOVE_AGAIN if self._hint is None else self._hint
+
+
 def _restore(cls: Type[LLMException], args: Tuple[object, ...]) -> LLMException:
     """Rebuild a pickled exception; its fields follow as state."""
     # The builtin that lays out the object must create it: OSError and its kind have fields of their own.
@@ -292,6 +315,8 @@ _RELINK = "unlink the peer, link it again, and repeat the call"
 _HEALS = "repeat the call: it makes the link anew if the peer is there"
 _LINK = "link the peer, or wait until its registration is OK"
 _REPEAT = "repeat the call, or give it more time with sync_kv_timeout"
+_MOVE_AGAIN = ("repeat the call, and look for programs that write to either end meanwhile; what differs again and "
+               "again is damaged by memory or network")
 _FREE = "deallocate caches or remove keys that are no longer pulled, or configure a larger pool"
 
 # Code -> (exception class, recoverable, hint). A code without a row is an LLMException that is not recoverable.

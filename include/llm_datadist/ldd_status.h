@@ -18,22 +18,23 @@ typedef int32_t ldd_status;
  * X(internal name, value, public code (v2), public code (v1), exception class)
  * The v1 column differs where the first generation of the API names the same event otherwise.
  */
-#define LDD_STATUS_LIST(X)                                                                          \
-    X(LDD_E_FAILED, -1, LLM_FAILED, LLM_FAILED, LLMException)                                       \
-    X(LDD_E_PARAM, -2, LLM_PARAM_INVALID, LLM_PARAM_INVALID, LLMParamInvalidError)                  \
-    X(LDD_E_NOT_EXIST, -3, LLM_KV_CACHE_NOT_EXIST, LLM_KV_CACHE_NOT_EXIST, LLMNotFoundError)        \
-    X(LDD_E_NO_MEMORY, -4, LLM_OUT_OF_MEMORY, LLM_DEVICE_OUT_OF_MEMORY, LLMMemoryError)             \
-    X(LDD_E_TIMEOUT, -5, LLM_TIMEOUT, LLM_WAIT_PROCESS_TIMEOUT, LLMTimeoutError)                    \
-    X(LDD_E_NOT_LINKED, -6, LLM_NOT_YET_LINK, LLM_NOT_YET_LINK, LLMLinkError)                       \
-    X(LDD_E_ALREADY_LINKED, -7, LLM_ALREADY_LINK, LLM_ALREADY_LINK, LLMLinkError)                   \
-    X(LDD_E_LINK_FAILED, -8, LLM_LINK_FAILED, LLM_LINK_FAILED, LLMLinkError)                        \
-    X(LDD_E_UNLINK_FAILED, -9, LLM_UNLINK_FAILED, LLM_UNLINK_FAILED, LLMLinkError)                  \
-    X(LDD_E_LINK_BUSY, -10, LLM_LINK_BUSY, LLM_LINK_BUSY, LLMLinkError)                             \
-    X(LDD_E_NOT_ENABLED, -11, LLM_FEATURE_NOT_ENABLED, LLM_FEATURE_NOT_ENABLED, LLMNotEnabledError) \
-    X(LDD_E_EXIST_LINK, -12, LLM_EXIST_LINK, LLM_EXIST_LINK, LLMLinkError)                          \
-    X(LDD_E_PROCESSING_LINK, -13, LLM_PROCESSING_LINK, LLM_PROCESSING_LINK, LLMLinkError)           \
-    X(LDD_E_DEVICE_MEM, -14, LLM_DEVICE_MEM_ERROR, LLM_DEVICE_MEM_ERROR, LLMDeviceError)            \
-    X(LDD_E_SUSPECT_REMOTE, -15, LLM_SUSPECT_REMOTE_ERROR, LLM_SUSPECT_REMOTE_ERROR, LLMDeviceError)
+#define LDD_STATUS_LIST(X)                                                                           \
+    X(LDD_E_FAILED, -1, LLM_FAILED, LLM_FAILED, LLMException)                                        \
+    X(LDD_E_PARAM, -2, LLM_PARAM_INVALID, LLM_PARAM_INVALID, LLMParamInvalidError)                   \
+    X(LDD_E_NOT_EXIST, -3, LLM_KV_CACHE_NOT_EXIST, LLM_KV_CACHE_NOT_EXIST, LLMNotFoundError)         \
+    X(LDD_E_NO_MEMORY, -4, LLM_OUT_OF_MEMORY, LLM_DEVICE_OUT_OF_MEMORY, LLMMemoryError)              \
+    X(LDD_E_TIMEOUT, -5, LLM_TIMEOUT, LLM_WAIT_PROCESS_TIMEOUT, LLMTimeoutError)                     \
+    X(LDD_E_NOT_LINKED, -6, LLM_NOT_YET_LINK, LLM_NOT_YET_LINK, LLMLinkError)                        \
+    X(LDD_E_ALREADY_LINKED, -7, LLM_ALREADY_LINK, LLM_ALREADY_LINK, LLMLinkError)                    \
+    X(LDD_E_LINK_FAILED, -8, LLM_LINK_FAILED, LLM_LINK_FAILED, LLMLinkError)                         \
+    X(LDD_E_UNLINK_FAILED, -9, LLM_UNLINK_FAILED, LLM_UNLINK_FAILED, LLMLinkError)                   \
+    X(LDD_E_LINK_BUSY, -10, LLM_LINK_BUSY, LLM_LINK_BUSY, LLMLinkError)                              \
+    X(LDD_E_NOT_ENABLED, -11, LLM_FEATURE_NOT_ENABLED, LLM_FEATURE_NOT_ENABLED, LLMNotEnabledError)  \
+    X(LDD_E_EXIST_LINK, -12, LLM_EXIST_LINK, LLM_EXIST_LINK, LLMLinkError)                           \
+    X(LDD_E_PROCESSING_LINK, -13, LLM_PROCESSING_LINK, LLM_PROCESSING_LINK, LLMLinkError)            \
+    X(LDD_E_DEVICE_MEM, -14, LLM_DEVICE_MEM_ERROR, LLM_DEVICE_MEM_ERROR, LLMDeviceError)             \
+    X(LDD_E_SUSPECT_REMOTE, -15, LLM_SUSPECT_REMOTE_ERROR, LLM_SUSPECT_REMOTE_ERROR, LLMDeviceError) \
+    X(LDD_E_CHECKSUM, -16, LLM_FAILED, LLM_FAILED, LLMChecksumError)
 
 enum {
     LDD_OK = 0,

@@ -13,8 +13,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "llm_datadist/ldd_tensor.h"
+
 #define LDD_WIRE_MAGIC 0x3144444cu /* "LDD1" */
-#define LDD_WIRE_VERSION 2u
+#define LDD_WIRE_VERSION 3u
 #define LDD_WIRE_MAX_PAYLOAD (4u << 20) /* bytes; about 500 000 tensor addresses */
 #define LDD_WIRE_MAX_RANGES 65536u
 #define LDD_WIRE_MAX_HELLO 4096u /* bytes of the payload of a HELLO of another version, which is told so */
@@ -26,14 +28,16 @@ enum {
     LDD_FRAME_DESCRIPTOR = 4,
     LDD_FRAME_RELEASE = 5,    /* ends a lease, may take the key -> ACK           */
     LDD_FRAME_ACK = 6,
-    LDD_FRAME_RANGES = 7,     /* given addresses -> LEASE; pins their caches     */
+    LDD_FRAME_RANGES = 7,     /* a data type, addresses -> LEASE; pins their caches */
     LDD_FRAME_LEASE = 8,
     LDD_FRAME_UNLINK = 9,     /* -> ACK; both sides drop the link                */
     LDD_FRAME_PING = 10,      /* -> ACK                                          */
     LDD_FRAME_ENDPOINTS = 11, /* -> ENDPOINT_LIST; where a network needs any     */
     LDD_FRAME_ENDPOINT_LIST = 12,
     LDD_FRAME_LEAVE = 13,     /* no answer; the link was dropped by force: do not make it anew */
-    LDD_FRAME_PROOF = 14      /* of the shared secret, to a WELCOME that asks for it -> WELCOME */
+    LDD_FRAME_PROOF = 14,     /* of the shared secret, to a WELCOME that asks for it -> WELCOME */
+    LDD_FRAME_CHECKSUM = 15,  /* bytes of leased caches -> CHECKSUMS */
+    LDD_FRAME_CHECKSUMS = 16
 };
 
 typedef struct {
@@ -107,7 +111,7 @@ enum { LDD_ACCESS_READ = 0, LDD_ACCESS_WRITE = 1 };
 
 typedef struct {
     uint8_t kind, access;
-    uint16_t reserved;
+    uint16_t dtype; /* of the asker's cache, for a FETCH; as in ldd_tensor_desc, 0 where any will do */
     uint32_t batch_index;
     uint64_t id, model_id;
 } ldd_resolve;
@@ -158,6 +162,7 @@ typedef struct {
     uint64_t num_slots, tensor_bytes, stride_bytes;
     uint64_t region_epoch; /* changes whenever the owner's regions do */
     uint32_t batch_index, text_bytes; /* on failure: text follows instead of addresses */
+    ldd_tensor_desc tensor;
 } ldd_descriptor;
 
 enum { LDD_RELEASE_TAKE = 1u << 0 };
@@ -167,6 +172,11 @@ typedef struct {
     uint32_t first_tensor, num_tensors;
 } ldd_release;
 
+/* Head of RANGES; at least one ldd_range follows. */
+typedef struct {
+    uint32_t dtype, reserved; /* of the asker's cache, as in ldd_tensor_desc */
+} ldd_ranges;
+
 typedef struct {
     uint64_t addr, bytes;
 } ldd_range;
@@ -175,8 +185,33 @@ typedef struct {
     int32_t status;
     uint32_t lease;
     uint64_t region_epoch;
+    ldd_tensor_desc tensor; /* of the first cache whose data type is another than the asker's, or of the first */
+    int64_t cache_id;       /* that one */
+    uint32_t num_tensors, reserved;
     char text[240];
 } ldd_lease_reply;
+
+/*
+ * Head of CHECKSUM: the lease that pins what is to be read. num_ranges of ldd_checked_range follow, together of at most
+ * LDD_CHECKED_MAX_BYTES, so that no request keeps the owner's service thread from others for longer than that takes.
+ */
+enum { LDD_CHECKED_MAX_RANGES = 4096, LDD_CHECKED_MAX_BYTES = 2 << 20 };
+
+typedef struct {
+    uint32_t lease, num_ranges;
+} ldd_checked;
+
+typedef struct {
+    uint64_t addr;
+    uint32_t bytes;
+    uint32_t pin; /* which of the lease's caches: the place among the ranges it was taken for; 0 of a lease on a key */
+} ldd_checked_range;
+
+/* Head of CHECKSUMS; num_sums of uint32_t follow, CRC32C of each range; they mean nothing with a status below 0. */
+typedef struct {
+    int32_t status;
+    uint32_t num_sums;
+} ldd_checksums;
 
 typedef struct {
     int32_t status;
@@ -192,10 +227,11 @@ static_assert(sizeof(ldd_frame_header) + sizeof(ldd_welcome) == LDD_WELCOME_FRAM
 static_assert(sizeof(ldd_endpoint_record) == 256 && sizeof(ldd_endpoint_list) == 4104, "endpoints");
 static_assert(sizeof(ldd_resolve) == 24, "resolve");
 static_assert(sizeof(ldd_fetch_request) == 64 && sizeof(ldd_fetch_run) == 16, "fetch");
-static_assert(sizeof(ldd_descriptor) == 64, "descriptor");
+static_assert(sizeof(ldd_descriptor) == 136, "descriptor");
 static_assert(sizeof(ldd_release) == 16, "release");
-static_assert(sizeof(ldd_range) == 16, "range");
-static_assert(sizeof(ldd_lease_reply) == 256, "lease reply");
+static_assert(sizeof(ldd_ranges) == 8 && sizeof(ldd_range) == 16, "range");
+static_assert(sizeof(ldd_lease_reply) == 344, "lease reply");
+static_assert(sizeof(ldd_checked) == 8 && sizeof(ldd_checked_range) == 16 && sizeof(ldd_checksums) == 8, "checksums");
 static_assert(sizeof(ldd_ack) == 8, "ack");
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "frames are written as they lie in memory");
 

@@ -154,6 +154,12 @@ def lazy_addresses(addrs: Sequence[int]) -> Any:
     return addrs if isinstance(addrs, list) else partial(list, addrs)
 
 
+def described(cache_desc: CacheDesc) -> Tuple[int, Sequence[int]]:
+    """Number of the data type, -1 where there is none, and shape of the tensors: what peers are told."""
+    data_type = cache_desc.data_type
+    return (-1 if data_type is None else data_type.value), cache_desc.shape
+
+
 # ----------------------------------------------------------------------------------------------------- layers
 
 def check_tensors_per_layer(tensors_per_layer: int) -> int:
@@ -178,20 +184,31 @@ def layers_of_pull(
             tensors_of("dst_layer_range", dst, tensors_per_layer))
 
 
-def layers_to_fill(dst_desc: CacheDesc, kwargs: PullOptions) -> Optional[range]:
+def layers_to_fill(error: LLMException, dst_desc: CacheDesc, kwargs: PullOptions) -> Optional[Sequence[int]]:
     """Destination layers of a pull that failed; None where there are no whole layers."""
+    tensors_per_layer = kwargs.get("tensor_num_per_layer", 2)
+    if error._faulty_tensors is not None:
+        return _layers_of(error._faulty_tensors, tensors_per_layer)
     layers = kwargs.get("dst_layer_range")
     if layers:
         return layers
-    num_layers, rest = divmod(dst_desc.num_tensors, kwargs.get("tensor_num_per_layer", 2))
+    num_layers, rest = divmod(dst_desc.num_tensors, tensors_per_layer)
     return None if rest else range(num_layers)
 
 
-def layers_left(error: LLMException, dst: TensorRange, tensors_per_layer: int) -> Optional[range]:
+def layers_left(error: LLMException, dst: TensorRange, tensors_per_layer: int) -> Optional[Sequence[int]]:
     """Destination layers of a push that had not arrived when it failed; None where there are no whole layers."""
+    if error._faulty_tensors is not None:
+        return _layers_of(error._faulty_tensors, tensors_per_layer)
     if dst is None or dst[0] % tensors_per_layer or dst[1] % tensors_per_layer:
         return None
     return range((dst[0] + error._num_tensors) // tensors_per_layer, dst[1] // tensors_per_layer)
+
+
+def _layers_of(tensors: Sequence[int], tensors_per_layer: int) -> Sequence[int]:
+    layers = sorted({tensor // tensors_per_layer for tensor in tensors})
+    whole = range(layers[0], layers[-1] + 1)
+    return whole if len(layers) == len(whole) else layers
 
 
 def _pull_range(name: str, layer_range: Optional[range]) -> Optional[range]:
@@ -377,7 +394,8 @@ class ManagerBase:
         if lease_ms:
             self._lease_log.begin()
         cache_id, addrs = self._llm_engine.allocate(
-            cache_desc.num_tensors, cache_desc.shape[0], cache_desc.size, host, is_blocks, specs, lease_ms)
+            cache_desc.num_tensors, cache_desc.shape[0], cache_desc.size, host, is_blocks, specs, lease_ms,
+            *described(cache_desc))
         if self._places is not None:
             self._places.note(cache_id)
         return cache_id, addrs

@@ -126,7 +126,7 @@ class CacheManager(HeldBlocks, CacheMemory):
             error._complete(operation="pull_cache")
             log.debug("pull_cache of %s failed: %s", cache_key, error)
             if error.peer is not None:
-                error._complete(layers=layers_to_fill(cache.cache_desc, kwargs))
+                error._complete(layers=layers_to_fill(error, cache.cache_desc, kwargs))
             raise
 
     def _pull_cache(
@@ -212,7 +212,7 @@ class CacheManager(HeldBlocks, CacheMemory):
             error._complete(operation="pull_blocks")
             log.debug("pull_blocks of %s failed: %s", src_cache_key, error)
             if error.peer is not None:
-                error._complete(blocks=dst_blocks, layers=layers_to_fill(dst_cache.cache_desc, kwargs))
+                error._complete(blocks=dst_blocks, layers=layers_to_fill(error, dst_cache.cache_desc, kwargs))
             raise
 
     def _pull_blocks(

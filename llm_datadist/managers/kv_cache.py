@@ -257,7 +257,7 @@ class KvCacheManager(ManagerBase):
             error._complete(operation="pull_cache")
             log.debug("pull_cache of %s failed: %s", cache_key, error)
             if error.peer is not None:
-                error._complete(layers=layers_to_fill(kv_cache.cache_desc, kwargs))
+                error._complete(layers=layers_to_fill(error, kv_cache.cache_desc, kwargs))
             raise
 
     def _pull_cache(self, cache_key: Union[CacheKey, CacheKeyByIdAndIndex], kv_cache: KvCache, batch_index: int,
@@ -316,7 +316,8 @@ class KvCacheManager(ManagerBase):
             error._complete(operation="pull_blocks")
             log.debug("pull_blocks of %s failed: %s", prompt_cache_key, error)
             if error.peer is not None:
-                error._complete(blocks=decoder_blocks, layers=layers_to_fill(decoder_kv_cache.cache_desc, kwargs))
+                error._complete(blocks=decoder_blocks,
+                                layers=layers_to_fill(error, decoder_kv_cache.cache_desc, kwargs))
             raise
 
     def _pull_blocks(self, prompt_cache_key: BlocksCacheKey, decoder_kv_cache: KvCache, prompt_blocks: List[int],

@@ -15,6 +15,7 @@ from llm_datadist.managers.base import (
     check_desc,
     check_same_elements,
     check_size,
+    described,
     key_specs,
     lazy_addresses,
 )
@@ -299,7 +300,7 @@ class CacheMemory(ManagerBase):
         self._require_initialized()
         cache_id = self._llm_engine.register(
             addresses, cache_desc.shape[0], tensor_bytes, cache_desc.placement == Placement.HOST, is_blocks, specs(),
-            remote_accessible)
+            remote_accessible, *described(cache_desc))
         if owners:
             self._owners[cache_id] = owners
         return Cache(cache_id, cache_desc, addresses, self, True, is_blocks)

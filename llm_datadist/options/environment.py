@@ -31,6 +31,7 @@ VARIABLES: Dict[str, Callable[[str, str], object]] = {
     "LLM_DATADIST_LINK_BASE_PORT": integer_in(1, 65535),
     "LLM_DATADIST_HOST_DEVICES": integer_in(0, 64),
     "LLM_DATADIST_STRICT": one_of("0", "1"),
+    "LLM_DATADIST_CHECKSUM": one_of("0", "1"),
     "LLM_DATADIST_TRACE": lambda variable, text: text,              # a folder: it is made by the engine
     "LLM_DATADIST_RECORD": lambda variable, text: text,             # a folder, too
     "LLM_DATADIST_SECRET": check_secret,

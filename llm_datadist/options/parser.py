@@ -45,6 +45,7 @@ DEVICE_ID = "ge.exec.deviceId"
 FLOW_GRAPH_MEM_MAX_SIZE = "ge.flowGraphMemMaxSize"
 BUF_POOL_CFG = "llm.BufPoolCfg"
 CACHE_KEY_LEASE = "llm.CacheKeyLeaseMs"
+CHECKSUM = "llm.Checksum"
 CLUSTER_INFO = "llm.ClusterInfo"
 ENABLE_CACHE_MANAGER = "llm.EnableCacheManager"
 ENABLE_REMOTE_CACHE_ACCESSIBLE = "llm.EnableRemoteCacheAccessible"
@@ -74,11 +75,11 @@ TRANSFER_BACKEND = "llm.TransferBackend"
 # Keys that clients of the original write and that have no effect here, or only in helpers.
 INERT = ("llm.Role", "llm.OutputMaxSize", "llm.deployResPath", "llm.MemoryUtilization", "llm.RefInputShapes",
          "llm.RefInputDtypes", "llm.RefInputSeqLenDimIndex", "llm.kvTensorFormat")
-KNOWN = (*INERT, BUF_POOL_CFG, CACHE_KEY_LEASE, CLUSTER_INFO, ENABLE_CACHE_MANAGER, ENABLE_REMOTE_CACHE_ACCESSIBLE,
-         ENABLE_SWITCH_ROLE, GLOBAL_RESOURCE_CONFIG, HOST_MEM_POOL_CONFIG, LINK_BASE_PORT, LINK_HEAL_TIME,
-         LINK_RETRY_COUNT, LINK_SECRET, LINK_SILENCE_TIME, LINK_TOTAL_TIME, LISTEN_IP, LISTEN_IP_INFO, LISTEN_OPEN,
-         LISTEN_PORT, LOCAL_COMM_RES, MEM_POOL_CONFIG, PROVIDER, RDMA_SERVICE_LEVEL, RDMA_TRAFFIC_CLASS, STRICT,
-         SYNC_KV_CACHE_WAIT_TIME, TRACE, TRANSFER_BACKEND)
+KNOWN = (*INERT, BUF_POOL_CFG, CACHE_KEY_LEASE, CHECKSUM, CLUSTER_INFO, ENABLE_CACHE_MANAGER,
+         ENABLE_REMOTE_CACHE_ACCESSIBLE, ENABLE_SWITCH_ROLE, GLOBAL_RESOURCE_CONFIG, HOST_MEM_POOL_CONFIG,
+         LINK_BASE_PORT, LINK_HEAL_TIME, LINK_RETRY_COUNT, LINK_SECRET, LINK_SILENCE_TIME, LINK_TOTAL_TIME, LISTEN_IP,
+         LISTEN_IP_INFO, LISTEN_OPEN, LISTEN_PORT, LOCAL_COMM_RES, MEM_POOL_CONFIG, PROVIDER, RDMA_SERVICE_LEVEL,
+         RDMA_TRAFFIC_CLASS, STRICT, SYNC_KV_CACHE_WAIT_TIME, TRACE, TRANSFER_BACKEND)
 
 DEFAULT_SYNC_TIMEOUT_MS = 1000
 DEFAULT_LINK_TOTAL_TIME_S = 120
@@ -148,7 +149,9 @@ class EngineOptions:
         What `local_comm_res` says of the network; see ``endpoints.py``.
     strict : bool
         Whether to refuse what the original lets through although it can hardly be meant: unknown keywords of pulls,
-        repeated destination blocks, local copies between caches of different data types.
+        repeated destination blocks, copies and transfers between caches of different data types.
+    checksum : bool
+        Whether what arrives by pulls and pushes of this process is held against checksums of its source.
     trace : bool
         Whether events are recorded from the start.
     trace_folder : str
@@ -184,6 +187,7 @@ class EngineOptions:
     link_base_port: int = DEFAULT_LINK_BASE_PORT
     endpoints: Endpoints = field(default_factory=Endpoints)
     strict: bool = True
+    checksum: bool = False
     trace: bool = False
     trace_folder: str = ""
     record_folder: str = ""
@@ -232,9 +236,10 @@ class EngineOptions:
         environ : mapping of str to str, optional
             Environment; default ``os.environ``. Read are ``LLM_DATADIST_PROVIDER``, ``LLM_DATADIST_LINK_BASE_PORT``,
             ``LLM_DATADIST_LINK_HEAL_MS``, ``LLM_DATADIST_LINK_SILENCE_MS``, ``LLM_DATADIST_CACHE_KEY_LEASE_MS``,
-            ``LLM_DATADIST_STRICT``, ``LLM_DATADIST_TRACE``, ``LLM_DATADIST_RECORD``, ``LLM_DATADIST_SECRET``,
-            ``LLM_DATADIST_SECRET_FILE``, ``LLM_DATADIST_OPEN``, ``HCCL_CONNECT_TIMEOUT``, ``HCCL_RDMA_TC`` and
-            ``HCCL_RDMA_SL``; an option wins over its variable. The other variables of this package are checked.
+            ``LLM_DATADIST_STRICT``, ``LLM_DATADIST_CHECKSUM``, ``LLM_DATADIST_TRACE``, ``LLM_DATADIST_RECORD``,
+            ``LLM_DATADIST_SECRET``, ``LLM_DATADIST_SECRET_FILE``, ``LLM_DATADIST_OPEN``, ``HCCL_CONNECT_TIMEOUT``,
+            ``HCCL_RDMA_TC`` and ``HCCL_RDMA_SL``; an option wins over its variable. The other variables of this
+            package are checked.
 
         Raises
         ------
@@ -350,6 +355,7 @@ class _Parser:
             link_base_port=self._option_or_variable(
                 LINK_BASE_PORT, "LLM_DATADIST_LINK_BASE_PORT", integer_in(1, 65535)) or DEFAULT_LINK_BASE_PORT,
             strict=self._option_or_variable(STRICT, "LLM_DATADIST_STRICT", one_of("0", "1")) != "0",
+            checksum=self._option_or_variable(CHECKSUM, "LLM_DATADIST_CHECKSUM", one_of("0", "1")) == "1",
             trace=self._trace(), trace_folder=self._environ.get("LLM_DATADIST_TRACE", ""),
             record_folder=self._environ.get("LLM_DATADIST_RECORD", ""))
 

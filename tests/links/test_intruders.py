@@ -141,7 +141,7 @@ def test_one_link_pins_so_much_and_no_more(owner, pair):
     """Leases on ranges are refused once 262144 pins are out; the end of the link ends all of them, and others go on."""
     reader = pair[1]
     (address,) = owner.call(addresses)[:1]
-    ranges = struct.pack("<QQ", address, 1) * 65536
+    ranges = bytes(8) + struct.pack("<QQ", address, 1) * 65536
     with contextlib.ExitStack() as stack:
         sock, status = link_by_hand(stack, owner, token=os.urandom(16), cluster=95)
         assert status == 0

@@ -9,6 +9,8 @@ import struct
 import pytest
 from support.control_frames import (
     ACK,
+    CHECKSUM,
+    CHECKSUMS,
     DESCRIPTOR,
     HEADER,
     HELLO,
@@ -135,7 +137,7 @@ def test_a_frame_that_is_cut_off(owner, sent):
 
 
 @pytest.mark.parametrize("size", [0, 320, 352, 4096])
-@pytest.mark.parametrize("version", [0, 1, 3, 65535])
+@pytest.mark.parametrize("version", [0, VERSION - 1, VERSION + 1, 65535])
 def test_another_version(owner, version, size):
     """The answer names both versions, whatever a hello of that version looks like."""
     before = rejected(owner)
@@ -174,9 +176,15 @@ LATER_FRAMES = {
     "another magic": frame(PING, magic=1),
     "another version": frame(PING, version=VERSION + 1),
     "the largest length": frame(RESOLVE, length=2**32 - 1),
-    "too many ranges": frame(RANGES, length=65537 * 16),
-    "a piece of a range": frame(RANGES, bytes(24)),
-    "no range": frame(RANGES),
+    "too many ranges": frame(RANGES, length=8 + 65537 * 16),
+    "a piece of a range": frame(RANGES, bytes(8 + 24)),
+    "no range": frame(RANGES, bytes(8)),
+    "less than no range": frame(RANGES),
+    "checksums of nothing": frame(CHECKSUM, struct.pack("<II", 1, 0)),
+    "checksums of more ranges than follow": frame(CHECKSUM, struct.pack("<II", 1, 2) + bytes(16)),
+    "checksums of too many ranges": frame(CHECKSUM, length=8 + 16 * 4097),
+    "checksums without a lease": frame(CHECKSUM, bytes(4)),
+    "checksums before the answer to others": 2 * frame(CHECKSUM, struct.pack("<II", 1, 1) + bytes(16)),
     "a lookup that is too short": frame(RESOLVE, bytes(23)),
     "a lookup that is too long": frame(RESOLVE, bytes(25)),
     "a release that is too short": frame(RELEASE, bytes(15)),
@@ -199,7 +207,9 @@ def test_a_bad_later_frame(owner, name):
 def test_half_a_link_gives_access_to_nothing(owner):
     with half_a_link(owner, b"half of a link  ") as sock:
         for request, answer_type in ((frame(RESOLVE, struct.pack("<BBHIQQ", 2, 0, 0, 0, 2**64 - 1, 0)), DESCRIPTOR),
-                                     (frame(RANGES, struct.pack("<QQ", 4096, 4096)), LEASE), (frame(PING), ACK)):
+                                     (frame(RANGES, bytes(8) + struct.pack("<QQ", 4096, 4096)), LEASE),
+                                     (frame(CHECKSUM, struct.pack("<IIQII", 1, 1, 4096, 8, 0)), CHECKSUMS),
+                                     (frame(PING), ACK)):
             sock.sendall(request)
             type_, payload = read_frame(sock)
             assert type_ == answer_type and struct.unpack_from("<i", payload)[0] < 0

@@ -242,11 +242,11 @@ cdef class CacheTable:
             specs = ldd_key_specs(keys, &num_keys)
             if addrs == NULL:
                 raise MemoryError
-            st = ldd_table_allocate(self.t, memory, num_tensors, num_slots, tensor_bytes, flags, specs, num_keys,
-                                    &cache_id, addrs, 0, &detail)
+            st = ldd_table_allocate(self.t, memory, num_tensors, num_slots, tensor_bytes, flags, NULL, specs,
+                                    num_keys, &cache_id, addrs, 0, &detail)
             if st == LDD_E_TIMEOUT:
                 with nogil:
-                    st = ldd_table_allocate(self.t, memory, num_tensors, num_slots, tensor_bytes, flags, specs,
+                    st = ldd_table_allocate(self.t, memory, num_tensors, num_slots, tensor_bytes, flags, NULL, specs,
                                             num_keys, &cache_id, addrs, deadline, &detail)
             check(st, &detail, b"allocate cache")
             return cache_id, [addrs[i] for i in range(num_tensors)]
@@ -266,8 +266,8 @@ cdef class CacheTable:
         try:
             specs = ldd_key_specs(keys, &num_keys)
             with nogil:
-                st = ldd_table_register(self.t, values, num_tensors, num_slots, tensor_bytes, flags, specs, num_keys,
-                                        &cache_id, deadline, &detail)
+                st = ldd_table_register(self.t, values, num_tensors, num_slots, tensor_bytes, flags, NULL, specs,
+                                        num_keys, &cache_id, deadline, &detail)
             check(st, &detail, b"register cache")
             return cache_id
         finally:

@@ -197,6 +197,7 @@ TESTED_BY = {
     "base/interrupt": "transfers/test_cancel.py",
     "base/sockets": "links/test_namespaces.py", "base/status": "facade/test_status.py",
     "link/access": "transfers/test_refusals.py",
+    "link/checksums": "links/test_checksum_requests.py", "transfer/verify": "transfers/test_checksums.py",
     "link/accept": "links/test_rank_table_links.py", "link/fork": "links/test_forked_child.py",
     "link/heal": "links/test_heal.py",
     "link/links": "lifetime/test_lifetime.py", "link/open": "links/test_link_clusters.py", "link/region": "transfers",

@@ -3,9 +3,9 @@ import contextlib
 import struct
 
 # Numbers of ldd_wire.h, on purpose not read from it: they must not change unnoticed within a version.
-MAGIC, VERSION = 0x3144444C, 2
+MAGIC, VERSION = 0x3144444C, 3
 HELLO, WELCOME, RESOLVE, DESCRIPTOR, RELEASE, ACK, RANGES, LEASE, UNLINK, PING = range(1, 11)
-PROOF = 14
+PROOF, CHECKSUM, CHECKSUMS = 14, 15, 16
 HEADER = struct.Struct("<IHHII")                        # magic, version, type, payload length, request id
 HELLO_PAYLOAD = struct.Struct("<HHIQQ16s16s32sII64s160s")   # fields of ldd_hello, as `hello` gives them
 HELLO_FRAME_BYTES = HEADER.size + HELLO_PAYLOAD.size

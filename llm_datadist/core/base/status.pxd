@@ -24,6 +24,7 @@ cdef extern from "llm_datadist/ldd_status.h" nogil:
         LDD_E_PROCESSING_LINK
         LDD_E_DEVICE_MEM
         LDD_E_SUSPECT_REMOTE
+        LDD_E_CHECKSUM
         LDD_E_INTERRUPTED
 
 cdef int raise_status(ldd_status status, const ldd_detail* detail, const char* what, bint v1) except -1 with gil

@@ -6,7 +6,7 @@ the work runs without the GIL, and statuses become exceptions. Every method may 
 """
 cimport cython
 
-from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
+from libc.stdint cimport INT64_MAX, UINT16_MAX, int64_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
@@ -18,6 +18,7 @@ from llm_datadist.core.base.status cimport (
     LDD_E_FAILED, LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_E_TIMEOUT, LDD_OK, ldd_fail, raise_status, start_detail,
 )
 from llm_datadist.core.base.sync cimport ldd_now_ns, ldd_unlock
+from llm_datadist.core.base.tensor_desc cimport LDD_MAX_DIMS, ldd_tensor_desc
 from llm_datadist.core.base.wait cimport ldd_lock_interruptible
 from llm_datadist.core.link.background cimport ldd_links_withdraw
 from llm_datadist.core.link.region cimport ldd_regions_add, ldd_regions_epoch, ldd_regions_remove
@@ -34,7 +35,9 @@ from llm_datadist.core.table.key_index cimport (
 from llm_datadist.core.table.leases cimport ldd_table_lease
 from llm_datadist.core.table.pool cimport ldd_pool
 from llm_datadist.core.transfer.batch cimport ldd_context_enter, ldd_context_leave
-from llm_datadist.core.transfer.fitting cimport SHAPE_BLOCKS, SHAPE_SLOT, SHAPE_SLOT_TO_BLOCKS, ldd_progress
+from llm_datadist.core.transfer.fitting cimport (
+    SHAPE_BLOCKS, SHAPE_SLOT, SHAPE_SLOT_TO_BLOCKS, ldd_faults, ldd_progress,
+)
 from llm_datadist.core.transfer.local_copy cimport (
     ldd_local_copy, ldd_op_list_clear, ldd_plan_copy_blocks, ldd_plan_copy_cache, ldd_plan_swap_blocks, ldd_slots,
 )
@@ -104,6 +107,26 @@ cdef object _address_sequence(const uint64_t* addrs, uint32_t count):
     return [addrs[i] for i in range(count)]
 
 
+cdef int _describe(ldd_tensor_desc* out, int data_type, shape) except -1:
+    cdef uint32_t i
+    memset(out, 0, sizeof(out[0]))
+    out.dtype = <uint16_t>(data_type + 1)
+    out.rank = <uint16_t>min(len(shape), UINT16_MAX)
+    for i in range(min(out.rank, <uint32_t>LDD_MAX_DIMS)):
+        out.dims[i] = shape[i]
+    return 0
+
+
+cdef int ldd_tell_faults(error, const ldd_faults* faults, bint of_blocks) except -1:
+    """Have an exception list what differs, where anything was compared."""
+    cdef size_t i
+    if faults.count:
+        error._faulty_tensors = sorted({faults.items[i].tensor for i in range(faults.count)})
+        if of_blocks:
+            error._failed_blocks = sorted({faults.items[i].block for i in range(faults.count)})
+    return 0
+
+
 cdef int _set_range(object tensors, int64_t* first, int64_t* stop) except -1:
     if tensors is None:
         first[0] = stop[0] = -1
@@ -133,8 +156,10 @@ cdef class Engine(EngineBlockKeys):
     # ---------------------------------------------------------------------------------------------- memory
 
     def allocate(self, uint32_t num_tensors, uint64_t num_slots, uint64_t tensor_bytes, bint host, bint is_blocks,
-                 keys=(), int64_t lease_ms=0):
+                 keys=(), int64_t lease_ms=0, int data_type=-1, shape=()):
         """Take a cache from a pool and bind its keys; request keys expire after `lease_ms`, unless that is 0.
+
+        `data_type` (-1: not said) and `shape` are told to peers, who compare and name them.
 
         Returns
         -------
@@ -147,8 +172,10 @@ cdef class Engine(EngineBlockKeys):
         cdef int64_t cache_id = 0
         cdef uint32_t flags = (LDD_CACHE_BLOCKS if is_blocks else 0) | (LDD_CACHE_HOST if host else 0)
         cdef ldd_pool* pool = self.host_pool if host else self.device_pool
+        cdef ldd_tensor_desc described
         self.require_open()
         start_detail(&detail)
+        _describe(&described, data_type, shape)
         flags |= LDD_CACHE_REMOTE | (LDD_CACHE_LAST_KEY_WINS if self.v1 else 0)
         if pool == NULL:
             status = ldd_fail(&detail, LDD_E_PARAM, b"no %s pool is configured",
@@ -166,9 +193,9 @@ cdef class Engine(EngineBlockKeys):
             if addrs == NULL:
                 raise_status(LDD_E_NO_MEMORY, NULL, b"allocate_cache", False)
             with nogil:
-                status = ldd_table_allocate(self.table, pool, num_tensors, num_slots, tensor_bytes, flags, specs,
-                                            num_keys, &cache_id, addrs, ldd_now_ns() + self.node.sync_timeout_ns,
-                                            &detail)
+                status = ldd_table_allocate(self.table, pool, num_tensors, num_slots, tensor_bytes, flags, &described,
+                                            specs, num_keys, &cache_id, addrs,
+                                            ldd_now_ns() + self.node.sync_timeout_ns, &detail)
             self.raise_for(status, &detail, b"allocate_cache")
             if lease_ms:
                 ldd_table_lease(self.table, cache_id, ldd_now_ns() + lease_ms * 1000000)
@@ -192,7 +219,7 @@ cdef class Engine(EngineBlockKeys):
         self.raise_for(status, &detail, b"deallocate_cache")
 
     def register(self, addrs, uint64_t num_slots, uint64_t tensor_bytes, bint host, bint is_blocks, keys=(),
-                 bint remote_accessible=True):
+                 bint remote_accessible=True, int data_type=-1, shape=()):
         """Describe memory of the caller as a cache and let peers reach it. Returns the cache id.
 
         In remote-accessible mode the data servers never hear of memory that is not to be accessible: what no request
@@ -205,8 +232,10 @@ cdef class Engine(EngineBlockKeys):
         cdef int64_t cache_id = 0
         cdef uint32_t flags = ((LDD_CACHE_BLOCKS if is_blocks else 0) | (LDD_CACHE_HOST if host else 0)
                                | (LDD_CACHE_REMOTE if remote_accessible else 0))
+        cdef ldd_tensor_desc described
         self.require_open()
         start_detail(&detail)
+        _describe(&described, data_type, shape)
         cdef uint64_t* array = ldd_address_array(addrs)
         cdef ldd_key_spec* specs = NULL
         try:
@@ -224,7 +253,7 @@ cdef class Engine(EngineBlockKeys):
                 ldd_table_set_epoch(self.table, ldd_regions_epoch(&self.node.regions))
                 if status == LDD_OK:
                     status = ldd_table_register(self.table, array, num_tensors, num_slots, tensor_bytes, flags,
-                                                specs, num_keys, &cache_id,
+                                                &described, specs, num_keys, &cache_id,
                                                 ldd_now_ns() + self.node.sync_timeout_ns, &detail)
                 if status < 0:
                     for i in range(done):
@@ -303,8 +332,9 @@ cdef class Engine(EngineBlockKeys):
         else:
             _set_range(src_tensors, &what.remote_first, &what.remote_stop)
             _set_range(dst_tensors, &what.local_first, &what.local_stop)
-        progress.stage = NULL
-        progress.num_tensors = 0
+        what.same_dtype = self.node.strict
+        what.verify = self.node.verifies
+        memset(&progress, 0, sizeof(progress))
         what.progress = &progress
         if ldd_tracing(&self.node.record):
             context = _trace_context.get()
@@ -313,12 +343,16 @@ cdef class Engine(EngineBlockKeys):
         with nogil:
             status = ldd_transfer_run(&self.node, what, &detail)
         if status >= 0:
+            free(progress.faults.items)
             return 0
         try:
             return self.raise_for_peer(status, &detail, name, what.cluster_id, progress.stage)
         except _public.LLMException as error:
             error._num_tensors = progress.num_tensors
+            ldd_tell_faults(error, &progress.faults, what.shape != SHAPE_SLOT)
             raise
+        finally:
+            free(progress.faults.items)
 
     def pull_cache(self, uint64_t cluster_id, key, int64_t cache_id, uint64_t batch_index=0, int64_t size=-1,
                    src_tensors=None, dst_tensors=None, uint64_t src_offset=0, uint64_t dst_offset=0,

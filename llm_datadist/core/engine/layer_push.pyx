@@ -8,13 +8,13 @@ cimport cython
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 from posix.unistd cimport getpid
 
 from llm_datadist.core.base.provider cimport aclrtContext
 from llm_datadist.core.base.status cimport (
-    LDD_E_INTERRUPTED, LDD_E_NOT_LINKED, LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_E_TIMEOUT, LDD_OK, ldd_detail, ldd_fail,
-    ldd_status, raise_status,
+    LDD_E_CHECKSUM, LDD_E_INTERRUPTED, LDD_E_NOT_LINKED, LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_E_TIMEOUT, LDD_OK,
+    ldd_detail, ldd_fail, ldd_status, raise_status,
 )
 from llm_datadist.core.base.sync cimport ldd_now_ns, ldd_unlock
 from llm_datadist.core.engine.engine cimport Engine
@@ -25,7 +25,10 @@ from llm_datadist.core.link.links cimport (
 from llm_datadist.core.link.requests cimport (
     ldd_link_ready, ldd_remote_cache, ldd_request_ranges, ldd_request_release, ldd_request_resolve,
 )
-from llm_datadist.core.link.wire cimport LDD_DESC_BLOCKS, LDD_MODE_REMOTE_ACCESSIBLE, LDD_WIRE_MAX_RANGES, ldd_range
+from llm_datadist.core.link.wire cimport (
+    LDD_DESC_BLOCKS, LDD_MODE_REMOTE_ACCESSIBLE, LDD_WIRE_MAX_RANGES, ldd_lease_reply, ldd_range,
+    ldd_ranges,
+)
 from llm_datadist.core.plan.block_plan cimport (
     ldd_desc_list_clear, ldd_plan_blocks, ldd_plan_contiguous, ldd_plan_slot_to_blocks,
 )
@@ -36,6 +39,10 @@ from llm_datadist.core.record.record cimport (
 from llm_datadist.core.table.cache_table cimport ldd_cache_view, ldd_table_pin_local, ldd_table_unpin
 from llm_datadist.core.table.key_index cimport KEY_BY_ID
 from llm_datadist.core.transfer.batch cimport ldd_batch_run, ldd_context_enter, ldd_context_leave, ldd_link_lock
+from llm_datadist.core.transfer.fitting cimport (
+    ldd_end, ldd_end_here, ldd_end_there, ldd_faults, ldd_fit_dtypes,
+)
+from llm_datadist.core.transfer.verify cimport ldd_moved, ldd_say_faults, ldd_verify
 
 
 @cython.final
@@ -140,6 +147,7 @@ cdef class LayerPush:
     cdef ldd_status _resolve(self, uint32_t kind, uint64_t id_, uint64_t model_id, uint64_t batch_index,
                              ldd_detail* detail) noexcept nogil:
         cdef ldd_remote_cache remote
+        cdef ldd_end here, there
         cdef ldd_status status = ldd_request_resolve(
             self._link, kind, id_, model_id, batch_index, True,
             ldd_now_ns() + self._engine.node.sync_timeout_ns, &remote, detail)
@@ -152,6 +160,12 @@ cdef class LayerPush:
         self._batch_offset = remote.desc.batch_index * remote.desc.stride_bytes
         self._region_epoch = remote.desc.region_epoch
         self._is_blocks = (remote.desc.flags & LDD_DESC_BLOCKS) != 0
+        if self._engine.node.strict:
+            ldd_end_here(&self._local, 0, &here)
+            ldd_end_there(&remote, &there)
+            status = ldd_fit_dtypes(&here, &there, self._cluster_id, detail)
+            if status < 0:
+                return status
         self._addrs = <uint64_t*>malloc(self._num_tensors * sizeof(uint64_t))
         if self._addrs == NULL:
             return ldd_fail(detail, LDD_E_NO_MEMORY, b"no memory for %u addresses", self._num_tensors)
@@ -163,12 +177,13 @@ cdef class LayerPush:
         cdef ldd_detail detail
         cdef ldd_status status
         cdef uint32_t i, n = <uint32_t>len(addrs)
-        cdef ldd_range* ranges = <ldd_range*>malloc(max(n, 1) * sizeof(ldd_range))
+        cdef ldd_ranges* head = <ldd_ranges*>malloc(sizeof(ldd_ranges) + max(n, 1) * sizeof(ldd_range))
+        cdef ldd_range* ranges = <ldd_range*>(head + 1)
         detail.provider_code = 0
         detail.text[0] = 0
         self._addrs = <uint64_t*>malloc(max(n, 1) * sizeof(uint64_t))
         try:
-            if ranges == NULL or self._addrs == NULL:
+            if head == NULL or self._addrs == NULL:
                 raise_status(LDD_E_NO_MEMORY, NULL, b"transfer_cache_async", False)
             for i in range(n):
                 self._addrs[i] = addrs[i]
@@ -187,13 +202,31 @@ cdef class LayerPush:
             with nogil:
                 status = self._begin(&detail)
                 if status == LDD_OK:
-                    status = ldd_request_ranges(self._link, ranges, n,
-                                            ldd_now_ns() + self._engine.node.sync_timeout_ns, &self._lease,
-                                            &self._region_epoch, &detail)
+                    head.dtype = self._local.described.dtype
+                    status = self._lease_ranges(head, n, &detail)
                     self._end()
             self._raise_for(status, &detail, b"resolve")
         finally:
-            free(ranges)
+            free(head)
+
+    cdef ldd_status _lease_ranges(self, const ldd_ranges* head, uint32_t num_ranges,
+                                  ldd_detail* detail) noexcept nogil:
+        cdef ldd_lease_reply answer
+        cdef ldd_end here, there
+        cdef ldd_status status = ldd_request_ranges(
+            self._link, head, num_ranges, ldd_now_ns() + self._engine.node.sync_timeout_ns, &answer, detail)
+        if status < 0:
+            return status
+        self._lease = answer.lease
+        self._region_epoch = answer.region_epoch
+        if not self._engine.node.strict:
+            return LDD_OK
+        ldd_end_here(&self._local, 0, &here)
+        memset(&there, 0, sizeof(there))
+        there.cache_id = answer.cache_id
+        there.num_tensors = answer.num_tensors
+        there.described = &answer.tensor
+        return ldd_fit_dtypes(&here, &there, self._cluster_id, detail)
 
     # -------------------------------------------------------------------------------------------------- steps
 
@@ -231,8 +264,28 @@ cdef class LayerPush:
         """How many blocks of a destination tensor may be written."""
         return self._num_slots if self._stride else self._reach // max(block_bytes, <uint64_t>1)
 
-    cdef ldd_status _move(self, ldd_status planned, ldd_detail* detail) noexcept nogil:
-        """Carry out the link's plan. The link is locked."""
+    cdef ldd_status _verify(self, uint32_t remote_first, uint64_t block_bytes, int64_t deadline_ns,
+                            ldd_detail* detail) noexcept nogil:
+        cdef ldd_moved moved
+        cdef ldd_faults faults
+        cdef ldd_status status
+        memset(&faults, 0, sizeof(faults))
+        moved.put = True
+        moved.lease = self._lease
+        moved.pin_by_tensor = self._stride == 0     # a lease on addresses has a pin for each
+        moved.first_pin = remote_first if moved.pin_by_tensor else 0
+        moved.addrs = self._addrs + remote_first
+        moved.first_tensor = remote_first
+        moved.block_bytes = block_bytes
+        status = ldd_verify(self._link, &moved, deadline_ns, &faults, detail)
+        if status == LDD_OK and faults.count:
+            status = ldd_say_faults(self._link, True, &faults, detail)
+        free(faults.items)
+        return status
+
+    cdef ldd_status _move(self, ldd_status planned, uint32_t remote_first, uint64_t block_bytes,
+                          ldd_detail* detail) noexcept nogil:
+        """Carry out the link's plan, which writes tensors from `remote_first` on. The link is locked."""
         cdef int64_t start_ns = ldd_now_ns(), deadline_ns = start_ns + self._engine.node.sync_timeout_ns
         cdef aclrtContext before
         cdef ldd_status status = planned
@@ -243,6 +296,8 @@ cdef class LayerPush:
                 self._link.pin.slot, self._link.pin.generation = self._local.slot, self._local.generation
                 self._link.pinned = True
                 status = ldd_batch_run(self._link, True, deadline_ns, detail)
+                if status == LDD_OK and self._engine.node.verifies:
+                    status = self._verify(remote_first, block_bytes, deadline_ns, detail)
                 self._link.pinned = False
             ldd_context_leave(&self._engine.node, before)
         ldd_record_count(self._link.record, LDD_OP_PUSH, ldd_now_ns() - start_ns,
@@ -278,9 +333,9 @@ cdef class LayerPush:
                         &self._link.descs, self._addrs + remote_first, self._batch_offset,
                         self._local.addrs + local_first, local_slot * self._local.stride, count, self._local.stride,
                         &detail)
-                    status = self._move(status, &detail)
+                    status = self._move(status, remote_first, self._local.stride, &detail)
                     self._end()
-        self._raise_for(status, &detail, b"plan" if status == LDD_E_PARAM else b"transfer")
+        self._raise_for(status, &detail, _stage_of(status))
 
     def put_slot_to_blocks(self, uint32_t local_first, uint32_t remote_first, uint32_t count, uint64_t local_slot,
                            IndexList dst_blocks, uint64_t block_bytes):
@@ -307,9 +362,9 @@ cdef class LayerPush:
                         &self._link.descs, self._local.addrs + local_first, local_slot * self._local.stride,
                         self._local.stride, self._addrs + remote_first, dst_blocks.data,
                         self._num_blocks(block_bytes), count, block_bytes, dst_blocks.length, True, &detail)
-                    status = self._move(status, &detail)
+                    status = self._move(status, remote_first, block_bytes, &detail)
                     self._end()
-        self._raise_for(status, &detail, b"plan" if status == LDD_E_PARAM else b"transfer")
+        self._raise_for(status, &detail, _stage_of(status))
 
     def put_blocks(self, uint32_t local_first, uint32_t remote_first, uint32_t count, IndexList src_blocks,
                    IndexList dst_blocks):
@@ -334,9 +389,9 @@ cdef class LayerPush:
                         self._num_blocks(self._local.stride), self._local.addrs + local_first, src_blocks.data,
                         self._local.num_slots, count,
                         self._local.stride, dst_blocks.length, True, &detail)
-                    status = self._move(status, &detail)
+                    status = self._move(status, remote_first, self._local.stride, &detail)
                     self._end()
-        self._raise_for(status, &detail, b"plan" if status == LDD_E_PARAM else b"transfer")
+        self._raise_for(status, &detail, _stage_of(status))
 
     def close(self, bint ends_hold=False):
         """End the lease and unpin the source. Idempotent; a peer that is gone has ended the lease itself.
@@ -365,6 +420,12 @@ cdef class LayerPush:
             ldd_table_unpin(self._engine.table, self._local.slot, self._local.generation)
         self._pinned = False
         self._raise_for(status, &detail, b"release")
+
+
+cdef const char* _stage_of(ldd_status status) noexcept nogil:
+    if status == LDD_E_CHECKSUM:
+        return b"verify"
+    return b"plan" if status == LDD_E_PARAM else b"transfer"
 
 
 def parse_indices(values, str name):

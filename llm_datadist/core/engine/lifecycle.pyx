@@ -143,6 +143,11 @@ cdef class EngineCore:
             and (self._provider.table.ext.LddCapabilities == NULL
                  or self._provider.table.caps & <unsigned int>LDD_CAP_SHARED_MEMORY != 0))
         self.node.strict = options.strict
+        self.node.verifies = options.checksum
+        if options.checksum and not self._provider.table.caps & <unsigned int>LDD_CAP_ANY_LOCAL:
+            status = ldd_fail(&detail, LDD_E_NOT_ENABLED, b"option llm.Checksum is on, but the CPU cannot read memory "
+                              b"of this provider")
+            self.raise_for(status, &detail, b"init")
         ldd_socket_set_silence(options.link_silence_ms)
         for secret in options.link_secrets:
             memcpy(self.node.secrets[self.node.num_secrets], <const char*><bytes>secret, sizeof(self.node.secrets[0]))

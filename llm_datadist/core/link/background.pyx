@@ -211,7 +211,7 @@ cdef void _give_up_locked(ldd_call* call) noexcept nogil:
     if call.link.pinned:
         call.slot = call.link.pin.slot
         call.generation = call.link.pin.generation
-        call.pinned = ldd_table_repin(call.link.node.table, call.slot, call.generation)
+        call.pinned = ldd_table_repin(call.link.node.table, call.slot, call.generation, NULL)
 
 
 cdef ldd_status _run(ldd_call* call, bint interruptible, bint* given_up) noexcept nogil:

@@ -122,7 +122,8 @@ ctypedef struct ldd_node:
     bint shares_table                           # with peers on this host, both ways
     uint8_t[2][32] secrets                      # keys made of the secrets that peers must know, ours first
     uint32_t num_secrets                        # 0: nobody is asked for one
-    bint strict                                 # a destination block that occurs twice in one request is refused
+    bint strict                                 # ends of different data types, and repeated destinations, are refused
+    bint verifies                               # what arrives is held against checksums of its source
     ldd_mutex lock                        # guards the set and the fields said above; a leaf lock
     ldd_cond idle                         # signalled when a link's last operation ends
     ldd_link* links

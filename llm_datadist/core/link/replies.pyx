@@ -14,6 +14,7 @@ from llm_datadist.core.base.status cimport (
 )
 from llm_datadist.core.base.sync cimport ldd_now_ns
 from llm_datadist.core.link.access cimport ldd_check_access
+from llm_datadist.core.link.checksums cimport ldd_reply_checksums
 from llm_datadist.core.link.links cimport (
     LINK_ACTIVE, ORIGIN_PEER, ldd_lease, ldd_link, ldd_link_break, ldd_link_drop, ldd_link_leave, ldd_link_lose,
     ldd_link_state_of, ldd_link_unref, ldd_node, ldd_pin,
@@ -22,10 +23,10 @@ from llm_datadist.core.link.region cimport ldd_regions_drop_peer, ldd_regions_ep
 from llm_datadist.core.link.service_conn cimport ldd_conn_forget, ldd_conn_reply
 from llm_datadist.core.link.wire cimport (
     LDD_ACCESS_WRITE, LDD_DESC_BLOCKS, LDD_DESC_EVEN, LDD_DESC_HOST, LDD_DESC_OWNED, LDD_DESC_REMOTE_ACCESSIBLE,
-    LDD_FRAME_ACK, LDD_FRAME_DESCRIPTOR, LDD_FRAME_ENDPOINT_LIST, LDD_FRAME_ENDPOINTS, LDD_FRAME_LEASE,
-    LDD_FRAME_LEAVE, LDD_FRAME_PING, LDD_FRAME_RANGES, LDD_FRAME_RELEASE, LDD_FRAME_RESOLVE, LDD_FRAME_UNLINK,
-    LDD_MODE_REMOTE_ACCESSIBLE, LDD_RELEASE_TAKE, LDD_WIRE_MAX_RANGES, ldd_ack, ldd_descriptor, ldd_endpoint_list,
-    ldd_frame_header, ldd_lease_reply, ldd_range, ldd_release, ldd_resolve,
+    LDD_FRAME_ACK, LDD_FRAME_CHECKSUM, LDD_FRAME_DESCRIPTOR, LDD_FRAME_ENDPOINT_LIST, LDD_FRAME_ENDPOINTS,
+    LDD_FRAME_LEASE, LDD_FRAME_LEAVE, LDD_FRAME_PING, LDD_FRAME_RANGES, LDD_FRAME_RELEASE, LDD_FRAME_RESOLVE,
+    LDD_FRAME_UNLINK, LDD_MODE_REMOTE_ACCESSIBLE, LDD_RELEASE_TAKE, LDD_WIRE_MAX_RANGES, ldd_ack, ldd_descriptor,
+    ldd_endpoint_list, ldd_frame_header, ldd_lease_reply, ldd_range, ldd_ranges, ldd_release, ldd_resolve,
 )
 from llm_datadist.core.record.record cimport (
     LDD_EVENT_ANSWER, LDD_EVENT_REFUSE, LDD_OP_ANSWER, ldd_record_count, ldd_trace_span,
@@ -226,6 +227,7 @@ cdef ldd_status _on_resolve(ldd_service* service, ldd_conn* conn, uint32_t reque
     answer.tensor_bytes = view.tensor_bytes
     answer.stride_bytes = view.stride
     answer.region_epoch = ldd_regions_epoch(&node.regions)
+    answer.tensor = view.described[0]
     answer.batch_index = request.batch_index if request.access == LDD_ACCESS_WRITE else view.batch_index
     if view.step:
         even[0] = view.addrs[0]
@@ -263,12 +265,23 @@ cdef ldd_status _on_release(ldd_service* service, ldd_conn* conn, uint32_t reque
     return ldd_conn_reply(conn, request_id, LDD_FRAME_ACK, &answer, sizeof(answer), NULL, 0)
 
 
+cdef void _describe_range(const ldd_cache_view* view, bint is_first, uint32_t dtype,
+                          ldd_lease_reply* out) noexcept nogil:
+    """Have the answer say what a cache holds: the first one, until there is one of another data type than is meant."""
+    cdef uint32_t found = view.described.dtype
+    if is_first or (found != 0 and found != dtype and (out.tensor.dtype == dtype or out.tensor.dtype == 0)):
+        out.tensor = view.described[0]
+        out.cache_id = view.cache_id
+        out.num_tensors = view.num_tensors
+
+
 cdef ldd_status _on_ranges(ldd_service* service, ldd_conn* conn, uint32_t request_id, const uint8_t* payload,
                           uint32_t num_ranges) noexcept nogil:
     cdef ldd_node* node = service.node
     cdef ldd_lease_reply answer
     cdef ldd_detail detail
     cdef ldd_cache_view view
+    cdef ldd_ranges head
     cdef ldd_range item
     cdef ldd_pin pin
     cdef ldd_pin* more = NULL
@@ -276,6 +289,8 @@ cdef ldd_status _on_ranges(ldd_service* service, ldd_conn* conn, uint32_t reques
     cdef ldd_status status = LDD_OK
     cdef uint32_t i
     memset(&answer, 0, sizeof(answer))
+    memcpy(&head, payload, sizeof(head))
+    payload += sizeof(head)
     detail.text[0] = 0
     if ldd_link_state_of(conn.link) != LINK_ACTIVE:
         status = ldd_fail(&detail, LDD_E_NOT_LINKED, b"the link was closed here")
@@ -294,6 +309,7 @@ cdef ldd_status _on_ranges(ldd_service* service, ldd_conn* conn, uint32_t reques
                 status = ldd_table_pin_range(node.table, item.addr, item.bytes, &view, &detail)
                 if status < 0:
                     break
+                _describe_range(&view, i == 0, head.dtype, &answer)
                 pin.slot = view.slot
                 pin.generation = view.generation
                 if lease.num_pins:
@@ -329,9 +345,12 @@ cdef bint _answer(ldd_service* service, ldd_conn* conn, const ldd_frame_header* 
     if header.type == LDD_FRAME_RELEASE and header.length == sizeof(release):
         memcpy(&release, payload, sizeof(release))
         return _on_release(service, conn, header.request_id, &release) == LDD_OK
-    if header.type == LDD_FRAME_RANGES and header.length and header.length % sizeof(ldd_range) == 0:
+    if (header.type == LDD_FRAME_RANGES and header.length > sizeof(ldd_ranges)
+            and (header.length - sizeof(ldd_ranges)) % sizeof(ldd_range) == 0):
         return _on_ranges(service, conn, header.request_id, payload,
-                         header.length // <uint32_t>sizeof(ldd_range)) == LDD_OK
+                         (header.length - <uint32_t>sizeof(ldd_ranges)) // <uint32_t>sizeof(ldd_range)) == LDD_OK
+    if header.type == LDD_FRAME_CHECKSUM:
+        return ldd_reply_checksums(service, conn, header, payload)
     if header.type == LDD_FRAME_ENDPOINTS and header.length == 0:
         return ldd_conn_reply(conn, header.request_id, LDD_FRAME_ENDPOINT_LIST, &service.node.regions.offers,
                               sizeof(ldd_endpoint_list), NULL, 0) == LDD_OK

@@ -24,10 +24,11 @@ from llm_datadist.core.link.background cimport ldd_background_destroy, ldd_backg
 from llm_datadist.core.link.links cimport ldd_link_break
 from llm_datadist.core.link.region cimport ldd_regions, ldd_regions_are_known
 from llm_datadist.core.link.wire cimport (
-    LDD_ACCESS_READ, LDD_ACCESS_WRITE, LDD_DESC_EVEN, LDD_FRAME_ACK, LDD_FRAME_DESCRIPTOR, LDD_FRAME_ENDPOINT_LIST,
-    LDD_FRAME_ENDPOINTS, LDD_FRAME_LEASE, LDD_FRAME_PING, LDD_FRAME_RANGES, LDD_FRAME_RELEASE, LDD_FRAME_RESOLVE,
-    LDD_FRAME_UNLINK, LDD_MAX_ENDPOINTS, LDD_RELEASE_TAKE, LDD_WIRE_MAGIC, LDD_WIRE_MAX_PAYLOAD, LDD_WIRE_VERSION,
-    ldd_ack, ldd_endpoint_list, ldd_endpoint_record, ldd_frame_header, ldd_lease_reply, ldd_range, ldd_release,
+    LDD_ACCESS_READ, LDD_ACCESS_WRITE, LDD_DESC_EVEN, LDD_FRAME_ACK, LDD_FRAME_CHECKSUM, LDD_FRAME_CHECKSUMS,
+    LDD_FRAME_DESCRIPTOR, LDD_FRAME_ENDPOINT_LIST, LDD_FRAME_ENDPOINTS, LDD_FRAME_LEASE, LDD_FRAME_PING,
+    LDD_FRAME_RANGES, LDD_FRAME_RELEASE, LDD_FRAME_RESOLVE, LDD_FRAME_UNLINK, LDD_MAX_ENDPOINTS, LDD_RELEASE_TAKE,
+    LDD_WIRE_MAGIC, LDD_WIRE_MAX_PAYLOAD, LDD_WIRE_VERSION, ldd_ack, ldd_checked, ldd_checked_range, ldd_checksums,
+    ldd_endpoint_list, ldd_endpoint_record, ldd_frame_header, ldd_lease_reply, ldd_range, ldd_ranges, ldd_release,
     ldd_resolve,
 )
 from llm_datadist.core.record.record cimport (
@@ -52,10 +53,17 @@ cdef ldd_status ldd_reply_room(ldd_link* link, size_t nbytes) noexcept nogil:
 cdef ldd_status ldd_exchange(int fd, uint32_t request_id, uint32_t type, const void* payload, size_t nbytes,
                              uint32_t reply_type, void* reply, size_t fixed, ldd_link* rest_into, size_t* rest_bytes,
                              int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
+    cdef ldd_status status = _send(fd, request_id, type, payload, nbytes, deadline_ns, detail)
+    if status < 0:
+        return status
+    return _receive(fd, request_id, reply_type, reply, fixed, rest_into, rest_bytes, deadline_ns, detail)
+
+
+cdef ldd_status _send(int fd, uint32_t request_id, uint32_t type, const void* payload, size_t nbytes,
+                      int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
     cdef ldd_frame_header header
     cdef uint8_t small[SMALL_REQUEST_BYTES]
     cdef ldd_status status
-    cdef size_t rest
     header.magic = LDD_WIRE_MAGIC
     header.version = LDD_WIRE_VERSION
     header.type = <uint16_t>type
@@ -65,13 +73,17 @@ cdef ldd_status ldd_exchange(int fd, uint32_t request_id, uint32_t type, const v
         memcpy(small, &header, sizeof(header))      # one segment on the wire, one wake-up of the peer
         if nbytes:
             memcpy(small + sizeof(header), payload, nbytes)
-        status = ldd_socket_send(fd, small, sizeof(header) + nbytes, deadline_ns, detail)
-    else:
-        status = ldd_socket_send(fd, &header, sizeof(header), deadline_ns, detail)
-        if status == LDD_OK:
-            status = ldd_socket_send(fd, payload, nbytes, deadline_ns, detail)
-    if status == LDD_OK:
-        status = ldd_socket_recv(fd, &header, sizeof(header), deadline_ns, detail)
+        return ldd_socket_send(fd, small, sizeof(header) + nbytes, deadline_ns, detail)
+    status = ldd_socket_send(fd, &header, sizeof(header), deadline_ns, detail)
+    return ldd_socket_send(fd, payload, nbytes, deadline_ns, detail) if status == LDD_OK else status
+
+
+cdef ldd_status _receive(int fd, uint32_t request_id, uint32_t reply_type, void* reply, size_t fixed,
+                         ldd_link* rest_into, size_t* rest_bytes, int64_t deadline_ns,
+                         ldd_detail* detail) noexcept nogil:
+    cdef ldd_frame_header header
+    cdef size_t rest
+    cdef ldd_status status = ldd_socket_recv(fd, &header, sizeof(header), deadline_ns, detail)
     if status < 0:
         return status
     if header.magic != LDD_WIRE_MAGIC or header.version != LDD_WIRE_VERSION:
@@ -157,19 +169,15 @@ cdef ldd_status ldd_request_resolve(ldd_link* link, uint32_t kind, uint64_t id, 
     return LDD_OK
 
 
-cdef ldd_status ldd_request_ranges(ldd_link* link, const ldd_range* ranges, uint32_t num_ranges, int64_t deadline_ns,
-                               uint32_t* lease, uint64_t* region_epoch, ldd_detail* detail) noexcept nogil:
-    cdef ldd_lease_reply reply
-    cdef ldd_status status
-    status = _ask(link, LDD_FRAME_RANGES, ranges, num_ranges * sizeof(ldd_range), LDD_FRAME_LEASE, &reply,
-                 sizeof(reply), False, NULL, deadline_ns, detail)
+cdef ldd_status ldd_request_ranges(ldd_link* link, const ldd_ranges* head, uint32_t num_ranges, int64_t deadline_ns,
+                               ldd_lease_reply* out, ldd_detail* detail) noexcept nogil:
+    cdef ldd_status status = _ask(link, LDD_FRAME_RANGES, head, sizeof(head[0]) + num_ranges * sizeof(ldd_range),
+                                  LDD_FRAME_LEASE, out, sizeof(out[0]), False, NULL, deadline_ns, detail)
     if status < 0:
         return status
-    if reply.status < 0:
-        reply.text[sizeof(reply.text) - 1] = 0
-        return ldd_fail(detail, reply.status, b"cluster %llu: %s", <unsigned long long>link.cluster_id, reply.text)
-    lease[0] = reply.lease
-    region_epoch[0] = reply.region_epoch
+    if out.status < 0:
+        out.text[sizeof(out.text) - 1] = 0
+        return ldd_fail(detail, out.status, b"cluster %llu: %s", <unsigned long long>link.cluster_id, out.text)
     return LDD_OK
 
 
@@ -188,6 +196,30 @@ cdef ldd_status ldd_request_release(ldd_link* link, uint32_t lease, bint take, u
         return ldd_fail(detail, ack.status, b"cluster %llu refused to end lease %u",
                         <unsigned long long>link.cluster_id, lease)
     return status
+
+
+cdef ldd_status ldd_request_checksums(ldd_link* link, const ldd_checked* request, int64_t deadline_ns,
+                                      ldd_detail* detail) noexcept nogil:
+    cdef ldd_status status
+    link.next_request += 1
+    status = _send(link.ask_fd, link.next_request, LDD_FRAME_CHECKSUM, request,
+                   sizeof(request[0]) + request.num_ranges * sizeof(ldd_checked_range), deadline_ns, detail)
+    if status < 0:
+        ldd_link_break(link, detail.text)
+    return status
+
+
+cdef ldd_status ldd_take_checksums(ldd_link* link, ldd_checksums* out, uint32_t num_sums, int64_t deadline_ns,
+                                   ldd_detail* detail) noexcept nogil:
+    cdef ldd_status status = _receive(link.ask_fd, link.next_request, LDD_FRAME_CHECKSUMS, out,
+                                      sizeof(out[0]) + num_sums * sizeof(uint32_t), NULL, NULL, deadline_ns, detail)
+    if status < 0:
+        ldd_link_break(link, detail.text)
+        return status
+    if out.status < 0:
+        return ldd_fail(detail, out.status, b"cluster %llu could not compute checksums: its memory is not for the CPU "
+                        b"to read, or the transfer's lease has ended", <unsigned long long>link.cluster_id)
+    return LDD_OK
 
 
 cdef ldd_status ldd_request_unlink(ldd_link* link, int64_t deadline_ns, ldd_detail* detail) noexcept nogil:

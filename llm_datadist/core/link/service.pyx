@@ -31,8 +31,9 @@ from llm_datadist.core.link.service_conn cimport (
     ldd_conn_flush, ldd_conn_forget, ldd_conn_is_listed, pthread_t,
 )
 from llm_datadist.core.link.wire cimport (
-    LDD_FRAME_HELLO, LDD_FRAME_PROOF, LDD_FRAME_RANGES, LDD_WIRE_MAGIC, LDD_WIRE_MAX_HELLO, LDD_WIRE_MAX_PAYLOAD,
-    LDD_WIRE_MAX_RANGES, LDD_WIRE_VERSION, ldd_frame_header, ldd_hello, ldd_proof, ldd_range,
+    LDD_CHECKED_MAX_RANGES, LDD_FRAME_CHECKSUM, LDD_FRAME_HELLO, LDD_FRAME_PROOF, LDD_FRAME_RANGES, LDD_WIRE_MAGIC,
+    LDD_WIRE_MAX_HELLO, LDD_WIRE_MAX_PAYLOAD, LDD_WIRE_MAX_RANGES, LDD_WIRE_VERSION, ldd_checked, ldd_checked_range,
+    ldd_frame_header, ldd_hello, ldd_proof, ldd_range, ldd_ranges,
 )
 from llm_datadist.core.table.leases cimport ldd_table_expire
 
@@ -110,13 +111,14 @@ cdef enum:
     MIN_LINKS = 8
     MAX_HANDSHAKES = 256                        # a flood of silent connections costs no more than this
     MAX_UNREAD_BYTES = LDD_WIRE_MAX_PAYLOAD     # of answers; a peer that has so many waiting is not answered any more
-    MAX_SMALL_REQUEST = 64                      # bytes of any request but RANGES and HELLO
+    MAX_SMALL_REQUEST = 64                      # bytes of any request but RANGES, CHECKSUM and HELLO
     READ_BYTES = 4096
     READS_PER_TURN = 16
 
 
 cdef enum ldd_outcome:
     CONN_GOES_ON
+    CONN_LETS_OTHERS                            # its turn is over
     CONN_IS_OVER                                # and not yet forgotten
     CONN_IS_GONE
 
@@ -134,7 +136,9 @@ cdef bint _frame_fits(const ldd_conn* conn, const ldd_frame_header* header) noex
     if conn.kind == CONN_PROVING:
         return header.type == LDD_FRAME_PROOF and header.length == sizeof(ldd_proof)
     if header.type == LDD_FRAME_RANGES:
-        return header.length <= LDD_WIRE_MAX_RANGES * sizeof(ldd_range)
+        return header.length <= sizeof(ldd_ranges) + LDD_WIRE_MAX_RANGES * sizeof(ldd_range)
+    if header.type == LDD_FRAME_CHECKSUM:
+        return header.length <= sizeof(ldd_checked) + LDD_CHECKED_MAX_RANGES * sizeof(ldd_checked_range)
     return header.length <= MAX_SMALL_REQUEST
 
 
@@ -142,7 +146,7 @@ cdef ldd_outcome _take_frames(ldd_service* service, ldd_conn* conn) noexcept nog
     """Answer the frames that are in the inbox as a whole."""
     cdef ldd_frame_header header
     cdef size_t at = 0
-    cdef bint was_handshake
+    cdef bint was_handshake, takes_long = False
     while conn.inbox.length - at >= sizeof(header):
         memcpy(&header, conn.inbox.data + at, sizeof(header))
         if not _frame_fits(conn, &header):
@@ -150,6 +154,7 @@ cdef ldd_outcome _take_frames(ldd_service* service, ldd_conn* conn) noexcept nog
             return CONN_IS_OVER
         if conn.inbox.length - at < sizeof(header) + header.length:
             break
+        takes_long = header.type == LDD_FRAME_CHECKSUM
         was_handshake = conn.kind == CONN_HANDSHAKE or conn.kind == CONN_PROVING
         if was_handshake:
             if not ldd_accept_hello(service, conn, &header, conn.inbox.data + at + sizeof(header)):
@@ -161,12 +166,15 @@ cdef ldd_outcome _take_frames(ldd_service* service, ldd_conn* conn) noexcept nog
             elif conn.waits:
                 break
         elif (conn.outbox.length > MAX_UNREAD_BYTES         # it asks on and on, and reads nothing
+                or (takes_long and conn.inbox.length - at != sizeof(header) + header.length)    # or does not wait
                 or not ldd_reply(service, conn, &header, conn.inbox.data + at + sizeof(header))):
             ldd_add64(&service.num_rejected_frames, 1)
             return CONN_IS_OVER
         at += sizeof(header) + header.length
     ldd_bytes_consume(&conn.inbox, at)
-    return CONN_GOES_ON if ldd_conn_flush(service, conn) else CONN_IS_OVER
+    if not ldd_conn_flush(service, conn):
+        return CONN_IS_OVER
+    return CONN_LETS_OTHERS if takes_long else CONN_GOES_ON
 
 
 cdef bint _on_readable(ldd_service* service, ldd_conn* conn) noexcept nogil:
@@ -190,7 +198,7 @@ cdef bint _on_readable(ldd_service* service, ldd_conn* conn) noexcept nogil:
             return False
         outcome = _take_frames(service, conn)
         if outcome != CONN_GOES_ON:
-            return outcome == CONN_IS_GONE
+            return outcome != CONN_IS_OVER
     return True                                     # epoll reports it again, after the others had their turn
 
 

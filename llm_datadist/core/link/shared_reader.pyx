@@ -7,7 +7,7 @@ among the owner's release marks, which sends every other reader to the owner. Wh
 progress, a mark, addresses without a pattern, layered releases), the peer's service thread is asked instead.
 """
 from libc.stddef cimport size_t
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
@@ -32,9 +32,9 @@ from llm_datadist.core.link.wire cimport (
 from llm_datadist.core.table.cache_life cimport ldd_kind_name
 from llm_datadist.core.table.key_index cimport KEY_BY_ID, KEY_REQ, LDD_NO_KEY, ldd_keys_find_shared
 from llm_datadist.core.table.shared_table cimport (
-    LDD_LANE_RING, LDD_MAX_CACHES, LDD_MAX_CELLS, LDD_SHOWN_BLOCKS, LDD_SHOWN_HOST, LDD_SHOWN_OWNED,
-    LDD_SHOWN_PUBLISHED, LDD_SHOWN_REMOTE_ACCESSIBLE, ldd_lane, ldd_lane_map, ldd_seq_read, ldd_seq_unchanged,
-    ldd_shared_cache, ldd_shared_cache_read, ldd_shared_key, ldd_shared_key_read, ldd_shared_reader,
+    LDD_LANE_RING, LDD_MAX_CACHES, LDD_MAX_CELLS, LDD_SHOWN_BLOCKS, LDD_SHOWN_DTYPE_SHIFT, LDD_SHOWN_HOST,
+    LDD_SHOWN_OWNED, LDD_SHOWN_PUBLISHED, LDD_SHOWN_REMOTE_ACCESSIBLE, ldd_lane, ldd_lane_map, ldd_seq_read,
+    ldd_seq_unchanged, ldd_shared_cache, ldd_shared_cache_read, ldd_shared_key, ldd_shared_key_read, ldd_shared_reader,
     ldd_shared_table_destroy, ldd_shared_table_map,
 )
 
@@ -196,11 +196,12 @@ cdef bint _fill_addrs(ldd_shared_reader* reader, ldd_link* link, const ldd_share
 
 
 cdef ldd_status ldd_reader_resolve(ldd_link* link, uint32_t kind, uint64_t id, uint64_t model_id, uint64_t batch_index,
-                                 bint write, bint release, ldd_remote_cache* out, ldd_detail* detail) noexcept nogil:
+                                 bint write, bint release, uint16_t dtype, ldd_remote_cache* out,
+                                 ldd_detail* detail) noexcept nogil:
     cdef ldd_shared_reader* reader = link.reader
     cdef ldd_shared_key key
     cdef ldd_shared_cache cache
-    cdef uint32_t key_index = LDD_NO_KEY
+    cdef uint32_t key_index = LDD_NO_KEY, shown
     cdef ldd_status status
     cdef int found
     if reader == NULL or ldd_load32(&reader.lane.closed):
@@ -213,12 +214,15 @@ cdef ldd_status ldd_reader_resolve(ldd_link* link, uint32_t kind, uint64_t id, u
     if found == 0:
         return _missing(link, kind, id, model_id, detail)
     status = LDD_OK
+    shown = cache.flags >> LDD_SHOWN_DTYPE_SHIFT
     if not cache.flags & LDD_SHOWN_PUBLISHED:
         status = _missing(link, kind, id, model_id, detail)
     elif kind == KEY_REQ and <int32_t>(ldd_load32(&reader.shared.marks.marks[key_index]) - key.generation) >= 0:
         status = LDD_READER_ASK                   # somebody says it is released: the owner knows
     elif kind == KEY_BY_ID and cache.num_keys and release:
         status = LDD_READER_ASK                   # the slot may have a key to release, which the owner looks up
+    elif dtype and shown and dtype != shown:
+        status = LDD_READER_ASK                   # it has the words, and this is no hurry
     else:
         status = _check_access(link, &cache, kind, batch_index, write, detail)
         if status == LDD_OK and not _fill_addrs(reader, link, &cache, out):
@@ -235,6 +239,7 @@ cdef ldd_status ldd_reader_resolve(ldd_link* link, uint32_t kind, uint64_t id, u
                       | (LDD_DESC_REMOTE_ACCESSIBLE if cache.flags & LDD_SHOWN_REMOTE_ACCESSIBLE else 0))
     out.desc.num_slots = cache.num_slots
     out.desc.tensor_bytes = cache.tensor_bytes
+    out.desc.tensor.dtype = <uint16_t>shown
     out.desc.stride_bytes = cache.tensor_bytes // cache.num_slots
     out.desc.batch_index = <uint32_t>(batch_index if kind == KEY_BY_ID else key.batch_slot)
     out.desc.region_epoch = ldd_get64(&reader.shared.head.region_epoch)

@@ -1,6 +1,8 @@
 """The control protocol's frames; see ``ldd_wire.h`` for what each means."""
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
+from llm_datadist.core.base.tensor_desc cimport ldd_tensor_desc
+
 cdef extern from "llm_datadist/ldd_wire.h" nogil:
     enum:
         LDD_WIRE_MAGIC
@@ -22,6 +24,10 @@ cdef extern from "llm_datadist/ldd_wire.h" nogil:
         LDD_FRAME_ENDPOINT_LIST
         LDD_FRAME_LEAVE
         LDD_FRAME_PROOF
+        LDD_FRAME_CHECKSUM
+        LDD_FRAME_CHECKSUMS
+        LDD_CHECKED_MAX_RANGES
+        LDD_CHECKED_MAX_BYTES
         LDD_MAX_ENDPOINTS
         LDD_HELLO_FORWARD
         LDD_HELLO_REVERSE
@@ -88,6 +94,7 @@ cdef extern from "llm_datadist/ldd_wire.h" nogil:
     ctypedef struct ldd_resolve:
         uint8_t kind
         uint8_t access
+        uint16_t dtype
         uint32_t batch_index
         uint64_t id
         uint64_t model_id
@@ -114,11 +121,14 @@ cdef extern from "llm_datadist/ldd_wire.h" nogil:
         uint64_t region_epoch
         uint32_t batch_index
         uint32_t text_bytes
+        ldd_tensor_desc tensor
     ctypedef struct ldd_release:
         uint32_t lease
         uint32_t flags
         uint32_t first_tensor
         uint32_t num_tensors
+    ctypedef struct ldd_ranges:
+        uint32_t dtype
     ctypedef struct ldd_range:
         uint64_t addr
         uint64_t bytes
@@ -126,6 +136,19 @@ cdef extern from "llm_datadist/ldd_wire.h" nogil:
         int32_t status
         uint32_t lease
         uint64_t region_epoch
+        ldd_tensor_desc tensor
+        int64_t cache_id
+        uint32_t num_tensors
         char text[240]
+    ctypedef struct ldd_checked:
+        uint32_t lease
+        uint32_t num_ranges
+    ctypedef struct ldd_checked_range:
+        uint64_t addr
+        uint32_t bytes
+        uint32_t pin
+    ctypedef struct ldd_checksums:
+        int32_t status
+        uint32_t num_sums
     ctypedef struct ldd_ack:
         int32_t status

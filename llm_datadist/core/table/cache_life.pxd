@@ -3,6 +3,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from llm_datadist.core.base.status cimport ldd_detail, ldd_status
 from llm_datadist.core.base.sync cimport ldd_cond, ldd_mutex
+from llm_datadist.core.base.tensor_desc cimport ldd_tensor_desc
 from llm_datadist.core.record.record cimport ldd_record
 from llm_datadist.core.table.key_index cimport ldd_keys
 from llm_datadist.core.table.pool cimport ldd_pool, ldd_span
@@ -36,6 +37,7 @@ ctypedef struct ldd_cache_view:
     uint64_t stride                 # tensor_bytes // num_slots
     uint64_t step                   # distance of consecutive tensors when it is constant and positive, otherwise 0
     const uint64_t* addrs           # num_tensors
+    const ldd_tensor_desc* described    # lives as long as addrs
     uint32_t key_index              # releasable key, for ldd_table_take; LDD_NO_KEY when a pull releases nothing
     uint32_t key_generation
     uint32_t key_kind               # KEY_REQ, KEY_PREFIX, KEY_BLOCKS; KEY_BY_ID when the slot has no key
@@ -64,7 +66,8 @@ ctypedef struct ldd_cache:
     uint64_t num_slots
     uint64_t tensor_bytes
     uint64_t step
-    uint64_t* addrs                 # one block: addrs[num_tensors], then slot_keys[num_key_slots]
+    uint64_t* addrs                 # one block: addrs[num_tensors], then `described`, then slot_keys[num_key_slots]
+    ldd_tensor_desc* described
     uint32_t* slot_keys             # batch slot -> key index
     uint64_t* taken                 # per key slot: how many tensors layered pulls took, and a bit for each; NULL: none
     ldd_pool* pool
@@ -131,9 +134,10 @@ cdef extern from *:
     const uint32_t LDD_NO_SLOT
 
 # Check what needs no lock and fill `cache`, with room for addresses and for keys by batch slot (free(cache.addrs)).
+# `described` may be NULL: nothing is said.
 cdef ldd_status ldd_cache_describe(ldd_cache* cache, uint32_t num_tensors, uint64_t num_slots, uint64_t tensor_bytes,
-                                   uint32_t flags, const ldd_key_spec* keys, uint32_t num_keys,
-                                   ldd_detail* detail) noexcept nogil
+                                   uint32_t flags, const ldd_tensor_desc* described, const ldd_key_spec* keys,
+                                   uint32_t num_keys, ldd_detail* detail) noexcept nogil
 
 # The rest is called with the table's mutex held, and takes a pool's.
 

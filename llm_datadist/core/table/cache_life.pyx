@@ -29,8 +29,8 @@ from llm_datadist.core.table.key_index cimport (
 )
 from llm_datadist.core.table.pool cimport LDD_NO_PAGE, ldd_pool_free
 from llm_datadist.core.table.shared_table cimport (
-    LDD_MAX_CACHES, LDD_SHOWN_BLOCKS, LDD_SHOWN_HOST, LDD_SHOWN_OPEN, LDD_SHOWN_OWNED, LDD_SHOWN_PUBLISHED,
-    LDD_SHOWN_REMOTE_ACCESSIBLE, ldd_shared_cache, ldd_shared_cache_write,
+    LDD_MAX_CACHES, LDD_SHOWN_BLOCKS, LDD_SHOWN_DTYPE_SHIFT, LDD_SHOWN_HOST, LDD_SHOWN_OPEN, LDD_SHOWN_OWNED,
+    LDD_SHOWN_PUBLISHED, LDD_SHOWN_REMOTE_ACCESSIBLE, ldd_shared_cache, ldd_shared_cache_write,
 )
 
 cdef enum:
@@ -40,8 +40,8 @@ cdef enum:
 
 
 cdef ldd_status ldd_cache_describe(ldd_cache* cache, uint32_t num_tensors, uint64_t num_slots, uint64_t tensor_bytes,
-                                   uint32_t flags, const ldd_key_spec* keys, uint32_t num_keys,
-                                   ldd_detail* detail) noexcept nogil:
+                                   uint32_t flags, const ldd_tensor_desc* described, const ldd_key_spec* keys,
+                                   uint32_t num_keys, ldd_detail* detail) noexcept nogil:
     cdef uint32_t i
     cdef uint64_t batch = 1 if flags & LDD_CACHE_BLOCKS else min(num_slots, <uint64_t>MAX_BATCH)
     cdef bint fits
@@ -62,10 +62,16 @@ cdef ldd_status ldd_cache_describe(ldd_cache* cache, uint32_t num_tensors, uint6
                             ldd_kind_name(keys[i].kind), <unsigned long long>keys[i].id, keys[i].slot,
                             <unsigned long long>batch)
         cache.num_key_slots = max(cache.num_key_slots, keys[i].slot + 1)
-    cache.addrs = <uint64_t*>malloc(num_tensors * sizeof(uint64_t) + cache.num_key_slots * sizeof(uint32_t))
+    cache.addrs = <uint64_t*>malloc(num_tensors * sizeof(uint64_t) + sizeof(ldd_tensor_desc)
+                                    + cache.num_key_slots * sizeof(uint32_t))
     if cache.addrs == NULL:
         return ldd_fail(detail, LDD_E_NO_MEMORY, b"no room for the addresses of %u tensors", num_tensors)
-    cache.slot_keys = <uint32_t*>(cache.addrs + num_tensors)
+    cache.described = <ldd_tensor_desc*>(cache.addrs + num_tensors)
+    cache.slot_keys = <uint32_t*>(cache.described + 1)
+    if described != NULL:
+        cache.described[0] = described[0]
+    else:
+        memset(cache.described, 0, sizeof(ldd_tensor_desc))
     memset(cache.slot_keys, 0xff, cache.num_key_slots * sizeof(uint32_t))       # LDD_NO_KEY everywhere
     cache.is_blocks = (flags & LDD_CACHE_BLOCKS) != 0
     cache.host = (flags & LDD_CACHE_HOST) != 0
@@ -247,7 +253,8 @@ cdef void _show(ldd_table* table, uint32_t slot) noexcept nogil:
     shown.flags = ((LDD_SHOWN_PUBLISHED if cache.published else 0) | (LDD_SHOWN_OWNED if cache.owned else 0)
                    | (LDD_SHOWN_BLOCKS if cache.is_blocks else 0) | (LDD_SHOWN_HOST if cache.host else 0)
                    | (LDD_SHOWN_REMOTE_ACCESSIBLE if cache.remote_accessible else 0)
-                   | (LDD_SHOWN_OPEN if cache.handle_ref else 0))
+                   | (LDD_SHOWN_OPEN if cache.handle_ref else 0)
+                   | <uint32_t>cache.described.dtype << LDD_SHOWN_DTYPE_SHIFT)
     ldd_shared_cache_write(&table.shared.caches[slot], &shown)
 
 
@@ -403,6 +410,7 @@ cdef void ldd_cache_pin(ldd_table* table, uint32_t slot, uint64_t batch_index, l
     view.stride = cache.tensor_bytes // cache.num_slots
     view.step = cache.step
     view.addrs = cache.addrs
+    view.described = cache.described
     view.key_index = LDD_NO_KEY
     view.key_generation = 0
     view.key_kind = KEY_BY_ID

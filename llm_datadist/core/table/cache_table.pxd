@@ -3,6 +3,7 @@ from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from llm_datadist.core.base.status cimport ldd_detail, ldd_status
+from llm_datadist.core.base.tensor_desc cimport ldd_tensor_desc
 from llm_datadist.core.table.cache_life cimport (
     LDD_CACHE_BLOCKS, LDD_CACHE_HOST, LDD_CACHE_LAST_KEY_WINS, LDD_CACHE_REMOTE, ldd_cache_view, ldd_key_spec,
     ldd_table,
@@ -43,18 +44,20 @@ cdef ldd_status ldd_table_create(ldd_table** out, ldd_detail* detail) noexcept n
 # Frees all memory of the table itself; call ldd_table_clear first. NULL is allowed.
 cdef void ldd_table_destroy(ldd_table* table) noexcept nogil
 
-# New owned cache. addrs (num_tensors, may be NULL) receives a copy. On failure nothing is bound and nothing taken.
+# New owned cache. addrs (num_tensors, may be NULL) receives a copy; `described` NULL says nothing of what it holds. On
+# failure nothing is bound and nothing taken.
 # LDD_E_PARAM: no pool, zero sizes, slot outside the cache, equal keys in one call (unless LAST_KEY_WINS), a key bound
 # to another live cache. LDD_E_NO_MEMORY: the pool's text.
 cdef ldd_status ldd_table_allocate(ldd_table* table, ldd_pool* pool, uint32_t num_tensors, uint64_t num_slots,
-                                   uint64_t tensor_bytes, uint32_t flags, const ldd_key_spec* keys, uint32_t num_keys,
-                                   int64_t* cache_id, uint64_t* addrs, int64_t deadline_ns,
-                                   ldd_detail* detail) noexcept nogil
+                                   uint64_t tensor_bytes, uint32_t flags, const ldd_tensor_desc* described,
+                                   const ldd_key_spec* keys, uint32_t num_keys, int64_t* cache_id, uint64_t* addrs,
+                                   int64_t deadline_ns, ldd_detail* detail) noexcept nogil
 # New registered cache over the caller's memory. A KEY_BLOCKS bound elsewhere moves here; other keys bound elsewhere
 # stay where they are.
 cdef ldd_status ldd_table_register(ldd_table* table, const uint64_t* addrs, uint32_t num_tensors, uint64_t num_slots,
-                                   uint64_t tensor_bytes, uint32_t flags, const ldd_key_spec* keys, uint32_t num_keys,
-                                   int64_t* cache_id, int64_t deadline_ns, ldd_detail* detail) noexcept nogil
+                                   uint64_t tensor_bytes, uint32_t flags, const ldd_tensor_desc* described,
+                                   const ldd_key_spec* keys, uint32_t num_keys, int64_t* cache_id,
+                                   int64_t deadline_ns, ldd_detail* detail) noexcept nogil
 # The handle of an owned cache is gone: free at once, or when the last key and pin are. Unknown, already deallocated
 # and registered ids: LDD_OK without effect.
 cdef ldd_status ldd_table_deallocate(ldd_table* table, int64_t cache_id, int64_t deadline_ns,
@@ -78,8 +81,8 @@ cdef ldd_status ldd_table_pin_local(ldd_table* table, int64_t cache_id, ldd_cach
 # LDD_E_PARAM names the address when there is none. Reads the bounds of every live cache.
 cdef ldd_status ldd_table_pin_range(ldd_table* table, uint64_t addr, uint64_t num_bytes, ldd_cache_view* view,
                                     ldd_detail* detail) noexcept nogil
-# One more pin on a cache that is pinned; False when it is not, or gone.
-cdef bint ldd_table_repin(ldd_table* table, uint32_t slot, uint32_t generation) noexcept nogil
+# One more pin on a cache that is pinned, described in `view` unless that is NULL; False when it is not, or gone.
+cdef bint ldd_table_repin(ldd_table* table, uint32_t slot, uint32_t generation, ldd_cache_view* view) noexcept nogil
 # Drop one pin; the last one of an unpublished cache frees it. A stale (slot, generation) is a no-op.
 cdef void ldd_table_unpin(ldd_table* table, uint32_t slot, uint32_t generation) noexcept nogil
 # A pull of tensors [first_tensor, first_tensor + num_tensors) succeeded: release the key when all were taken. A stale

@@ -89,16 +89,16 @@ cdef void ldd_table_destroy(ldd_table* table) noexcept nogil:
 
 
 cdef ldd_status ldd_table_allocate(ldd_table* table, ldd_pool* pool, uint32_t num_tensors, uint64_t num_slots,
-                                   uint64_t tensor_bytes, uint32_t flags, const ldd_key_spec* keys, uint32_t num_keys,
-                                   int64_t* cache_id, uint64_t* addrs, int64_t deadline_ns,
-                                   ldd_detail* detail) noexcept nogil:
+                                   uint64_t tensor_bytes, uint32_t flags, const ldd_tensor_desc* described,
+                                   const ldd_key_spec* keys, uint32_t num_keys, int64_t* cache_id, uint64_t* addrs,
+                                   int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
     cdef ldd_cache cache
     cdef uint32_t slot
     cdef ldd_status st
     if pool == NULL:
         return ldd_fail(detail, LDD_E_PARAM, b"there is no %s memory pool to allocate from",
                         b"host" if flags & LDD_CACHE_HOST else b"device")
-    st = ldd_cache_describe(&cache, num_tensors, num_slots, tensor_bytes, flags, keys, num_keys, detail)
+    st = ldd_cache_describe(&cache, num_tensors, num_slots, tensor_bytes, flags, described, keys, num_keys, detail)
     if st != LDD_OK:
         return st
     cache.owned = True
@@ -125,12 +125,13 @@ cdef ldd_status ldd_table_allocate(ldd_table* table, ldd_pool* pool, uint32_t nu
 
 
 cdef ldd_status ldd_table_register(ldd_table* table, const uint64_t* addrs, uint32_t num_tensors, uint64_t num_slots,
-                                   uint64_t tensor_bytes, uint32_t flags, const ldd_key_spec* keys, uint32_t num_keys,
-                                   int64_t* cache_id, int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
+                                   uint64_t tensor_bytes, uint32_t flags, const ldd_tensor_desc* described,
+                                   const ldd_key_spec* keys, uint32_t num_keys, int64_t* cache_id,
+                                   int64_t deadline_ns, ldd_detail* detail) noexcept nogil:
     cdef ldd_cache cache
     cdef uint32_t slot, i
     cdef ldd_status st
-    st = ldd_cache_describe(&cache, num_tensors, num_slots, tensor_bytes, flags, keys, num_keys, detail)
+    st = ldd_cache_describe(&cache, num_tensors, num_slots, tensor_bytes, flags, described, keys, num_keys, detail)
     if st != LDD_OK:
         return st
     for i in range(num_tensors):
@@ -258,12 +259,15 @@ cdef ldd_status ldd_table_pin_range(ldd_table* table, uint64_t addr, uint64_t nu
                     <unsigned long long>num_bytes, <unsigned long long>addr)
 
 
-cdef bint ldd_table_repin(ldd_table* table, uint32_t slot, uint32_t generation) noexcept nogil:
+cdef bint ldd_table_repin(ldd_table* table, uint32_t slot, uint32_t generation, ldd_cache_view* view) noexcept nogil:
     cdef bint pinned = False
     _lock_now(table)
     if slot < table.cache_capacity and table.caches[slot].generation == generation and table.caches[slot].pins:
-        table.caches[slot].pins += 1
-        table.num_pins += 1
+        if view != NULL:
+            ldd_cache_pin(table, slot, 0, view)
+        else:
+            table.caches[slot].pins += 1
+            table.num_pins += 1
         pinned = True
     ldd_unlock(&table.mutex)
     return pinned

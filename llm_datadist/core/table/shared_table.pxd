@@ -40,6 +40,7 @@ cdef enum:
     LDD_SHOWN_HOST = 8
     LDD_SHOWN_REMOTE_ACCESSIBLE = 16
     LDD_SHOWN_OPEN = 32                         # not deallocated; for whoever watches, peers do not care
+    LDD_SHOWN_DTYPE_SHIFT = 8                   # from this bit on: the data type, as in ldd_tensor_desc
 
 # What a reader needs of a key; the owner's own record is ldd_key.
 ctypedef struct ldd_shared_key:
@@ -60,7 +61,7 @@ ctypedef struct ldd_shared_cache:
     uint32_t generation
     uint32_t num_tensors
     uint32_t num_keys
-    uint32_t flags                              # LDD_SHOWN_*
+    uint32_t flags                              # LDD_SHOWN_*, and the data type
     uint64_t born_ns                            # when it was allocated or registered; for whoever watches
 
 # Start of the table's file; peers map it read-only, and nobody but the owner's first mapping can write it. The owner

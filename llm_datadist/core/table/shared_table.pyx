@@ -82,13 +82,13 @@ cdef enum:
 
 
 cdef uint64_t _layout() noexcept nogil:
-    """A hash of every size and offset that both sides must agree on, so that builds that differ do not meet."""
+    """A hash of every size, offset and bit field that both sides must agree on: builds that differ do not meet."""
     cdef ldd_shared_head head
     cdef ldd_shared_key key
     cdef ldd_shared_cache cache
     cdef ldd_release_marks marks
     cdef ldd_lane lane
-    cdef uint64_t facts[36]
+    cdef uint64_t facts[37]
     cdef uint64_t value = <uint64_t>0xcbf29ce484222325
     cdef int i
     facts[0] = LDD_MAX_KEYS
@@ -127,7 +127,8 @@ cdef uint64_t _layout() noexcept nogil:
     facts[33] = <size_t>&lane.ring[0] - <size_t>&lane
     facts[34] = <size_t>&lane.ring[0].key_index - <size_t>&lane.ring[0]
     facts[35] = <size_t>&lane.ring[0].key_generation - <size_t>&lane.ring[0]
-    for i in range(36):
+    facts[36] = LDD_SHOWN_DTYPE_SHIFT
+    for i in range(37):
         value = (value ^ facts[i]) * <uint64_t>0x100000001b3
     return value
 

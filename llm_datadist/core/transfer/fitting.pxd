@@ -3,6 +3,7 @@ from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from llm_datadist.core.base.status cimport ldd_detail, ldd_status
+from llm_datadist.core.base.tensor_desc cimport ldd_tensor_desc
 from llm_datadist.core.link.requests cimport ldd_remote_cache
 from llm_datadist.core.plan.block_plan cimport ldd_desc_list
 from llm_datadist.core.table.cache_table cimport ldd_cache_view
@@ -12,16 +13,30 @@ cdef enum ldd_shape:
     SHAPE_BLOCKS                                # blocks to blocks
     SHAPE_SLOT_TO_BLOCKS                        # contiguous source, blocks destination
 
+# A piece of the destination that did not arrive as it left.
+ctypedef struct ldd_fault:
+    uint64_t block                              # or slot
+    uint32_t tensor
+
+# All zero: none. Whoever owns it frees the items.
+ctypedef struct ldd_faults:
+    ldd_fault* items
+    size_t count
+    size_t capacity
+
 # How far a transfer came, for whoever tells of its failure. All zero: it has not begun.
 ctypedef struct ldd_progress:
-    const char* stage                           # "link", "resolve", "plan", "transfer", "release"; NULL before
+    const char* stage                           # "link", "resolve", "plan", "transfer", "verify", "release"; NULL
     uint32_t num_tensors                        # local tensors that are complete, in the order of the selection
+    ldd_faults faults
 
 # What is asked for. "remote" and "local" are ends; which is source and which destination follows from `put`.
 ctypedef struct ldd_transfer:
     ldd_shape shape
     bint put
     bint release                                # a pull that takes the key it came by
+    bint same_dtype                             # refuse ends of different data types
+    bint verify                                 # hold what arrived against the source's checksums
     uint64_t cluster_id
     uint32_t kind                               # KEY_*
     uint64_t id
@@ -47,6 +62,7 @@ ctypedef struct ldd_transfer:
 ctypedef struct ldd_end:
     int64_t cache_id
     const uint64_t* addrs                       # tensor bases
+    const ldd_tensor_desc* described            # NULL: nothing is known of what they hold
     uint32_t num_tensors
     uint64_t num_slots
     uint64_t stride                             # bytes of a slot or block
@@ -63,6 +79,10 @@ ctypedef struct ldd_fit:
 
 cdef void ldd_end_here(const ldd_cache_view* view, uint64_t slot, ldd_end* out) noexcept nogil
 cdef void ldd_end_there(const ldd_remote_cache* remote, ldd_end* out) noexcept nogil
+
+# Refuse two ends of different data types, where both are known.
+cdef ldd_status ldd_fit_dtypes(const ldd_end* local, const ldd_end* remote, uint64_t cluster_id,
+                               ldd_detail* detail) noexcept nogil
 
 # LDD_OK and `fit`, or what does not fit, in words where `detail` is not NULL.
 cdef ldd_status ldd_fit_ends(const ldd_transfer* what, const ldd_end* local, const ldd_end* remote, ldd_fit* fit,

@@ -8,15 +8,20 @@ owner checks apart, see ``serve_pull.pyx``.
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from llm_datadist.core.base.status cimport LDD_E_NOT_ENABLED, LDD_E_PARAM, LDD_OK, ldd_fail
+from llm_datadist.core.base.tensor_desc cimport ldd_tensor_text
 from llm_datadist.core.link.wire cimport LDD_DESC_BLOCKS, LDD_DESC_HOST, LDD_DESC_OWNED
 from llm_datadist.core.plan.block_plan cimport (
     ldd_desc_list_clear, ldd_plan_blocks, ldd_plan_contiguous, ldd_plan_slot_to_blocks,
 )
 
+cdef enum:
+    DESCRIBED_BYTES = 120                       # two of them fit the text of an error
+
 
 cdef void ldd_end_here(const ldd_cache_view* view, uint64_t slot, ldd_end* out) noexcept nogil:
     out.cache_id = view.cache_id
     out.addrs = view.addrs
+    out.described = view.described
     out.num_tensors = view.num_tensors
     out.num_slots = view.num_slots
     out.stride = view.stride
@@ -29,6 +34,7 @@ cdef void ldd_end_here(const ldd_cache_view* view, uint64_t slot, ldd_end* out) 
 cdef void ldd_end_there(const ldd_remote_cache* remote, ldd_end* out) noexcept nogil:
     out.cache_id = remote.desc.cache_id
     out.addrs = remote.addrs
+    out.described = &remote.desc.tensor
     out.num_tensors = remote.desc.num_tensors
     out.num_slots = remote.desc.num_slots
     out.stride = remote.desc.stride_bytes
@@ -44,6 +50,8 @@ cdef ldd_status ldd_fit_ends(const ldd_transfer* what, const ldd_end* local, con
                              ldd_detail* detail) noexcept nogil:
     cdef uint32_t num_remote = 0
     cdef ldd_status status = _check_layouts(what, local, remote, detail)
+    if status == LDD_OK and what.same_dtype:
+        status = ldd_fit_dtypes(local, remote, what.cluster_id, detail)
     if status == LDD_OK:
         status = _select(what.local_first, what.local_stop, local.num_tensors,
                          b"source" if what.put else b"destination", &fit.local_first, &fit.count, detail)
@@ -61,6 +69,20 @@ cdef ldd_status ldd_fit_ends(const ldd_transfer* what, const ldd_end* local, con
                         <unsigned long long>local.stride, <unsigned long long>remote.stride,
                         <long long>remote.cache_id, <unsigned long long>what.cluster_id)
     return LDD_OK
+
+
+cdef ldd_status ldd_fit_dtypes(const ldd_end* local, const ldd_end* remote, uint64_t cluster_id,
+                               ldd_detail* detail) noexcept nogil:
+    cdef char here[DESCRIBED_BYTES]
+    cdef char there[DESCRIBED_BYTES]
+    if (local.described == NULL or remote.described == NULL or local.described.dtype == 0
+            or remote.described.dtype == 0 or local.described.dtype == remote.described.dtype):
+        return LDD_OK
+    ldd_tensor_text(local.described, local.num_tensors, here, sizeof(here))
+    ldd_tensor_text(remote.described, remote.num_tensors, there, sizeof(there))
+    return ldd_fail(detail, LDD_E_PARAM, b"local cache %lld has %s, but cache %lld of cluster %llu has %s: give both "
+                    b"one data type, or move bytes as they are with llm.Strict=0", <long long>local.cache_id,
+                    <const char*>here, <long long>remote.cache_id, <unsigned long long>cluster_id, <const char*>there)
 
 
 cdef ldd_status _select(int64_t first, int64_t stop, uint32_t num_tensors, const char* end, uint32_t* out_first,
@@ -139,7 +161,7 @@ cdef ldd_status ldd_fit_plan(ldd_desc_list* out, const ldd_transfer* what, const
     cdef ldd_status status
     ldd_desc_list_clear(out)
     # A pool is one region, whereas every tensor of a registered cache is one, also where they follow each other.
-    out.by_tensor = not (local.owned and remote.owned)
+    out.by_tensor = what.verify or not (local.owned and remote.owned)
     if what.shape == SHAPE_SLOT:
         status = _slot_bytes(what, local, remote, &nbytes, detail)
         if status < 0:

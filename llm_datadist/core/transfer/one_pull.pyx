@@ -31,6 +31,7 @@ cdef bint _assume(const ldd_transfer* what, const ldd_end* local, ldd_end* out) 
     """A source that fits, each tensor of which begins at 0; False where there is none."""
     out.cache_id = -1
     out.addrs = NULL
+    out.described = NULL                            # the owner compares
     out.num_tensors = <uint32_t>what.remote_stop
     if what.remote_first < 0:
         out.num_tensors = <uint32_t>(what.local_stop - what.local_first) if what.local_first >= 0 else local.num_tensors
@@ -63,6 +64,7 @@ cdef uint32_t _write_request(ldd_link* link, const ldd_transfer* what, const ldd
     memset(&request, 0, sizeof(request))
     request.key.kind = <uint8_t>what.kind
     request.key.access = LDD_ACCESS_READ
+    request.key.dtype = local.described.dtype if what.same_dtype else 0
     request.key.batch_index = <uint32_t>what.batch_index
     request.key.id = what.id
     request.key.model_id = what.model_id

@@ -19,6 +19,7 @@ from llm_datadist.core.base.status cimport (
     LDD_E_FAILED, LDD_E_NOT_LINKED, LDD_E_NO_MEMORY, LDD_OK, ldd_detail, ldd_fail, ldd_status,
 )
 from llm_datadist.core.base.sync cimport ldd_lock, ldd_now_ns, ldd_unlock
+from llm_datadist.core.base.tensor_desc cimport ldd_tensor_desc
 from llm_datadist.core.link.links cimport LINK_ACTIVE, ldd_link, ldd_link_state_of, ldd_node
 from llm_datadist.core.link.replies cimport ldd_reply_find
 from llm_datadist.core.link.wire cimport (
@@ -88,15 +89,20 @@ cdef ldd_status _cut(const ldd_fetch_request* request, const uint8_t* runs, cons
     cdef ldd_end here, there
     cdef ldd_fit fit = [0, 0, 0]
     cdef ldd_fetch_run run
+    cdef ldd_tensor_desc wanted
     memset(&what, 0, sizeof(what))
     what.shape = (SHAPE_BLOCKS if request.flags & LDD_FETCH_BLOCKS
                   else SHAPE_SLOT_TO_BLOCKS if request.flags & LDD_FETCH_RESHAPE else SHAPE_SLOT)
     what.local_first = -1
+    what.same_dtype = True
     what.remote_first = request.first
     what.remote_stop = request.stop
     memset(&there, 0, sizeof(there))                # the peer is the one that asks: its end is the local one
     there.num_tensors = request.num_tensors
     there.stride = request.stride_bytes
+    memset(&wanted, 0, sizeof(wanted))
+    wanted.dtype = request.key.dtype                # 0: the peer takes any
+    there.described = &wanted
     there.is_blocks = what.shape != SHAPE_SLOT
     there.host = (request.flags & LDD_FETCH_TO_HOST) != 0
     ldd_end_here(view, view.batch_index, &here)

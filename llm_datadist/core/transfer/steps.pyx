@@ -38,6 +38,23 @@ from llm_datadist.core.transfer.fitting cimport (
     ldd_end, ldd_end_here, ldd_end_there, ldd_fit, ldd_fit_ends, ldd_fit_plan,
 )
 from llm_datadist.core.transfer.one_pull cimport ldd_one_pull
+from llm_datadist.core.transfer.verify cimport ldd_moved, ldd_say_faults, ldd_verify
+
+
+cdef ldd_status _verify(const ldd_transfer* what, ldd_link* link, const ldd_end* local, const ldd_end* there,
+                        uint32_t lease, const ldd_fit* fit, uint32_t at, int64_t deadline_ns,
+                        ldd_detail* detail) noexcept nogil:
+    """Check the step that has just moved tensors from `at` of the selection on; differences do not end the others."""
+    cdef ldd_moved moved
+    cdef const ldd_end* to = there if what.put else local
+    moved.put = what.put
+    moved.lease = lease
+    moved.first_pin = 0
+    moved.pin_by_tensor = False
+    moved.first_tensor = at + (fit.remote_first if what.put else fit.local_first)
+    moved.addrs = to.addrs + moved.first_tensor
+    moved.block_bytes = to.stride
+    return ldd_verify(link, &moved, deadline_ns, &what.progress.faults, detail)
 
 
 cdef ldd_status _move_steps(const ldd_transfer* what, ldd_link* link, const ldd_end* local,
@@ -60,6 +77,8 @@ cdef ldd_status _move_steps(const ldd_transfer* what, ldd_link* link, const ldd_
         status = ldd_link_ready(link, remote.desc.region_epoch, deadline_ns, detail)
     while status == LDD_OK:
         status = ldd_batch_run(link, what.put, deadline_ns, detail)
+        if status == LDD_OK and what.verify:
+            status = _verify(what, link, local, &there, remote.desc.lease, fit, at, deadline_ns, detail)
         ldd_trace_lap(&link.node.record, LDD_EVENT_MOVE, at_ns, what.cluster_id, link.descs.bytes, status)
         if status == LDD_OK:
             what.progress.num_tensors = min(at + step, fit.count)
@@ -69,6 +88,9 @@ cdef ldd_status _move_steps(const ldd_transfer* what, ldd_link* link, const ldd_
         status = ldd_fit_plan(&link.descs, what, local, fit.local_first + at, &there, fit.remote_first + at,
                               min(step, fit.count - at), detail)
         deadline_ns = ldd_now_ns() + link.node.sync_timeout_ns
+    if status == LDD_OK and what.progress.faults.count:
+        what.progress.stage = b"verify"
+        status = ldd_say_faults(link, what.put, &what.progress.faults, detail)
     return status
 
 
@@ -84,13 +106,13 @@ cdef ldd_status _run_locked(ldd_node* node, const ldd_transfer* what, ldd_link* 
     status = ldd_reader_attach(link, deadline_ns)
     if status < 0:
         return status
-    status = LDD_READER_ASK
-    if what.kind != KEY_HOLD and not (what.release and what.remote_first >= 0):
+    status = LDD_READER_ASK                     # always where checksums are wanted: those are of caches under a lease
+    if not what.verify and what.kind != KEY_HOLD and not (what.release and what.remote_first >= 0):
         status = ldd_reader_resolve(link, what.kind, what.id, what.model_id, what.batch_index, what.put, what.release,
-                                  &remote, detail)
+                                    local.described.dtype if what.same_dtype else 0, &remote, detail)
     peeked = status == LDD_OK
     if status == LDD_READER_ASK:
-        if what.kind != KEY_HOLD:               # how such a pull ends matters to its owner and to us
+        if what.kind != KEY_HOLD and not what.verify:   # how such a pull ends matters to its owner and to us
             status = ldd_one_pull(link, what, local, deadline_ns, detail)
             if status != LDD_FETCH_ASK:
                 ldd_trace_lap(&node.record, LDD_EVENT_MOVE, &at_ns, what.cluster_id, link.descs.bytes, status)
@@ -187,6 +209,7 @@ cdef ldd_status ldd_transfer_run(ldd_node* node, const ldd_transfer* what, ldd_d
             break
         limit_ns = ldd_now_ns() + node.sync_timeout_ns
         what.progress.num_tensors = 0
+        what.progress.faults.count = 0
         status = LDD_OK
     ldd_table_unpin(node.table, local.slot, local.generation)
     ldd_record_count(peer, LDD_OP_PUSH if what.put else LDD_OP_PULL, ldd_now_ns() - start_ns, moved, status < 0)

@@ -114,5 +114,5 @@ def test_the_end_of_a_process_says_nothing():
 def test_the_version_and_every_exception_are_at_the_root():
     assert llm_datadist.__version__[0].isdigit()
     for name in ("LLMTimeoutError", "LLMParamInvalidError", "LLMNotFoundError", "LLMMemoryError", "LLMLinkError",
-                 "LLMNotEnabledError", "LLMDeviceError"):
+                 "LLMNotEnabledError", "LLMDeviceError", "LLMChecksumError"):
         assert issubclass(getattr(llm_datadist, name), LLMException)

@@ -323,7 +323,7 @@ def test_remote_accessible_follows_placement_and_link(benches, monkeypatch, asse
 
         def register(self, *arguments):
             assert arguments[3] is (placement is HOST)
-            told.append(arguments[-1])
+            told.append(arguments[6])
             return engine_of.register(*arguments)
 
     monkeypatch.setattr(bench.m, "_llm_engine", Recorder())

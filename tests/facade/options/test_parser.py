@@ -58,6 +58,7 @@ def test_least_options():
     ({"llm.listenIpInfo": "localhost:26000"}, {"listen": LISTEN}),
     ({"llm.listenIpInfo": "[::1]:26000"}, {"listen": ("::1", 26000)}),
     ({"llm.listenIpInfo": "127.1:26000"}, {"listen": LISTEN}),
+    ({"llm.Checksum": "1"}, {"checksum": True}), ({"llm.Checksum": "0"}, {"checksum": False}),
     ({"llm.Strict": "0"}, {"strict": False}), ({"llm.Strict": "1"}, {"strict": True}),
     ({"llm.ListenIp": "127.0.0.1", "llm.ListenPort": "26000"}, {"listen": LISTEN}),
     ({"llm.ListenIp": "1.1.1.1", "llm.ListenPort": "1", "llm.listenIpInfo": "127.0.0.1:26000"}, {"listen": LISTEN}),
@@ -230,9 +231,16 @@ def test_strictness():
     assert parse({**V2, "llm.Strict": "1"}, environ={"LLM_DATADIST_STRICT": "0"}).strict
 
 
+def test_checksums():
+    assert not parse(V2).checksum
+    assert parse(V2, environ={"LLM_DATADIST_CHECKSUM": "1"}).checksum
+    assert not parse({**V2, "llm.Checksum": "0"}, environ={"LLM_DATADIST_CHECKSUM": "1"}).checksum
+
+
 @pytest.mark.parametrize("variable, text", [
     ("LLM_DATADIST_HOST_PATHS", "shm,rdma"), ("LLM_DATADIST_COPY_THREADS", "0"), ("LLM_DATADIST_TCP_STREAMS", "17"),
     ("LLM_DATADIST_SHARED_TABLE", "yes"), ("LLM_DATADIST_HOST_DEVICES", "65"), ("LLM_DATADIST_STRICT", "2"),
+    ("LLM_DATADIST_CHECKSUM", "yes"),
 ])
 def test_variables_outside_their_range(variable, text, assert_raises):
     error = assert_raises("PI", parse, V2, environ={variable: text})

@@ -51,6 +51,7 @@ FIGURES = {
     "plan": Figure("fixed cost of pull_blocks: facade and plan", "overhead", "pull_blocks_cost"),
     "allocate": Figure("allocate and deallocate 122 tensors with 2 keys", "overhead", "allocate_cost", num_peers=0),
     "record": Figure("counting an operation, and recording an event", "overhead", "record_cost", num_peers=0),
+    "checksum": Figure("pull with checksums against without, pool memory", "checksums", "with_and_without"),
     "keys": Figure("10^6 live keys against 10^2", "keys", "many_keys", num_peers=2),
     "owner": Figure("owner's interpreter spinning in pure Python against idle", "owner", "busy_owner"),
     "owner_tcp": Figure("the same over TCP, where the owner answers", "owner", "busy_owner_tcp", path="tcp"),

@@ -216,7 +216,7 @@ cdef class TableStopwatch:
                     keys[k].kind = KEY_REQ
                     keys[k].id = <uint64_t>(KEYS_PER_CACHE * caches[i]) + k
                     keys[k].model_id = 0
-                status = ldd_table_allocate(self._table, self._pool, 1, KEYS_PER_CACHE, 2, 0, keys,
+                status = ldd_table_allocate(self._table, self._pool, 1, KEYS_PER_CACHE, 2, 0, NULL, keys,
                                             KEYS_PER_CACHE, &self._cache_ids[caches[i]], NULL, 0, &detail)
                 if status < 0:
                     break
