@@ -35,6 +35,7 @@ cdef class EngineCore:
     cdef bint v1
     cdef bint _open
     cdef bint _device_set
+    cdef bint _released                         # closed, and nothing used the tables any more
     cdef int _pid
     cdef int _device_id
     cdef int _listen_fd

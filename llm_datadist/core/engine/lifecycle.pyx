@@ -36,10 +36,10 @@ from llm_datadist.core.link.service cimport (
 from llm_datadist.core.link.shared_reader cimport ldd_shared_table_name
 from llm_datadist.core.link.wire cimport LDD_MAX_ENDPOINTS, LDD_MODE_REMOTE_ACCESSIBLE, ldd_endpoint_record
 from llm_datadist.core.record.record cimport (
-    ldd_record, ldd_record_create, ldd_record_destroy, ldd_record_head, ldd_record_set_tracing,
+    ldd_record, ldd_record_create, ldd_record_head, ldd_record_hide, ldd_record_set_tracing,
 )
 from llm_datadist.core.table.cache_table cimport (
-    ldd_table_clear, ldd_table_create, ldd_table_destroy, ldd_table_set_epoch,
+    ldd_table_clear, ldd_table_close, ldd_table_create, ldd_table_destroy, ldd_table_set_epoch,
 )
 from llm_datadist.core.table.pool cimport ldd_pool_create, ldd_pool_destroy
 from llm_datadist.core.table.shared_table cimport LDD_MAX_CACHES, LDD_MAX_KEYS
@@ -123,6 +123,10 @@ cdef class EngineCore:
     def __dealloc__(self):
         if self._open and self._memory is not None:
             self._memory.keep()                 # never closed: its threads go on
+        if self._released:
+            ldd_table_destroy(self.table)
+            ldd_pool_destroy(self.device_pool)
+            ldd_pool_destroy(self.host_pool)
         ldd_mutex_destroy(&self._copy_lock)
         ldd_op_list_free(&self._ops)
         if self._provider is not None:
@@ -376,7 +380,8 @@ cdef class EngineCore:
     def close(self):
         """Unlink everything locally, stop serving, and give all memory back. Idempotent.
 
-        Running transfers are waited for until their own time limits have passed.
+        Running transfers are waited for until their own time limits have passed. A thread may be past the check that
+        the engine is open, and not have begun: what it then looks at stays, empty, as long as this object.
         """
         cdef ldd_detail detail
         cdef ldd_status idle, status
@@ -413,17 +418,14 @@ cdef class EngineCore:
         self._listen_fd = -1
         self.listener = None
         self._registered.clear()
-        if released:
-            ldd_record_destroy(&self.node.record)
 
     cdef void _release_tables(self) noexcept nogil:
         ldd_regions_close(&self.node.regions)
         self.node.regions.context = NULL
-        ldd_table_destroy(self.table)
-        self.table = self.node.table = NULL
-        ldd_pool_destroy(self.device_pool)
-        ldd_pool_destroy(self.host_pool)
-        self.device_pool = self.host_pool = NULL
+        if self.table != NULL:
+            ldd_table_close(self.table)
+        ldd_record_hide(&self.node.record)
+        self._released = True
 
     cdef void _release_device(self) noexcept nogil:
         cdef aclrtContext before = NULL

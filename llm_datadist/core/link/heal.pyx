@@ -7,7 +7,7 @@ side has nothing to open: its calls wait for the peer to come back.
 
 Nothing of the broken link lands in the new one's time: its operations ended before it was given up, its data client
 ends before the new link is opened, and the peer takes the end of its connections as the end of its leases. A link that
-the peer unlinked by force, or that is of a communicator, is left as it is.
+the peer unlinked by force, whose unlink failed, or that is of a communicator, is left as it is.
 """
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf

@@ -58,7 +58,7 @@ ctypedef struct ldd_link:
     uint32_t refs                               # the set, the service thread and every running operation
     uint32_t ops                                # running operations: while there are any, we may touch peer memory
     char reason[160]                            # why it broke
-    bint left                                   # the peer unlinked it by force: not made anew unless asked for
+    bint left                                   # somebody here or there wants it gone: not made anew unless asked for
     bint says_leave                             # tell the peer so when our asking connection ends
     int64_t heal_at_ns                          # when it is tried to make it anew, once it broke; see heal.pyx
     int64_t heal_pause_ns
@@ -171,6 +171,8 @@ cdef void ldd_link_break(ldd_link* link, const char* reason) noexcept nogil
 cdef void ldd_link_drop(ldd_link* link) noexcept nogil
 # Take a link that was accepted and broke out of the set: the peer may make it anew.
 cdef void ldd_link_lose(ldd_link* link) noexcept nogil
+# Whether it stays broken, once it breaks, until somebody links or unlinks.
+cdef void ldd_link_set_left(ldd_link* link, bint left) noexcept nogil
 # The peer unlinked by force.
 cdef void ldd_link_leave(ldd_link* link) noexcept nogil
 # The broken link to this cluster that we asked for, with a reference to it; NULL where there is none.

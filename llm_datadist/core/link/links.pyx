@@ -289,10 +289,14 @@ cdef void ldd_link_break(ldd_link* link, const char* reason) noexcept nogil:
         node.on_broken(node)
 
 
-cdef void ldd_link_leave(ldd_link* link) noexcept nogil:
+cdef void ldd_link_set_left(ldd_link* link, bint left) noexcept nogil:
     ldd_lock(&link.node.lock)
-    link.left = True
+    link.left = left
     ldd_unlock(&link.node.lock)
+
+
+cdef void ldd_link_leave(ldd_link* link) noexcept nogil:
+    ldd_link_set_left(link, True)
     if link.origin == ORIGIN_PEER:
         ldd_link_drop(link)
 

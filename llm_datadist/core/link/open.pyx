@@ -20,7 +20,8 @@ from llm_datadist.core.base.wait cimport ldd_lock_interruptible
 from llm_datadist.core.link.background cimport ldd_background_destroy, ldd_background_serve
 from llm_datadist.core.link.links cimport (
     LINK_ACTIVE, LINK_CLOSED, ORIGIN_COMM, ORIGIN_LOCAL, ldd_attempt, ldd_link, ldd_link_drop, ldd_link_end,
-    ldd_link_hold_broken, ldd_link_new, ldd_link_publish, ldd_link_state_of, ldd_link_unref,
+    ldd_link_hold_broken, ldd_link_new, ldd_link_publish, ldd_link_set_left, ldd_link_state_of,
+    ldd_link_unref,
 )
 from llm_datadist.core.link.region cimport (
     ldd_regions_admit_peer, ldd_regions_drop_peer, ldd_regions_own_endpoint,
@@ -322,6 +323,7 @@ cdef ldd_status ldd_link_close(ldd_node* node, const char* ip, int port, uint64_
             ldd_link_end(link)
             return status
         status = LDD_OK
+        ldd_link_set_left(link, True)             # it is to go: where the peer cannot be told it breaks, and stays so
         if ldd_link_state_of(link) == LINK_ACTIVE:
             ldd_background_destroy(link)        # before the peer hears of the end: what it confirms last arrives first
             status = ldd_request_unlink(link, deadline_ns, detail)
@@ -332,6 +334,8 @@ cdef ldd_status ldd_link_close(ldd_node* node, const char* ip, int port, uint64_
             status = LDD_OK                     # the peer unlinked at the same time
         if status == LDD_OK:
             ldd_link_drop(link)
+        elif ldd_link_state_of(link) == LINK_ACTIVE:
+            ldd_link_set_left(link, False)
         ldd_link_end(link)
         if status < 0:
             return status if status == LDD_E_TIMEOUT or status == LDD_E_INTERRUPTED else LDD_E_UNLINK_FAILED

@@ -125,6 +125,8 @@ cdef extern from "llm_datadist/ldd_record.h" nogil:
 
 # A record in memory, or in a new file of this name (not NULL), which outlives the process.
 cdef ldd_status ldd_record_create(ldd_record* record, const char* path, ldd_detail* detail) noexcept nogil
+# Close the file: whoever watches takes the engine for gone. What is counted later is still written, and not seen.
+cdef void ldd_record_hide(ldd_record* record) noexcept nogil
 cdef void ldd_record_destroy(ldd_record* record) noexcept nogil
 cdef void ldd_record_set_tracing(ldd_record* record, bint on) noexcept nogil
 # The counters of a cluster, from now on if there were none; NULL where nothing is recorded.

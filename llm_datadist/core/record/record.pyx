@@ -153,12 +153,17 @@ cdef ldd_status ldd_record_create(ldd_record* record, const char* path, ldd_deta
     return LDD_OK
 
 
+cdef void ldd_record_hide(ldd_record* record) noexcept nogil:
+    if record.head != NULL and record.fd >= 0:
+        close(record.fd)
+        record.fd = -1
+
+
 cdef void ldd_record_destroy(ldd_record* record) noexcept nogil:
     if record.head != NULL:
+        ldd_record_hide(record)
         munmap(record.head, record.bytes)
         ldd_mutex_destroy(&record.lock)
-        if record.fd >= 0:
-            close(record.fd)
     record.head = NULL
     record.tracing = False
 

@@ -125,6 +125,7 @@ ctypedef struct ldd_table:
     ldd_expired[LDD_MAX_EXPIRED] waiting
     uint32_t num_waiting
     bint leases_ended
+    bint closed                     # what there was is freed; calls that come too late find nothing
     ldd_cond expired                # there is something to log
 
 cdef extern from *:

@@ -41,7 +41,9 @@ ctypedef struct ldd_cache_row:
 # of a system call, and none waits for a peer with it. The table's mutex comes before a pool's.
 
 cdef ldd_status ldd_table_create(ldd_table** out, ldd_detail* detail) noexcept nogil
-# Frees all memory of the table itself; call ldd_table_clear first. NULL is allowed.
+# Free all that the table holds; call ldd_table_clear first. Calls that come later find it empty.
+cdef void ldd_table_close(ldd_table* table) noexcept nogil
+# Close it, and free the table itself: nobody may call any more. NULL is allowed.
 cdef void ldd_table_destroy(ldd_table* table) noexcept nogil
 
 # New owned cache. addrs (num_tensors, may be NULL) receives a copy; `described` NULL says nothing of what it holds. On

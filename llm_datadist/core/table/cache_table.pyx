@@ -15,7 +15,7 @@ from llm_datadist.core.base.atomic cimport (
     ldd_fence, ldd_get32, ldd_get64, ldd_load32, ldd_load64, ldd_set32, ldd_set64, ldd_store32,
 )
 from llm_datadist.core.base.status cimport (
-    LDD_E_NOT_EXIST, LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_OK, ldd_detail, ldd_fail, ldd_status,
+    LDD_E_FAILED, LDD_E_NOT_EXIST, LDD_E_NO_MEMORY, LDD_E_PARAM, LDD_OK, ldd_detail, ldd_fail, ldd_status,
 )
 from llm_datadist.core.base.sync cimport (
     LDD_NEVER, ldd_cond_destroy, ldd_cond_init, ldd_cond_wait_until, ldd_lock, ldd_lock_until, ldd_mutex_destroy,
@@ -67,23 +67,40 @@ cdef ldd_status ldd_table_create(ldd_table** out, ldd_detail* detail) noexcept n
     return LDD_OK
 
 
-cdef void ldd_table_destroy(ldd_table* table) noexcept nogil:
+cdef void ldd_table_close(ldd_table* table) noexcept nogil:
     cdef uint32_t i
-    if table == NULL:
-        return
+    ldd_lock(&table.mutex)
+    table.closed = True
     for i in range(table.num_caches):
         free(table.caches[table.ranges[i].slot].addrs)
         free(table.caches[table.ranges[i].slot].taken)
     ldd_keys_destroy(&table.keys)
+    ldd_keys_init(&table.keys)
+    table.doorbell = &table.seen_doorbell
     ldd_shared_table_destroy(&table.shared)
     free(table.caches)
     free(table.ranges)
     free(table.lanes)
     free(table.retired)
-    ldd_cond_destroy(&table.drained)
-    ldd_cond_destroy(&table.expired)
+    table.caches = NULL
+    table.ranges = NULL
+    table.lanes = NULL
+    table.retired = NULL
+    table.cache_capacity = table.num_caches = table.num_owned = table.num_deferred = 0
+    table.num_lanes = table.lane_capacity = table.num_retired = table.retired_capacity = 0
+    table.first_free = LDD_NO_SLOT
     if table.lease_fd >= 0:
         close(table.lease_fd)
+    table.lease_fd = -1
+    ldd_unlock(&table.mutex)
+
+
+cdef void ldd_table_destroy(ldd_table* table) noexcept nogil:
+    if table == NULL:
+        return
+    ldd_table_close(table)
+    ldd_cond_destroy(&table.drained)
+    ldd_cond_destroy(&table.expired)
     ldd_mutex_destroy(&table.mutex)
     free(table)
 
@@ -404,6 +421,9 @@ cdef inline ldd_status _lock(ldd_table* table, int64_t deadline_ns, ldd_detail* 
     cdef ldd_status st = ldd_lock_until(&table.mutex, deadline_ns)
     if st != LDD_OK:
         return ldd_fail(detail, st, b"the cache table was busy until the deadline")
+    if table.closed:
+        ldd_unlock(&table.mutex)
+        return ldd_fail(detail, LDD_E_FAILED, b"the engine was finalized meanwhile")
     if ldd_load64(table.doorbell) != table.seen_doorbell or table.num_retired:
         _take_in(table)
     return LDD_OK
