@@ -161,6 +161,7 @@ class CacheDesc:
         check_list_int64("shape", shape)
         self._shape = shape
         self._data_type = check_isinstance("data_type", data_type, DataType)
+        self._type_number = -1 if data_type is None else data_type.value
         self._placement = check_isinstance("placement", placement, Placement)
         check_isinstance("batch_dim_index", batch_dim_index, int, allow_none=False)
         if not 0 <= batch_dim_index < len(shape):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, Any, Callable, Generic, List, Optional, Protocol, TypeVar, Union
+from typing import TYPE_CHECKING, Any, Callable, Generic, List, Optional, Protocol, Sequence, TypeVar, Union
 
 from llm_datadist.caches.descriptors import CacheDesc, Placement
 from llm_datadist.caches.tensor_view import TensorView
@@ -49,20 +49,22 @@ class CacheOwner(Protocol):
 
 
 class _Addresses(Generic[_A]):
-    """Addresses that are made when first asked for, and gone after deallocation."""
+    """Addresses that are listed when first asked for, and gone after deallocation."""
 
-    def __init__(self, source: Union[List[_A], Callable[[], List[_A]]]) -> None:
+    __slots__ = ("_source",)
+
+    def __init__(self, source: Union[Sequence[_A], Callable[[], List[_A]]]) -> None:
         self._source = source
 
     def get(self) -> List[_A]:
         source = self._source
-        if callable(source):
-            # Two threads may both make the list; either result is right, and clear() must not be undone.
-            made = source()
-            if self._source is source:
-                self._source = made
-            return self.get()
-        return source
+        if isinstance(source, list):
+            return source
+        # Two threads may both make the list; either result is right, and clear() must not be undone.
+        made = source() if callable(source) else list(source)
+        if self._source is source:
+            self._source = made
+        return self.get()
 
     def clear(self) -> None:
         self._source = []
@@ -101,7 +103,7 @@ class Cache:
         Id in this process, at least 1; -1 for a cpu cache.
     cache_desc : CacheDesc
         The caller's descriptor.
-    tensor_addrs : list of int, shape (num_tensors,), or a callable that returns one
+    tensor_addrs : sequence of int, shape (num_tensors,), or a callable that returns a list
         First byte of each tensor.
     cache_manager : CacheManager, optional
         The maker; None for a cpu cache.
@@ -116,7 +118,7 @@ class Cache:
     """
 
     def __init__(
-        self, cache_id: int, cache_desc: CacheDesc, tensor_addrs: Union[List[int], Callable[[], List[int]]],
+        self, cache_id: int, cache_desc: CacheDesc, tensor_addrs: Union[Sequence[int], Callable[[], List[int]]],
         cache_manager: Optional[CacheOwner], is_registered: bool, is_blocks_cache: bool,
     ) -> None:
         self._cache_id = cache_id

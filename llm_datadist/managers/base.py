@@ -4,7 +4,6 @@ A manager of either generation checks arguments by the rules of its own API and 
 """
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple, TypedDict, Union
 
 from llm_datadist.caches.descriptors import CacheDesc, Placement
@@ -149,15 +148,9 @@ def check_size(size: int) -> None:
         raise LLMParamInvalidError(f"size={size} is not allowed; it must be -1 or positive")
 
 
-def lazy_addresses(addrs: Sequence[int]) -> Any:
-    """A list of addresses, or a callable that makes it where they are still a range."""
-    return addrs if isinstance(addrs, list) else partial(list, addrs)
-
-
 def described(cache_desc: CacheDesc) -> Tuple[int, Sequence[int]]:
     """Number of the data type, -1 where there is none, and shape of the tensors: what peers are told."""
-    data_type = cache_desc.data_type
-    return (-1 if data_type is None else data_type.value), cache_desc.shape
+    return cache_desc._type_number, cache_desc._shape
 
 
 # ----------------------------------------------------------------------------------------------------- layers
@@ -389,7 +382,7 @@ class ManagerBase:
     def _allocate(self, cache_desc: CacheDesc, specs: Sequence[KeySpec], is_blocks: bool,
                   lease_ms: Optional[int] = None) -> Tuple[int, Sequence[int]]:
         self._require_initialized()
-        host = cache_desc.placement == Placement.HOST
+        host = cache_desc.placement is Placement.HOST
         lease_ms = self._lease_ms if lease_ms is None else lease_ms
         if lease_ms:
             self._lease_log.begin()

@@ -25,7 +25,6 @@ from llm_datadist.managers.base import (
     key_specs,
     layers_of_pull,
     layers_to_fill,
-    lazy_addresses,
     remote_key,
 )
 from llm_datadist.managers.task import CacheTask, transfer_cache_async
@@ -155,8 +154,7 @@ class KvCacheManager(ManagerBase):
             raise LLMParamInvalidError("cache_desc.placement=Placement.HOST is not allowed; allocate on DEVICE")
         check_desc(cache_desc)
         cache_id, addrs = self._allocate(cache_desc, specs(), is_blocks)
-        source = lazy_addresses(addrs)
-        return KvCache(cache_id, cache_desc, lambda: [source() if callable(source) else source], self, is_blocks)
+        return KvCache(cache_id, cache_desc, lambda: [list(addrs)], self, is_blocks)
 
     def deallocate_cache(self, cache: KvCache) -> None:
         """Drop the handle of a cache; the memory goes when no key is left and no transfer uses it.

@@ -17,7 +17,6 @@ from llm_datadist.managers.base import (
     check_size,
     described,
     key_specs,
-    lazy_addresses,
 )
 from llm_datadist.status import LLMLinkError, LLMParamInvalidError, LLMStatusCode
 from llm_datadist.utils.calls import public_call
@@ -89,7 +88,7 @@ class CacheMemory(ManagerBase):
         if cache_key_lease_ms is not None:
             check_uint32("cache_key_lease_ms", cache_key_lease_ms)
         cache_id, addrs = self._allocate(cache_desc, key_specs(cache_desc, cache_keys), False, cache_key_lease_ms)
-        return Cache(cache_id, cache_desc, lazy_addresses(addrs), self, False, False)
+        return Cache(cache_id, cache_desc, addrs, self, False, False)
 
     def deallocate_cache(self, cache: Cache) -> None:
         """Drop the handle of a contiguous cache; the memory goes when no key is left and no transfer uses it.
@@ -158,7 +157,7 @@ class CacheMemory(ManagerBase):
         check_isinstance("blocks_cache_key", blocks_cache_key, BlocksCacheKey)
         check_desc(cache_desc)
         cache_id, addrs = self._allocate(cache_desc, blocks_key_specs(blocks_cache_key), True)
-        return Cache(cache_id, cache_desc, lazy_addresses(addrs), self, False, True)
+        return Cache(cache_id, cache_desc, addrs, self, False, True)
 
     def deallocate_blocks_cache(self, cache: Cache) -> None:
         """Free a blocks cache and drop its key; a transfer in flight keeps the bytes until it ends.

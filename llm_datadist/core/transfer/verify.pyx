@@ -41,24 +41,24 @@ cdef enum:
 
 
 cdef void _fill(ldd_link* link, const ldd_moved* moved, ldd_cursor* at, ldd_round* out) noexcept nogil:
-    """As many pieces as one request may ask for, none of which spans two blocks of the destination."""
+    """As many ranges as one request may ask for, none of which spans two blocks of the destination."""
     cdef const HixlOneSideOpDesc* item
-    cdef uint64_t left = LDD_CHECKED_MAX_BYTES, inside, piece
+    cdef uint64_t left = LDD_CHECKED_MAX_BYTES, inside, length
     cdef uint32_t n = 0, tensor
     while n < LDD_CHECKED_MAX_RANGES and left and at.item < link.descs.count:
         item = &link.descs.items[at.item]
         tensor = <uint32_t>(at.item // link.descs.num_runs)
         inside = <uint64_t>(item.remote_buf if moved.put else item.local_buf) + at.offset - moved.addrs[tensor]
-        piece = min(min(item.len - at.offset, moved.block_bytes - inside % moved.block_bytes), left)
+        length = min(min(item.len - at.offset, moved.block_bytes - inside % moved.block_bytes), left)
         out.local[n] = <uint64_t>item.local_buf + at.offset
         out.ranges[n].addr = <uint64_t>item.remote_buf + at.offset
-        out.ranges[n].bytes = <uint32_t>piece
+        out.ranges[n].bytes = <uint32_t>length
         out.ranges[n].pin = moved.first_pin + (tensor if moved.pin_by_tensor else 0)
         out.places[n].tensor = moved.first_tensor + tensor
         out.places[n].block = inside // moved.block_bytes
         n += 1
-        left -= piece
-        at.offset += piece
+        left -= length
+        at.offset += length
         if at.offset == item.len:
             at.item += 1
             at.offset = 0
@@ -70,7 +70,7 @@ cdef ldd_status _add_fault(ldd_faults* faults, const ldd_fault* fault, ldd_detai
     cdef const ldd_fault* last = &faults.items[faults.count - 1] if faults.count else NULL
     cdef ldd_status status
     if last != NULL and last.tensor == fault.tensor and last.block == fault.block:
-        return LDD_OK                           # a block that was asked for in pieces
+        return LDD_OK                           # a block that was asked for in several ranges
     status = ldd_plan_reserve(<void**>&faults.items, &faults.capacity, faults.count, 1, sizeof(ldd_fault), detail)
     if status == LDD_OK:
         faults.items[faults.count] = fault[0]

@@ -15,7 +15,6 @@ from llm_datadist.managers.base import (
     cluster_of,
     key_specs,
     layers_of_pull,
-    lazy_addresses,
     remote_key,
     tensors_of,
 )
@@ -110,9 +109,3 @@ def test_block_pairs_name_a_destination_that_repeats(assert_raises, info):
 def test_block_pairs_name_what_is_outside(assert_raises, info, block):
     error = assert_raises("PI", block_pairs, "info", info, 3, True)
     assert f"block {block} " in str(error) and "[0, 3)" in str(error)
-
-
-def test_lazy_addresses():
-    made = [3, 1, 2]
-    assert lazy_addresses(made) is made
-    assert lazy_addresses(range(0, 30, 10))() == [0, 10, 20]
