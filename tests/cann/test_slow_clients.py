@@ -85,7 +85,7 @@ def test_memory_the_peer_registered_meanwhile_is_asked_for(machines):
 
 
 def test_memory_that_is_unregistered_meanwhile_never_reaches_the_client(machines):
-    here, there = slow_owner(machines)
+    here, there = slow_owner(machines, create_ms=3000)
     here.call(steps.register, "passing", 0)
     assert here.call(steps.pull_error, 2, "target")[0] == "LLM_TIMEOUT"
     here.call(steps.unregister, "passing")
@@ -128,7 +128,7 @@ def killed(machines, here, there):
 
 @pytest.mark.parametrize("end", [unlinked_by_the_peer, unlinked_by_force, unlinked_here, killed])
 def test_a_link_that_ends_meanwhile_leaves_no_client(machines, end):
-    here, there = slow_owner(machines)
+    here, there = slow_owner(machines, create_ms=3000)
     assert here.call(steps.pull_error, 2, "target")[0] == "LLM_TIMEOUT"
     if end is not killed:
         there.call(steps.deallocate, "source")
