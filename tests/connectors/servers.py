@@ -105,11 +105,20 @@ def fetched(servers, call, what="pull"):
     return [result] + [servers.counted(name) - value for name, value in zip(names, before)]
 
 
-def leave(server, prompt, num_tokens, params, after_s, port=None):
-    """Ask, and close the connection after a while."""
+def leave(server, prompt, num_tokens, params, after_s, port=None, is_known=False):
+    """Ask, and close the connection after a while; with `is_known` not before the engine has heard of the request."""
+    before = server.metrics()
     connection = http.client.HTTPConnection("127.0.0.1", port or server.port)
     body = {"model": "model", "prompt": prompt, "max_tokens": num_tokens, "temperature": 0, "ignore_eos": True,
             "kv_transfer_params": params, "stream": num_tokens > 1}
     connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    if is_known:
+        assert until(lambda: is_busier(server.metrics(), before), SETTLE_S)
     time.sleep(after_s)
     connection.close()
+
+
+def is_busier(now, before):
+    """Whether an engine has a request, or has computed a prompt since."""
+    return (now["vllm:num_requests_running"] + now["vllm:num_requests_waiting"] > 0
+            or now["vllm:prompt_tokens_total"] > before["vllm:prompt_tokens_total"])

@@ -105,11 +105,15 @@ class Proxy:
     async def _begin(self, path: str, body: Dict[str, Any]) -> Tuple[aiohttp.ClientResponse, bytes]:
         """Ask the decode server; return its answer once that has its first bytes."""
         assert self._session is not None
-        answer = await self._session.post(self._decode + path, json=body)
         try:
-            return answer, await answer.content.readany()
-        except BaseException:
-            answer.close()
+            answer = await self._session.post(self._decode + path, json=body)
+            try:
+                return answer, await answer.content.readany()
+            except BaseException:
+                answer.close()
+                raise
+        except (aiohttp.ClientError, OSError):
+            self._decode_workers = None                 # it went away: its successor has others
             raise
 
     async def _decode_alone(self, request: web.Request, body: Dict[str, Any]) -> web.StreamResponse:
