@@ -60,7 +60,20 @@ bench: $(VENV)/.tested
 churn: $(VENV)/.tested
 	cd tests && LDD_CHURN_PULLS=1000000 ../$(BIN)/python -m pytest lifetime/test_churn.py $(PYTEST_ARGS)
 
-# In a tree and an environment of its own. Memory layout is not randomised: the runtime knows some address ranges alone.
+# Each sanitizer in a tree and an environment of its own. Reports go to files, as tests swallow what processes write; one
+# report is enough to fail.
+SANITIZE := build/sanitize
+SANITIZE_TESTS ?= core host
+SANITIZE_LIBRARY = $(shell $(or $(CC),cc) -print-file-name=libasan.so)
+sanitize: $(SANITIZE)/.tested
+	rm -f $(SANITIZE)/report.*
+	cd tests && LD_PRELOAD=$(SANITIZE_LIBRARY) \
+	  ASAN_OPTIONS="log_path=$(CURDIR)/$(SANITIZE)/report detect_leaks=0" \
+	  UBSAN_OPTIONS="log_path=$(CURDIR)/$(SANITIZE)/report print_stacktrace=1" \
+	  ../$(SANITIZE)/venv/bin/python -m pytest $(SANITIZE_TESTS) $(PYTEST_ARGS)
+	@if ls $(SANITIZE)/report.* 2>/dev/null; then head -50 $(SANITIZE)/report.*; exit 1; fi
+
+# Memory layout is not randomised: the runtime knows some address ranges alone.
 TSAN := build/tsan
 TSAN_TESTS ?= core/table core/link/test_shared_reader.py core/transfer/test_local_copy.py host/acl/test_memory.py
 TSAN_LIBRARY = $(shell $(or $(CC),cc) -print-file-name=libtsan.so)
@@ -71,12 +84,14 @@ tsan: $(TSAN)/.tested
 	  setarch $(shell uname -m) -R ../$(TSAN)/venv/bin/python -m pytest $(TSAN_TESTS) $(PYTEST_ARGS)
 	@if ls $(TSAN)/report.* 2>/dev/null; then head -50 $(TSAN)/report.*; exit 1; fi
 
-$(TSAN)/.tested: $(SOURCES) $(PROBES)
-	mkdir -p $(TSAN)/source/tests
-	cp -Rp tests/probes $(TSAN)/source/tests
-	cp -Rp include llm_datadist llm_datadist_v1 tools setup.py pyproject.toml README.md LICENSE MANIFEST.in $(TSAN)/source
-	$(PYTHON) -m venv $(TSAN)/venv
-	LDD_WITH=tests LDD_SANITIZE=thread $(TSAN)/venv/bin/python -m pip install --quiet '$(TSAN)/source[test]'
+$(SANITIZE)/.tested: SANITIZERS := address,undefined
+$(TSAN)/.tested: SANITIZERS := thread
+$(SANITIZE)/.tested $(TSAN)/.tested: $(SOURCES) $(PROBES)
+	mkdir -p $(@D)/source/tests
+	cp -Rp tests/probes $(@D)/source/tests
+	cp -Rp include llm_datadist llm_datadist_v1 tools setup.py pyproject.toml README.md LICENSE MANIFEST.in $(@D)/source
+	$(PYTHON) -m venv $(@D)/venv
+	LDD_WITH=tests LDD_SANITIZE=$(SANITIZERS) $(@D)/venv/bin/python -m pip install --quiet '$(@D)/source[test]'
 	touch $@
 
 demo-vllm: $(VLLM_VENV)/.installed
