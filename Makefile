@@ -10,7 +10,7 @@
 #   make docs   build the site of the documents into build/site (Python 3.11 or newer)
 #   make wheels  wheels for manylinux_2_28 on x86-64 and aarch64 into dist/, checked and tried
 #   make churn  a million pulls from an owner that reuses its memory, every byte checked
-#   make tsan   run tests of threads, of one process and of several, under ThreadSanitizer
+#   make tsan   run the tests of the table, the shared table and the copy threads under ThreadSanitizer
 #   make sanitize   run tests of the compiled code with address and undefined behaviour sanitizers
 #   make fuzz   inputs made up at random for whatever reads bytes of others (needs clang)
 #   make soak HOURS=2   processes that do random things, are killed, stopped and cut off, every byte checked
@@ -91,7 +91,8 @@ soak: $(VENV)/.tested
 # Each sanitizer in a tree and an environment of its own. Reports go to files, as tests swallow what processes write; one
 # report is enough to fail.
 SANITIZE := build/sanitize
-SANITIZE_TESTS ?= core host
+SANITIZE_TESTS ?= core host links/test_link_clusters.py transfers/test_pull.py transfers/test_push.py \
+  transfers/test_async_failures.py
 SANITIZE_LIBRARY = $(shell $(or $(CC),cc) -print-file-name=libasan.so)
 SANITIZE_OPTIONS := ASAN_OPTIONS="log_path=$(CURDIR)/$(SANITIZE)/report detect_leaks=0" \
   UBSAN_OPTIONS="log_path=$(CURDIR)/$(SANITIZE)/report print_stacktrace=1"
