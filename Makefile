@@ -70,6 +70,7 @@ FUZZ_SECONDS ?= 60
 FUZZ_VENV := build/fuzz/venv
 fuzz: $(SANITIZE)/.tested $(FUZZ_VENV)/.made
 	tests/fuzz/run $(FUZZ_SECONDS)
+	rm -f $(SANITIZE)/report.*
 	cd tests && LD_PRELOAD=$(SANITIZE_LIBRARY) $(SANITIZE_OPTIONS) \
 	  ../$(SANITIZE)/venv/bin/python fuzz/control_frames.py $(FUZZ_SECONDS)
 	$(REPORTED)

@@ -25,8 +25,8 @@ static HixlStatus peer_send_all(int fd, const void *data, size_t bytes, int64_t 
 /* A region that holds the range must say so truly: no arithmetic has gone round. */
 static void find(hixl_client *client, uint64_t address, uint64_t bytes) {
     const hixl_remote_region *found = hixl_remote_find(client, address, bytes);
-    if (found != NULL && (address < found->address || address + bytes < address ||
-                          address + bytes > found->address + found->bytes)) {
+    if (found != NULL &&
+        (address < found->address || address + bytes < address || address + bytes > found->address + found->bytes)) {
         abort();
     }
 }

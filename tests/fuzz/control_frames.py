@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-from support.control_frames import (  # noqa: E402
+from support.control_frames import (
     CHECKSUM,
     HELLO,
     PING,
@@ -34,10 +34,10 @@ from support.control_frames import (  # noqa: E402
     hello,
     read_frame,
 )
-from support.link_steps import addrs_of, fetch, link, offer, unlink, until, withdraw  # noqa: E402
-from support.peer import Peers, engine_options  # noqa: E402
+from support.link_steps import addrs_of, fetch, link, offer, unlink, until, withdraw
+from support.peer import Peers, engine_options
 
-from llm_datadist import LLMException  # noqa: E402
+from llm_datadist import LLMException
 
 OWNER, READER, BELIEVER = 1, 2, 3
 BATCH = 64
@@ -221,8 +221,8 @@ def main(seconds: float, seed: int) -> None:
         assert until(lambda: len(os.listdir("/proc/self/fd")) <= files), "connections are left"
         owner.call(withdraw)
         spent = time.monotonic() - start
-        print(f"  {fuzzer.num_frames} frames, {fuzzer.num_frames / spent:.0f} a second; {proxy.num_changed} answers changed, "
-              f"after which: {dict(believed)}; nothing found")
+        print(f"  {fuzzer.num_frames} frames, {fuzzer.num_frames / spent:.0f} a second; "
+              f"{proxy.num_changed} answers changed, after which: {dict(believed)}; nothing found")
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, Dict, List
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-from soak import steps  # noqa: E402
-from support.link_steps import stopped  # noqa: E402
-from support.peer import Child, PeerError, Peers, engine_options  # noqa: E402
+from soak import steps
+from support.link_steps import stopped
+from support.peer import Child, PeerError, Peers, engine_options
 
 CLUSTERS = (1, 2, 3, 4)
 PATHS = ({}, {"LLM_DATADIST_HOST_PATHS": "cma,tcp"}, {"LLM_DATADIST_HOST_PATHS": "tcp"})

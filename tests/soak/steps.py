@@ -115,7 +115,7 @@ class _Worker:
             raise
         for index, tensor in enumerate(views):
             if not np.array_equal(np.asarray(tensor).reshape(-1), expected(number, index)):
-                self.faults.append(f"cluster {self.cluster_id}: key {number:#x} of {cluster_id}: wrong bytes in {index}")
+                self.faults.append(f"cluster {self.cluster_id}: wrong bytes in tensor {index} of key {number:#x}")
         self.manager.deallocate_cache(cache)
 
     def check_marks(self) -> None:

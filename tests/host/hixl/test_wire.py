@@ -253,7 +253,7 @@ def test_local_socket_needs_a_session(server, admin):
 
 
 def test_the_word_that_clients_may_write_is_of_no_connection(server, admin):
-    """A client writes it without being asked again, perhaps when its connection has long ended: no memory to be freed."""
+    """A client writes it without being asked again, perhaps when its connection has long ended."""
     words = []
     with contextlib.ExitStack() as stack:
         for _ in range(2):
