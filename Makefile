@@ -64,26 +64,6 @@ bench: $(VENV)/.tested
 churn: $(VENV)/.tested
 	cd tests && LDD_CHURN_PULLS=1000000 ../$(BIN)/python -m pytest lifetime/test_churn.py $(PYTEST_ARGS)
 
-# The C decoders with libFuzzer (clang), the texts that Python reads with atheris, and frames to an engine that is built
-# with sanitizers. FUZZ_SECONDS: of each target; FUZZ_RUNS: executions of each instead, for C and Python.
-FUZZ_SECONDS ?= 60
-FUZZ_VENV := build/fuzz/venv
-fuzz: $(SANITIZE)/.tested $(FUZZ_VENV)/.made
-	tests/fuzz/run $(FUZZ_SECONDS)
-	rm -f $(SANITIZE)/report.*
-	cd tests && LD_PRELOAD=$(SANITIZE_LIBRARY) $(SANITIZE_OPTIONS) \
-	  ../$(SANITIZE)/venv/bin/python fuzz/control_frames.py $(FUZZ_SECONDS)
-	$(REPORTED)
-	mkdir -p build/fuzz/found/texts
-	cd tests && ../$(FUZZ_VENV)/bin/python fuzz/texts.py ../build/fuzz/found/texts fuzz/corpus/texts -verbosity=0 \
-	  -print_final_stats=1 -artifact_prefix=../build/fuzz/failed/texts- \
-	  $(if $(FUZZ_RUNS),-runs=$(FUZZ_RUNS),-max_total_time=$(FUZZ_SECONDS))
-
-$(FUZZ_VENV)/.made: Makefile
-	$(PYTHON) -m venv $(FUZZ_VENV)
-	$(FUZZ_VENV)/bin/python -m pip install --quiet $(FUZZ_TOOLS) numpy
-	touch $@
-
 # Random operations of several processes that are killed, stopped and cut off, for so long; a fraction will do.
 HOURS ?= 1
 soak: $(VENV)/.tested
@@ -123,6 +103,26 @@ $(SANITIZE)/.tested $(TSAN)/.tested: $(SOURCES) $(PROBES)
 	cp -Rp include llm_datadist llm_datadist_v1 tools setup.py pyproject.toml README.md LICENSE MANIFEST.in $(@D)/source
 	$(PYTHON) -m venv $(@D)/venv
 	LDD_WITH=tests LDD_SANITIZE=$(SANITIZERS) $(@D)/venv/bin/python -m pip install --quiet '$(@D)/source[test]'
+	touch $@
+
+# The C decoders with libFuzzer (clang), the texts that Python reads with atheris, and frames to an engine that is built
+# with sanitizers. FUZZ_SECONDS: of each target; FUZZ_RUNS: executions of each instead, for C and Python.
+FUZZ_SECONDS ?= 60
+FUZZ_VENV := build/fuzz/venv
+fuzz: $(SANITIZE)/.tested $(FUZZ_VENV)/.made
+	tests/fuzz/run $(FUZZ_SECONDS)
+	rm -f $(SANITIZE)/report.*
+	cd tests && LD_PRELOAD=$(SANITIZE_LIBRARY) $(SANITIZE_OPTIONS) \
+	  ../$(SANITIZE)/venv/bin/python fuzz/control_frames.py $(FUZZ_SECONDS)
+	$(REPORTED)
+	mkdir -p build/fuzz/found/texts
+	cd tests && ../$(FUZZ_VENV)/bin/python fuzz/texts.py ../build/fuzz/found/texts fuzz/corpus/texts -verbosity=0 \
+	  -print_final_stats=1 -artifact_prefix=../build/fuzz/failed/texts- \
+	  $(if $(FUZZ_RUNS),-runs=$(FUZZ_RUNS),-max_total_time=$(FUZZ_SECONDS))
+
+$(FUZZ_VENV)/.made: Makefile
+	$(PYTHON) -m venv $(FUZZ_VENV)
+	$(FUZZ_VENV)/bin/python -m pip install --quiet $(FUZZ_TOOLS) numpy
 	touch $@
 
 demo-vllm: $(VLLM_VENV)/.installed
