@@ -11,6 +11,9 @@
 #   make wheels  wheels for manylinux_2_28 on x86-64 and aarch64 into dist/, checked and tried
 #   make churn  a million pulls from an owner that reuses its memory, every byte checked
 #   make tsan   run the tests of the table, the shared table and the copy threads under ThreadSanitizer
+#   make sanitize   run tests of the compiled code with address and undefined behaviour sanitizers
+#   make fuzz   inputs made up at random for whatever reads bytes of others (needs clang)
+#   make soak HOURS=2   processes that do random things, are killed, stopped and cut off, every byte checked
 #   make clean  remove everything made by these
 #
 #   make format               lay C files out as .clang-format says
@@ -36,6 +39,7 @@ NIXL := nixl==1.5.1 nixl-cu12==1.5.1
 LINT_TOOLS := ruff==0.17.6 mypy==2.4.1 codespell==2.4.3 cython-lint==0.22.1 clang-format==23.1.5
 DOCS_TOOLS := sphinx==9.0.4 furo==2025.12.19 myst-parser==5.2.0 numpydoc==1.11.0
 DOCS_VENV := .venv-docs
+FUZZ_TOOLS := atheris==3.1.0
 
 SOURCES := $(shell find include llm_datadist llm_datadist_v1 tools -type f -not -path '*/__pycache__/*' \
              -not -name '*.so' 2>/dev/null) setup.py pyproject.toml
@@ -43,7 +47,7 @@ SOURCES := $(shell find include llm_datadist llm_datadist_v1 tools -type f -not 
 PROBES := $(wildcard tests/probes/*.py*)
 C_FILES := $(filter %.c %.h,$(SOURCES))
 
-.PHONY: demo test test-cann bench lint docs wheels format churn tsan coverage check-aarch64 check-free-threaded \
+.PHONY: demo test test-cann bench lint docs wheels format churn tsan sanitize fuzz soak coverage check-aarch64 check-free-threaded \
         demo-vllm test-vllm bench-vllm clean
 .DELETE_ON_ERROR:
 
@@ -60,7 +64,27 @@ bench: $(VENV)/.tested
 churn: $(VENV)/.tested
 	cd tests && LDD_CHURN_PULLS=1000000 ../$(BIN)/python -m pytest lifetime/test_churn.py $(PYTEST_ARGS)
 
-# In a tree and an environment of its own. Memory layout is not randomised: the runtime knows some address ranges alone.
+# Random operations of several processes that are killed, stopped and cut off, for so long; a fraction will do.
+HOURS ?= 1
+soak: $(VENV)/.tested
+	cd tests && ../$(BIN)/python soak/run.py $(HOURS) $(SOAK_SEED)
+
+# Each sanitizer in a tree and an environment of its own. Reports go to files, as tests swallow what processes write; one
+# report is enough to fail.
+SANITIZE := build/sanitize
+SANITIZE_TESTS ?= core host links/test_link_clusters.py transfers/test_pull.py transfers/test_push.py \
+  transfers/test_async_failures.py
+SANITIZE_LIBRARY = $(shell $(or $(CC),cc) -print-file-name=libasan.so)
+SANITIZE_OPTIONS := ASAN_OPTIONS="log_path=$(CURDIR)/$(SANITIZE)/report detect_leaks=0" \
+  UBSAN_OPTIONS="log_path=$(CURDIR)/$(SANITIZE)/report print_stacktrace=1"
+REPORTED = @if ls $(SANITIZE)/report.* 2>/dev/null; then head -50 $(SANITIZE)/report.*; exit 1; fi
+sanitize: $(SANITIZE)/.tested
+	rm -f $(SANITIZE)/report.*
+	cd tests && LD_PRELOAD=$(SANITIZE_LIBRARY) $(SANITIZE_OPTIONS) \
+	  ../$(SANITIZE)/venv/bin/python -m pytest $(SANITIZE_TESTS) $(PYTEST_ARGS)
+	$(REPORTED)
+
+# Memory layout is not randomised: the runtime knows some address ranges alone.
 TSAN := build/tsan
 TSAN_TESTS ?= core/table core/link/test_shared_reader.py core/transfer/test_local_copy.py host/acl/test_memory.py
 TSAN_LIBRARY = $(shell $(or $(CC),cc) -print-file-name=libtsan.so)
@@ -71,12 +95,34 @@ tsan: $(TSAN)/.tested
 	  setarch $(shell uname -m) -R ../$(TSAN)/venv/bin/python -m pytest $(TSAN_TESTS) $(PYTEST_ARGS)
 	@if ls $(TSAN)/report.* 2>/dev/null; then head -50 $(TSAN)/report.*; exit 1; fi
 
-$(TSAN)/.tested: $(SOURCES) $(PROBES)
-	mkdir -p $(TSAN)/source/tests
-	cp -Rp tests/probes $(TSAN)/source/tests
-	cp -Rp include llm_datadist llm_datadist_v1 tools setup.py pyproject.toml README.md LICENSE MANIFEST.in $(TSAN)/source
-	$(PYTHON) -m venv $(TSAN)/venv
-	LDD_WITH=tests LDD_SANITIZE=thread $(TSAN)/venv/bin/python -m pip install --quiet '$(TSAN)/source[test]'
+$(SANITIZE)/.tested: SANITIZERS := address,undefined
+$(TSAN)/.tested: SANITIZERS := thread
+$(SANITIZE)/.tested $(TSAN)/.tested: $(SOURCES) $(PROBES)
+	mkdir -p $(@D)/source/tests
+	cp -Rp tests/probes $(@D)/source/tests
+	cp -Rp include llm_datadist llm_datadist_v1 tools setup.py pyproject.toml README.md LICENSE MANIFEST.in $(@D)/source
+	$(PYTHON) -m venv $(@D)/venv
+	LDD_WITH=tests LDD_SANITIZE=$(SANITIZERS) $(@D)/venv/bin/python -m pip install --quiet '$(@D)/source[test]'
+	touch $@
+
+# The C decoders with libFuzzer (clang), the texts that Python reads with atheris, and frames to an engine that is built
+# with sanitizers. FUZZ_SECONDS: of each target; FUZZ_RUNS: executions of each instead, for C and Python.
+FUZZ_SECONDS ?= 60
+FUZZ_VENV := build/fuzz/venv
+fuzz: $(SANITIZE)/.tested $(FUZZ_VENV)/.made
+	tests/fuzz/run $(FUZZ_SECONDS)
+	rm -f $(SANITIZE)/report.*
+	cd tests && LD_PRELOAD=$(SANITIZE_LIBRARY) $(SANITIZE_OPTIONS) \
+	  ../$(SANITIZE)/venv/bin/python fuzz/control_frames.py $(FUZZ_SECONDS)
+	$(REPORTED)
+	mkdir -p build/fuzz/found/texts
+	cd tests && ../$(FUZZ_VENV)/bin/python fuzz/texts.py ../build/fuzz/found/texts fuzz/corpus/texts -verbosity=0 \
+	  -print_final_stats=1 -artifact_prefix=../build/fuzz/failed/texts- \
+	  $(if $(FUZZ_RUNS),-runs=$(FUZZ_RUNS),-max_total_time=$(FUZZ_SECONDS))
+
+$(FUZZ_VENV)/.made: Makefile
+	$(PYTHON) -m venv $(FUZZ_VENV)
+	$(FUZZ_VENV)/bin/python -m pip install --quiet $(FUZZ_TOOLS) numpy
 	touch $@
 
 demo-vllm: $(VLLM_VENV)/.installed

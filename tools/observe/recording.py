@@ -39,12 +39,12 @@ def read(path: str) -> Recording:
     with open(path, encoding="utf-8") as source:
         try:
             lines = [json.loads(line) for line in source]
-        except ValueError:
+        except (ValueError, RecursionError):
             lines = []
-    if not lines or not isinstance(lines[0], dict) or lines[0].get("format") != FORMAT:
+    if not lines or not all(isinstance(line, dict) for line in lines) or lines[0].get("format") != FORMAT:
         raise ValueError(f"{path} is no recording of llm-datadist record")
-    if lines[0]["version"] != VERSION:
-        raise ValueError(f"{path} is a recording of version {lines[0]['version']}, this is version {VERSION}")
+    if lines[0].get("version") != VERSION:
+        raise ValueError(f"{path} is a recording of version {lines[0].get('version')}, this is version {VERSION}")
     return Recording(lines[0], [line for line in lines[1:] if "op" not in line],
                      [line for line in lines[1:] if "op" in line])
 

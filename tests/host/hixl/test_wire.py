@@ -1,4 +1,5 @@
 """The server of the host provider against frames written by hand: what it refuses, and that it stays up."""
+import contextlib
 import ctypes
 import os
 import random
@@ -249,6 +250,21 @@ def test_local_socket_needs_a_session(server, admin):
         raw.sendall(HELLO.pack(HELLO_MAGIC, VERSION, LOCAL, 0, os.urandom(16), bytes(16), admin.nonce))
         assert WELCOME.unpack(raw.recv(WELCOME.size))[3] == hixl.NOT_CONNECTED
         assert raw.recv(1) == b""
+
+
+def test_the_word_that_clients_may_write_is_of_no_connection(server, admin):
+    """A client writes it without being asked again, perhaps when its connection has long ended."""
+    words = []
+    with contextlib.ExitStack() as stack:
+        for _ in range(2):
+            raw = stack.enter_context(socket.socket(socket.AF_UNIX))
+            raw.settimeout(10)
+            raw.connect(b"\0" + admin.local_name)
+            raw.sendall(HELLO.pack(HELLO_MAGIC, VERSION, LOCAL, 0, admin.client_id, bytes(16), admin.nonce))
+            welcome = WELCOME.unpack(raw.recv(WELCOME.size))
+            assert welcome[3] == hixl.SUCCESS
+            words.append(welcome[8])
+    assert words[0] == words[1] != 0
 
 
 def test_map_of_an_unknown_backing(server, admin):

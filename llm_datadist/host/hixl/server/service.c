@@ -23,6 +23,12 @@ enum {
 #define HELLO_TIMEOUT_NS (2 * HIXL_SECOND_NS)
 #define ACCEPT_REST_NS (100 * HIXL_MS_NS)
 
+/*
+ * What clients may write across to see whether they can. Not of a connection: it may have ended, and its memory may
+ * be in other use, by the time a client that was slow gets to it.
+ */
+static uint64_t scratch;
+
 static void set_watch(hixl_server *server, hixl_conn *conn, int operation, uint32_t events) {
     struct epoll_event event = {.events = events, .data.ptr = conn};
     epoll_ctl(server->epoll_fd, operation, conn->fd, &event);
@@ -326,7 +332,7 @@ static bool welcome(hixl_server *server, hixl_conn *conn) {
         memcpy(reply.local_name, server->local_name, sizeof reply.local_name);
         if (conn->is_local) {
             reply.nonce_address = (uintptr_t)server->nonce;
-            reply.scratch_address = (uintptr_t)&conn->scratch;
+            reply.scratch_address = (uintptr_t)&scratch;
         }
     }
     /* The first bytes on a fresh connection: they fit its buffer, or something is very wrong with it. */

@@ -72,7 +72,6 @@ typedef struct hixl_conn {
     } in;
     uint8_t *out; /* a reply that did not fit the socket at once */
     size_t out_bytes, out_sent;
-    uint64_t scratch; /* LOCAL: what the client may write across to see whether it can */
 } hixl_conn;
 
 TAILQ_HEAD(hixl_conn_list, hixl_conn);

@@ -63,7 +63,7 @@ typedef struct {
     uint8_t boot_id[16];    /* tells one running kernel from another */
     char local_name[48];    /* abstract Unix name, zero padded; empty: none */
     uint64_t nonce_address; /* LOCAL: where server_nonce lies in the server, to try reading it across */
-    uint64_t scratch_address; /* LOCAL: a word of this connection, to try writing across */
+    uint64_t scratch_address; /* LOCAL: a word that is there for ever, to try writing across */
 } hixl_wire_welcome;
 
 typedef struct {
