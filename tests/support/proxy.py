@@ -22,7 +22,7 @@ OPS = {LIST: "LIST", MAP: "MAP", GET: "GET", PUT: "PUT", FETCH: "FETCH", CONFIRM
 CONTROL = {1: "HELLO", 2: "WELCOME", 3: "RESOLVE", 4: "DESCRIPTOR", 5: "RELEASE", 6: "ACK", 7: "RANGES", 8: "LEASE",
            9: "UNLINK", 10: "PING", 14: "PROOF", 15: "CHECKSUM", 16: "CHECKSUMS"}
 RESET = struct.pack("ii", 1, 0)                 # SO_LINGER: an end of the connection that is a reset
-LIMIT_S = 30.0                                  # how long a frame is held if the test forgets it
+LIMIT_S = 20.0                                  # how long a frame is held if the test forgets it
 
 
 class Trap:
@@ -64,7 +64,8 @@ class Proxy:
     def __init__(self, owner: Tuple[str, int]) -> None:
         self._owner = owner
         self._lock = threading.Lock()
-        self._traps: Dict[str, Trap] = {}
+        self._traps: Dict[str, Trap] = {}               # armed
+        self._sprung: List[Trap] = []                   # until `restore`
         self._listeners: List[socket.socket] = []
         self._sockets: Set[socket.socket] = set()
         self._threads: List[threading.Thread] = []
@@ -101,7 +102,7 @@ class Proxy:
     def restore(self) -> None:
         """Forget traps; let what comes from now on through, on new connections where others fell silent."""
         with self._lock:
-            traps, self._traps = list(self._traps.values()), {}
+            traps, self._traps, self._sprung = [*self._traps.values(), *self._sprung], {}, []
             was_silent, self._is_silent = self._is_silent, False
         for trap in traps:
             trap.go_on.set()
@@ -193,7 +194,7 @@ class Proxy:
                 trap.skip -= 1
                 trap = None
             elif trap is not None:
-                del self._traps[name]
+                self._sprung.append(self._traps.pop(name))
         if trap is None:
             self._send(data, source, sink)
             return
