@@ -20,10 +20,10 @@ PULLS = (*FETCH, "CONFIRM request", *STEPS, *END)
 
 
 def dies(broken, process):
-    """Kill a process; what the proxy holds of it goes nowhere."""
+    """Kill a process; what the proxy holds goes nowhere."""
     process.kill()
-    broken.network.restore()
     broken.network.cut()
+    broken.network.restore()
 
 
 @pytest.mark.parametrize("step", FETCH + STEPS + END)
@@ -51,15 +51,13 @@ def test_the_owner_is_killed_under_a_transfer(broken, step):
 def test_the_reader_is_killed_under_a_pull(broken, step):
     """The owner lets go of everything; the key is taken only where the reader had asked for that."""
     trap, finish, number = begin(broken, pull_of(step), step, "hold", False)
-    broken.reader.kill()
     if step == "CONFIRM request":
-        finish()                                # it had returned
-    else:
+        assert finish() is S.LLM_SUCCESS
+    dies(broken, broken.reader)
+    trap.wait("passed")
+    if step != "CONFIRM request":
         with pytest.raises(PeerError, match="ended"):
             finish()
-    broken.network.cut()
-    trap.go_on.set()
-    trap.wait("passed")
     assert until(lambda: broken.owner.stats()["pins"] == 0 and not broken.owner.call(calls.links))
     broken.start_reader_again()
     keys_are(broken, number, step != "ACK")
@@ -68,12 +66,10 @@ def test_the_reader_is_killed_under_a_pull(broken, step):
 @pytest.mark.parametrize("step", SEND + END)
 def test_the_reader_is_killed_under_a_transfer(broken, step):
     trap, finish, number, addrs = begin_send(broken, step, "hold", True)
-    broken.reader.kill()
+    dies(broken, broken.reader)
+    trap.wait("passed")
     with pytest.raises(PeerError, match="ended"):
         finish()
-    broken.network.cut()
-    trap.go_on.set()
-    trap.wait("passed")
     assert until(lambda: broken.owner.stats()["pins"] == 0 and not broken.owner.call(calls.links))
     broken.owner.call(calls.fill_memory, addrs, number)
     broken.start_reader_again()
