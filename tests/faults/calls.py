@@ -5,17 +5,19 @@ answers with a status code; the test compares the destination itself.
 """
 from __future__ import annotations
 
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, List, Optional, Tuple
 
 import numpy as np
 from support.link_steps import link, links, unlink
-from support.peer import engine_options
 from transfers.caches import addrs_of, bytes_at
 from transfers.tasks import Recorder
 
 from llm_datadist import (
     CacheDesc,
     CacheKey,
+    CancelScope,
     DataType,
     LLMException,
     LLMStatusCode,
@@ -26,28 +28,6 @@ OWNER, READER = 1, 2
 TENSORS, TENSOR_BYTES = 2, 24 << 10
 DESC = CacheDesc(TENSORS, [1, TENSOR_BYTES], DataType.DT_UINT8)
 UNTOUCHED = 0xA5                                # what a destination is filled with
-SECRET = {"llm_LinkSecret": "a shared secret of these tests"}
-
-
-class Call(NamedTuple):
-    """One kind of call.
-
-    Attributes
-    ----------
-    steps : tuple of str
-        Frames it sends, in their order, by the names of ``support/proxy.py``.
-    moves : str
-        The frame with bytes of caches; "" where there is none.
-    takes_key : bool
-        It releases the key that it pulls.
-    options : dict
-        Options of both engines.
-    """
-
-    steps: Tuple[str, ...]
-    moves: str = ""
-    takes_key: bool = False
-    options: Dict[str, str] = {}
 
 
 def wanted(seed: int) -> bytes:
@@ -116,6 +96,18 @@ def code_of(function: Any, *args: Any, **kwargs: Any) -> LLMStatusCode:
 def pull(node: Any, number: int) -> LLMStatusCode:
     """One exchange."""
     return code_of(node.cache_manager.pull_cache, CacheKey(OWNER, number), node.kept["target"])
+
+
+def pull_until(node: Any, number: int, limit_s: float = 0.1) -> LLMStatusCode:
+    """One exchange that another thread cancels after a time."""
+    with ThreadPoolExecutor(1) as pool, CancelScope() as scope:
+        over = threading.Event()
+        cancelling = pool.submit(lambda: over.wait(limit_s) or scope.cancel())
+        try:
+            return pull(node, number)
+        finally:
+            over.set()
+            cancelling.result()
 
 
 def pull_by_steps(node: Any, number: int) -> LLMStatusCode:

@@ -26,13 +26,13 @@ class Broken:
     network : Proxy
     """
 
-    def __init__(self, peers: Peers, timeout_ms: int, options: Dict[str, str]) -> None:
+    def __init__(self, peers: Peers, timeout_ms: int, options: Dict[str, str], follows_data: bool = True) -> None:
         self.peers = peers
         self._timeout_ms, self._options = timeout_ms, options
         self.owner = self._start_owner()
         self.reader = self._start_reader()
         assert self.owner.address is not None
-        self.network = Proxy(self.owner.address)
+        self.network = Proxy(self.owner.address, follows_data)
         self._number = 0
 
     def _start_owner(self, **options: str) -> Child:

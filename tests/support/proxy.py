@@ -61,8 +61,9 @@ class Proxy:
         ``"data WELCOME"``, ``"GET request"``, ``"GET reply"``, ``"GET bytes"``, ``"CONFIRM request"``.
     """
 
-    def __init__(self, owner: Tuple[str, int]) -> None:
+    def __init__(self, owner: Tuple[str, int], follows_data: bool = True) -> None:
         self._owner = owner
+        self._follows_data = follows_data               # not where a secret proves what the owner said
         self._lock = threading.Lock()
         self._traps: Dict[str, Trap] = {}               # armed
         self._sprung: List[Trap] = []                   # until `restore`
@@ -233,7 +234,7 @@ class Proxy:
             payload = bytearray(read_exactly(source, length))
             if from_owner and type_ == WELCOME:
                 (port,) = struct.unpack_from("<I", payload, WELCOME_HEAD.size)
-                if port:
+                if port and self._follows_data:
                     self._data_port = port
                     struct.pack_into("<I", payload, WELCOME_HEAD.size, self._data.getsockname()[1])
             self._carry(CONTROL.get(type_, str(type_)), header + payload, source, sink)
