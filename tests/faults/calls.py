@@ -100,14 +100,14 @@ def pull(node: Any, number: int) -> LLMStatusCode:
 
 def pull_until(node: Any, number: int, limit_s: float = 0.1) -> LLMStatusCode:
     """One exchange that another thread cancels after a time."""
-    with ThreadPoolExecutor(1) as pool, CancelScope() as scope:
-        over = threading.Event()
-        cancelling = pool.submit(lambda: over.wait(limit_s) or scope.cancel())
+    scope, over = CancelScope(), threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(lambda: over.wait(limit_s) or scope.cancel())
         try:
-            return pull(node, number)
+            with scope:
+                return pull(node, number)
         finally:
             over.set()
-            cancelling.result()
 
 
 def pull_by_steps(node: Any, number: int) -> LLMStatusCode:

@@ -204,6 +204,7 @@ class Proxy:
                 self._send(data[:len(data) // 2], source, sink)
                 data = data[len(data) // 2:]
             if trap.action == "cut":
+                trap.reached.set()                      # first: a call may be over because of the cut
                 self.cut()
             elif trap.action == "swallow":
                 with self._lock:
