@@ -13,6 +13,7 @@
 #   make tsan   run the tests of the table, the shared table and the copy threads under ThreadSanitizer
 #   make sanitize   run tests of the compiled code with address and undefined behaviour sanitizers
 #   make fuzz   inputs made up at random for whatever reads bytes of others (needs clang)
+#   make faults        cuts, silence, kills and stops at every stage of linking and transfers
 #   make soak HOURS=2   processes that do random things, are killed, stopped and cut off, every byte checked
 #   make clean  remove everything made by these
 #
@@ -47,8 +48,8 @@ SOURCES := $(shell find include llm_datadist llm_datadist_v1 tools -type f -not 
 PROBES := $(wildcard tests/probes/*.py*)
 C_FILES := $(filter %.c %.h,$(SOURCES))
 
-.PHONY: demo test test-cann bench lint docs wheels format churn tsan sanitize fuzz soak coverage check-aarch64 check-free-threaded \
-        demo-vllm test-vllm bench-vllm clean
+.PHONY: demo test test-cann bench lint docs wheels format churn tsan sanitize fuzz faults soak coverage check-aarch64 \
+        check-free-threaded         demo-vllm test-vllm bench-vllm clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -63,6 +64,9 @@ bench: $(VENV)/.tested
 
 churn: $(VENV)/.tested
 	cd tests && LDD_CHURN_PULLS=1000000 ../$(BIN)/python -m pytest lifetime/test_churn.py $(PYTEST_ARGS)
+
+faults: $(VENV)/.tested
+	cd tests && LDD_FAULTS=1 ../$(BIN)/python -m pytest faults $(PYTEST_ARGS)
 
 # Random operations of several processes that are killed, stopped and cut off, for so long; a fraction will do.
 HOURS ?= 1

@@ -71,7 +71,8 @@ class Peer:
         return {
             "hello": self.hello, "open": self.open, "prepare": self.prepare, "reference": self.reference,
             "clear": self.clear_memory, "verify": self.verify, "publish": self.publish, "hold": self.hold,
-            "churn": self.churn, "cpu": self.cpu, "spin": self.spin, "crowd": self.crowd, "shut": self.shut,
+            "churn": self.churn, "cpu": self.cpu, "pins": self.pins, "spin": self.spin, "crowd": self.crowd,
+            "shut": self.shut,
         }
 
     def hello(self) -> dict:
@@ -162,6 +163,10 @@ class Peer:
     def cpu(self) -> dict:
         """Processor time of this process so far."""
         return {"cpu_ns": time.process_time_ns()}
+
+    def pins(self) -> dict:
+        """How many transfers of others hold a cache of this process."""
+        return {"pins": self._engine.stats()["pins"]}
 
     def spin(self, on: bool) -> dict:
         """Keep the interpreter of this process busy with pure Python, or stop that."""

@@ -55,6 +55,8 @@ FIGURES = {
     "keys": Figure("10^6 live keys against 10^2", "keys", "many_keys", num_peers=2),
     "owner": Figure("owner's interpreter spinning in pure Python against idle", "owner", "busy_owner"),
     "owner_tcp": Figure("the same over TCP, where the owner answers", "owner", "busy_owner_tcp", path="tcp"),
+    "isolation": Figure("pulls over TCP beside a reader that stands still or is dead", "isolation",
+                        "stopped_and_dead_readers", path="tcp"),
     "link": Figure("linking, and 512 links", "links", "many_links", num_peers=8),
     "wait": Figure("time-outs: how late, and how much processor time they take", "waits", "late_and_busy", path="tcp"),
 }
