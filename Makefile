@@ -49,7 +49,7 @@ PROBES := $(wildcard tests/probes/*.py*)
 C_FILES := $(filter %.c %.h,$(SOURCES))
 
 .PHONY: demo test test-cann bench lint docs wheels format churn tsan sanitize fuzz faults soak coverage check-aarch64 \
-        check-free-threaded         demo-vllm test-vllm bench-vllm clean
+        check-free-threaded demo-vllm test-vllm bench-vllm clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed

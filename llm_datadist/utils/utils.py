@@ -61,7 +61,7 @@ def check_isinstance(
         raise TypeError(
             f"{arg_name} only support type {_names(allowed)}{extra_fmt}, but got {type(arg_value).__name__}")
     if inner_class is not None:
-        check_inner(arg_name, arg_value, inner_class)  # type: ignore[arg-type]
+        check_inner(arg_name, arg_value, inner_class)
     return arg_value
 
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, List, Optional, Tuple
 
 import numpy as np
-from support.link_steps import link, links, unlink
+from support.link_steps import link, unlink
 from transfers.caches import addrs_of, bytes_at
 from transfers.tasks import Recorder
 

@@ -6,7 +6,6 @@ each time.
 from __future__ import annotations
 
 import os
-import random
 from typing import Dict, Optional, Set
 
 import pytest
@@ -15,7 +14,7 @@ from faults.conftest import Broken
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
-from support.link_steps import stop, stopped
+from support.link_steps import stopped
 from support.peer import Peers
 
 from llm_datadist import LLMStatusCode
@@ -36,7 +35,7 @@ _steps = {"calls": 0, "failed": 0, "faults": 0}
 # What a step does depends on what calls answered, and that on when a fault met them; which steps there are does not,
 # so that rules have no preconditions, and what has nothing to do does nothing.
 class Machine(RuleBasedStateMachine):
-    """The model: what each key must bring, which may be gone, what the destination holds, and whether there is a link."""
+    """The model: what each key must bring, which may be gone, what the destination holds, whether there is a link."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -244,7 +243,8 @@ def test_random_operations_and_faults():
         _broken.link()
         try:
             run_state_machine_as_test(Machine, settings=settings(
-                max_examples=RUNS, stateful_step_count=PER_RUN, deadline=None, phases=[Phase.generate], report_multiple_bugs=False,
+                max_examples=RUNS, stateful_step_count=PER_RUN, deadline=None, phases=[Phase.generate],
+                report_multiple_bugs=False,
                 derandomize=STEPS == 0, database=None,
                 suppress_health_check=list(HealthCheck)))
         except BaseException:

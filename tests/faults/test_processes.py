@@ -1,6 +1,6 @@
 """Either process is killed, or stands still for a while, at each frame of each call; the network holds the frame.
 
-The frame that is held says at which stage the call is. What went on before it has arrived; what comes behind it has not.
+The frame that is held says at which stage the call is. What went on before has arrived; what comes behind has not.
 """
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_the_owner_stands_still_under_a_pull(broken, step):
 
 @pytest.mark.parametrize("step", PULLS)
 def test_the_reader_stands_still_under_a_pull(broken, step):
-    """Others are served meanwhile; it goes on where it was, or gives up at its deadline, with the right bytes or none."""
+    """Others are served meanwhile; it goes on where it was, or gives up at its deadline, with right bytes or none."""
     trap, finish, number = begin(broken, pull_of(step), step, "hold", False)
     stop(broken.reader.pid)
     try:
