@@ -46,7 +46,12 @@ NOT_OVER_CANN = {
     "links/test_link_clusters.py::test_a_listener_that_never": "it counts mappings, and each stranger is a thread",
     "links/test_link_clusters.py::test_exactly_one_address_of_each_side": "with endpoints, a local address is no need",
     "links/test_link_clusters.py::test_no_local_address": "with endpoints, a local address is no need",
+    "links/test_access.py::test_memory": "the data port is CANN's, and so is what it gives",
+    "links/test_secret.py::test_the_data_port": "the data port is CANN's, and so is who may use it",
+    "links/test_secret.py::test_the_token_in_a_hello": "the data port is CANN's, and so is who may use it",
     "links/test_intruders.py::test_the_data_port_serves_links": "the data port is CANN's, and so is who may use it",
+    "links/test_checksum_requests.py": "checksums are refused where the CPU cannot read memory",
+    "transfers/test_checksums.py": "checksums are refused where the CPU cannot read memory",
     "links/test_peer_death.py::test_a_peer_that_dies_with_a_request_unread_is_not_linked[cma]":
         "nothing is asked over connections of ours, and CANN tells only that a batch failed",
     "links/test_peer_death.py::test_a_peer_that_dies_with_a_request_unread_is_not_linked[tcp]":
