@@ -10,7 +10,7 @@ import signal
 import pytest
 from faults import calls
 from faults.test_stages import END, FETCH, SEND, STEPS, begin, begin_send, keys_are, pull_of
-from support.link_steps import stop, until
+from support.link_steps import links, stop, until
 from support.peer import PeerError
 
 from llm_datadist import LLMStatusCode
@@ -58,7 +58,7 @@ def test_the_reader_is_killed_under_a_pull(broken, step):
     if step != "CONFIRM request":
         with pytest.raises(PeerError, match="ended"):
             finish()
-    assert until(lambda: broken.owner.stats()["pins"] == 0 and not broken.owner.call(calls.links))
+    assert until(lambda: broken.owner.stats()["pins"] == 0 and not broken.owner.call(links))
     broken.start_reader_again()
     keys_are(broken, number, step != "ACK")
 
@@ -70,7 +70,7 @@ def test_the_reader_is_killed_under_a_transfer(broken, step):
     trap.wait("passed")
     with pytest.raises(PeerError, match="ended"):
         finish()
-    assert until(lambda: broken.owner.stats()["pins"] == 0 and not broken.owner.call(calls.links))
+    assert until(lambda: broken.owner.stats()["pins"] == 0 and not broken.owner.call(links))
     broken.owner.call(calls.fill_memory, addrs, number)
     broken.start_reader_again()
     assert broken.owner.call(calls.memory_holds, addrs, number)
