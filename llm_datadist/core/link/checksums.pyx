@@ -44,13 +44,14 @@ cdef void _leave(ldd_node* node, ldd_place* place) noexcept nogil:
 
 
 cdef bint _go_to(ldd_node* node, const ldd_lease* lease, uint32_t pin, ldd_place* place) noexcept nogil:
-    cdef const ldd_pin* found
+    cdef const ldd_pin* found = &lease.first
     if place.pinned and place.pin == pin:
         return True
     _leave(node, place)
     if pin >= lease.num_pins:
         return False
-    found = &lease.more[pin - 1] if pin else &lease.first
+    if pin:
+        found = &lease.more[pin - 1]
     place.pin = pin
     place.tensor = 0
     place.pinned = ldd_table_repin(node.table, found.slot, found.generation, &place.view)
